@@ -1,0 +1,39 @@
+"""Loss-preserving compression of Hugging Face checkpoints.
+
+Importing the package registers it with transformers, so that `from_pretrained` compresses with a
+`LosslessCompressionConfig` and loads what was compressed.
+"""
+
+from hf_lossless.config import LosslessCheckpointConfig, LosslessCompressionConfig
+from hf_lossless.errors import (
+    CalibrationError,
+    CheckpointError,
+    ConfigurationError,
+    DataError,
+    LosslessError,
+    PlanError,
+    UnreachableTargetError,
+)
+from hf_lossless.hf_quantizer import LosslessHfQuantizer
+from hf_lossless.pipeline import CompressionResult, compress
+from hf_lossless.plan import CompressionPlan, Grid, LayerPlan
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "CalibrationError",
+    "CheckpointError",
+    "CompressionPlan",
+    "CompressionResult",
+    "ConfigurationError",
+    "DataError",
+    "Grid",
+    "LayerPlan",
+    "LosslessCheckpointConfig",
+    "LosslessCompressionConfig",
+    "LosslessError",
+    "LosslessHfQuantizer",
+    "PlanError",
+    "UnreachableTargetError",
+    "compress",
+]

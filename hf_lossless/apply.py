@@ -1,0 +1,74 @@
+"""Carrying out a plan: every planned layer of a model is replaced by its compressed module.
+
+The same code runs on real weights, which it quantises, and on meta tensors, where it only makes room for the tensors
+of a saved checkpoint.
+"""
+
+from collections.abc import Mapping
+
+from torch import nn
+
+from hf_lossless.candidates.uniform import quantise
+from hf_lossless.errors import PlanError
+from hf_lossless.layers import Layer, kind_of
+from hf_lossless.modules import COMPRESSED, TIED, CompressedModule
+from hf_lossless.plan import LayerPlan
+
+
+def apply_plan(model: nn.Module, layer_plans: Mapping[str, LayerPlan]) -> nn.Module:
+    """Replaces the planned layers, in place.
+
+    Args:
+        model: On any device. On meta, the new modules are left empty.
+        layer_plans: Layer plans by module name of this very model.
+
+    Returns:
+        The model.
+
+    Raises:
+        PlanError: A layer is not in the model, or cannot be compressed; nothing has been replaced then.
+    """
+    layers = [(resolve(model, name, layer_plan), layer_plan) for name, layer_plan in layer_plans.items()]
+    for layer, layer_plan in layers:
+        if layer_plan.grid is None:
+            continue
+        compressed = COMPRESSED[layer.kind](layer, layer_plan.grid)
+        if not layer.weight.is_meta:
+            compressed.store(quantise(layer.matrix, layer_plan.grid))
+        _replace(model, layer, compressed)
+    return model
+
+
+def resolve(model: nn.Module, name: str, layer_plan: LayerPlan) -> Layer:
+    """The layer that a plan means.
+
+    Raises:
+        PlanError: There is no such module, or it is not a layer.
+    """
+    for part in (name, *layer_plan.tied):
+        try:
+            module = model.get_submodule(part)
+        except AttributeError as error:
+            raise PlanError(
+                f"the plan names the layer {part!r}, which {type(model).__name__} does not have. "
+                "Load the checkpoint with the class that saved it (config.json: architectures)."
+            ) from error
+        kind = kind_of(module)
+        if kind is None or (part != name and kind not in TIED):
+            raise PlanError(
+                f"the plan compresses {part!r}, which is a {type(module).__name__} and cannot be compressed. "
+                "Make a new plan for this model with hf_lossless.compress()."
+            )
+    home = model.get_submodule(name)
+    kind = kind_of(home)
+    assert kind is not None
+    return Layer(name, home, kind, layer_plan.tied)
+
+
+def _replace(model: nn.Module, layer: Layer, compressed: CompressedModule) -> None:
+    for name in layer.tied:
+        module = model.get_submodule(name)
+        kind = kind_of(module)
+        assert kind is not None
+        model.set_submodule(name, TIED[kind](compressed, getattr(module, "bias", None)))
+    model.set_submodule(layer.name, compressed)

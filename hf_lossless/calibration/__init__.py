@@ -1,0 +1,1 @@
+"""From data to what the theories need: batches, the loss, and statistics of one forward-backward pass."""

@@ -1,0 +1,68 @@
+"""The loss of a batch: what every theory differentiates or measures.
+
+A batch is either what a Hugging Face model takes as keyword arguments, with "labels" in it, or a pair
+`(inputs, targets)` for any other module. The loss is the mean over the batch's examples.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from hf_lossless.errors import CalibrationError, DataError
+
+Batch = Any
+"""A mapping of keyword arguments, or a pair (inputs, targets); see `batch_loss`."""
+
+LossFunction = Callable[[nn.Module, Batch], Tensor]
+"""Mean loss of a model on one batch, a scalar."""
+
+
+def batch_loss(model: nn.Module, batch: Batch) -> Tensor:
+    """Mean loss of a batch: the model's own where it is given labels, cross-entropy for a pair.
+
+    Raises:
+        DataError: The batch has another form.
+        CalibrationError: The model returns no loss.
+    """
+    if isinstance(batch, Mapping):
+        loss = getattr(model(**batch), "loss", None)
+        if loss is None:
+            raise CalibrationError(
+                f"{type(model).__name__} returned no loss for a batch with the keys {sorted(batch)}. "
+                'Add "labels" to the batches, load the model with a task head, or pass loss= to compress().'
+            )
+        return loss
+    if isinstance(batch, tuple | list) and len(batch) == 2:
+        inputs, targets = batch
+        outputs = model(inputs)
+        return F.cross_entropy(outputs, targets)
+    raise DataError(
+        f"a batch is a mapping of the model's arguments or a pair (inputs, targets), got {type(batch).__name__}. "
+        "Give batches of one of these forms, or pass loss= to compress()."
+    )
+
+
+def num_examples(batch: Batch) -> int:
+    """Examples in a batch: the first dimension of its first tensor."""
+    values = batch.values() if isinstance(batch, Mapping) else batch
+    for value in values:
+        if isinstance(value, Tensor) and value.ndim:
+            return len(value)
+    raise DataError("a calibration batch holds no tensor with a batch dimension. Give tensors [examples, ...].")
+
+
+def to_device(batch: Batch, device: torch.device) -> Batch:
+    """The batch with its tensors on `device`."""
+    if isinstance(batch, Mapping):
+        return {key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()}
+    if isinstance(batch, tuple | list):
+        return tuple(value.to(device) if isinstance(value, Tensor) else value for value in batch)
+    return batch
+
+
+def model_device(model: nn.Module) -> torch.device:
+    """Where a model takes its inputs: the device of its first parameter."""
+    return next((parameter.device for parameter in model.parameters()), torch.device("cpu"))

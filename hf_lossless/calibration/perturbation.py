@@ -1,0 +1,90 @@
+"""The loss under noise: what LLC calls f(M), f_input and f_weight.
+
+Noise is drawn from generators that are seeded by what is perturbed and by which batch, so that it does not depend on
+how the batches are spread over processes.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hf_lossless.calibration.loss import Batch, LossFunction, model_device, num_examples, to_device
+from hf_lossless.calibration.processes import own_share
+from hf_lossless.calibration.statistics import check_finite, layer_input, with_layer_input
+from hf_lossless.layers import Layer, as_matrix
+
+
+def mean_loss_share(
+    model: nn.Module,
+    batches: list[Batch],
+    loss: LossFunction,
+    before_batch: Callable[[int], object] = lambda index: None,
+) -> float:
+    """This process's part of the mean loss over all examples; the parts of all processes sum to it. One forward pass.
+
+    Args:
+        model: In evaluation mode.
+        batches: All batches, the same list in every process.
+        loss: Mean loss of a batch.
+        before_batch: Called with each batch's index before it is run.
+    """
+    device = model_device(model)
+    total_examples = sum(num_examples(batch) for batch in batches)
+    total = 0.0
+    with torch.no_grad():
+        for index, batch in own_share(batches):
+            before_batch(index)
+            value = loss(model, to_device(batch, device))
+            check_finite(value, index, len(batches))
+            total += value.item() * num_examples(batch) / total_examples
+    return total
+
+
+@contextmanager
+def weight_noise(layer: Layer, noise: Tensor) -> Iterator[None]:
+    """Adds `noise` [out, in] to a layer's weight, and puts the weight back exactly."""
+    weight = layer.weight.data
+    before = weight.clone()
+    as_matrix(weight.view_as(weight), layer.kind).copy_((layer.matrix.detach().float() + noise).to(weight.dtype))
+    try:
+        yield
+    finally:
+        weight.copy_(before)
+
+
+@contextmanager
+def input_noise(
+    model: nn.Module, layer: Layer, draw: Callable[[Tensor], Tensor]
+) -> Iterator[None]:
+    """Adds `draw(input)` to the real-valued inputs of a layer and of the modules tied to it."""
+
+    def add(module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> tuple[Any, Any] | None:
+        values = layer_input(arguments, keywords)
+        if not values.is_floating_point():
+            return None
+        return with_layer_input(values + draw(values), arguments, keywords)
+
+    handles = [
+        model.get_submodule(name).register_forward_pre_hook(add, with_kwargs=True) for name in (layer.name, *layer.tied)
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def one_sided_noise(shape: torch.Size, sign: float, generator: torch.Generator) -> Tensor:
+    """`sign * |random|` with random ~ N(0, 1), on the CPU whatever the model's device, so that it is the same there."""
+    return sign * torch.randn(shape, generator=generator).abs_()
+
+
+def seeded(*numbers: int) -> torch.Generator:
+    """A generator seeded by several small numbers."""
+    seed = 0
+    for number in numbers:
+        seed = (seed * 1_000_003 + number) % 2**63
+    return torch.Generator().manual_seed(seed)

@@ -1,0 +1,53 @@
+"""How calibration is spread over processes, through Accelerate.
+
+Every process holds the whole model and the same list of batches, takes each `num_processes`-th batch, and the sums are
+added up. Batches are dealt out by hand and not by `Accelerator.prepare`, which pads uneven shares with repeated rows
+and so biases sums.
+"""
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import reduce
+from torch import Tensor
+
+from hf_lossless.calibration.loss import Batch
+from hf_lossless.errors import CalibrationError
+
+
+def process_state() -> PartialState:
+    """The state of this group of processes; alone where none was launched.
+
+    Raises:
+        CalibrationError: Accelerate sees fewer processes than torch.distributed, so shares would be counted twice.
+    """
+    state = PartialState(cpu=not torch.cuda.is_available())
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        world_size = torch.distributed.get_world_size()
+        if world_size != state.num_processes:
+            raise CalibrationError(
+                f"Accelerate was set up for {state.num_processes} process(es), torch.distributed runs {world_size}. "
+                "On machines without a GPU create accelerate.PartialState(cpu=True) before anything else."
+            )
+    return state
+
+
+def own_share(batches: list[Batch]) -> list[tuple[int, Batch]]:
+    """This process's batches, each with its index in the whole list."""
+    state = process_state()
+    return list(enumerate(batches))[state.process_index :: state.num_processes]
+
+
+def sum_over_processes(values: Tensor) -> Tensor:
+    """Sum of a tensor over all processes, the same on each."""
+    state = process_state()
+    if state.num_processes == 1:
+        return values
+    return reduce(values.to(state.device), "sum").to(values.device)
+
+
+def max_over_processes(values: Tensor) -> Tensor:
+    """Element-wise maximum over all processes: each writes its row of a table of zeros, and the table is summed."""
+    state = process_state()
+    table = torch.zeros(state.num_processes, *values.shape, dtype=values.dtype)
+    table[state.process_index] = values.clamp(min=torch.finfo(values.dtype).min)
+    return sum_over_processes(table).amax(0)

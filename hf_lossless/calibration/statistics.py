@@ -1,0 +1,247 @@
+"""One forward-backward pass over the calibration data, and what it leaves for each layer.
+
+Notation (LLC Eq. 3): `p` is the gradient of the mean loss, with respect to a layer's input h (activations) or to its
+weight w. The moments are over the elements of the vector, as LLC Eq. 7 has them: E[p] = (1/k) p . 1.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hf_lossless.calibration.loss import Batch, LossFunction, model_device, num_examples, to_device
+from hf_lossless.calibration.processes import max_over_processes, own_share, sum_over_processes
+from hf_lossless.errors import CalibrationError
+from hf_lossless.layers import Layer
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Mean and variance over the elements of a vector, and how many there are."""
+
+    mean: float
+    variance: float
+    count: int
+
+
+@dataclass(frozen=True)
+class InputStatistics:
+    """The distribution of a layer's input values and of the loss's gradient with respect to them.
+
+    Attributes:
+        values: Moments of the inputs.
+        mean_deviation: E|x - E x|, the scale b of a Laplace density; E x is taken batch by batch.
+        minimum: Least input.
+        maximum: Largest input.
+        gradient: Moments of dl/dh.
+    """
+
+    values: Moments
+    mean_deviation: float
+    minimum: float
+    maximum: float
+    gradient: Moments
+
+
+@dataclass(frozen=True)
+class LayerStatistics:
+    """What the pass leaves for one layer.
+
+    Attributes:
+        calls: How often the layer ran; 0 means that the loss does not reach it by way of its own forward.
+        inputs: Its input's statistics; None for integer inputs (embeddings).
+        weight_gradient: Moments of dl/dw of the mean loss.
+    """
+
+    calls: int
+    inputs: InputStatistics | None
+    weight_gradient: Moments
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """The result of `calibrate`.
+
+    Attributes:
+        layers: Statistics by layer name.
+        loss: Mean loss over all examples, the f(M) of LLC Algorithm 1.
+        num_examples: Examples seen, over all processes.
+    """
+
+    layers: dict[str, LayerStatistics]
+    loss: float
+    num_examples: int
+
+
+@dataclass
+class _Sums:
+    """Running sums of one layer, as a vector that can be added over processes; extremes apart."""
+
+    totals: Tensor = field(default_factory=lambda: torch.zeros(7, dtype=torch.float64))
+    extremes: Tensor = field(default_factory=lambda: torch.full((2,), -math.inf, dtype=torch.float64))  # -min, max
+
+    def add_call(self) -> None:
+        self.totals[0] += 1
+
+    def add_inputs(self, values: Tensor) -> None:
+        values = values.detach().float()
+        mean = values.mean()
+        deviation = (values - mean).abs().sum(dtype=torch.float64)
+        square = values.square().sum(dtype=torch.float64)
+        self.totals[1:5] += torch.stack([torch.full_like(square, values.numel()), values.sum(dtype=torch.float64), square, deviation]).cpu()
+        self.extremes = torch.maximum(self.extremes, torch.stack([-values.amin(), values.amax()]).double().cpu())
+
+    def add_gradient(self, gradient: Tensor) -> None:
+        gradient = gradient.detach().double()
+        self.totals[5:7] += torch.stack([gradient.sum(), gradient.square().sum()]).cpu()
+
+    def statistics(self, weight_gradient: Tensor) -> LayerStatistics:
+        calls, count, total, square, deviation, gradient_total, gradient_square = self.totals.tolist()
+        inputs = None
+        if count:
+            inputs = InputStatistics(
+                values=_moments(total, square, count),
+                mean_deviation=deviation / count,
+                minimum=-self.extremes[0].item(),
+                maximum=self.extremes[1].item(),
+                gradient=_moments(gradient_total, gradient_square, count),
+            )
+        weight_gradient = weight_gradient.double()
+        total, square = weight_gradient.sum().item(), weight_gradient.square().sum().item()
+        return LayerStatistics(int(calls), inputs, _moments(total, square, weight_gradient.numel()))
+
+
+def calibrate(
+    model: nn.Module,
+    batches: list[Batch],
+    layers: list[Layer],
+    loss: LossFunction,
+    advance: Callable[[], object] = lambda: None,
+) -> Calibration:
+    """One forward-backward pass; the model's weights, gradients and flags are as before afterwards.
+
+    Args:
+        model: In evaluation mode.
+        batches: All batches, the same list in every process; each process takes its share.
+        layers: The layers to watch.
+        loss: Mean loss of a batch.
+        advance: Called after every batch, for a progress bar.
+
+    Returns:
+        Statistics, the same in every process. Costs one forward and one backward pass, and the memory of one gradient
+        per layer.
+
+    Raises:
+        CalibrationError: The loss of a batch is not finite, or does not depend on the layers.
+    """
+    device = model_device(model)
+    total_examples = sum(num_examples(batch) for batch in batches)
+    sums = {layer.name: _Sums() for layer in layers}
+    total_loss = torch.zeros(1, dtype=torch.float64)
+    with torch.enable_grad(), _only_gradients_of(model, layers), _watched(model, layers, sums):
+        for index, batch in own_share(batches):
+            value = loss(model, to_device(batch, device))
+            check_finite(value, index, len(batches))
+            if not value.requires_grad:
+                raise CalibrationError(
+                    "the loss does not depend on any layer that could be compressed. "
+                    "Check that the model's forward is differentiable and that the layers are used in it."
+                )
+            share = num_examples(batch) / total_examples
+            (value * share).backward()  # type: ignore[no-untyped-call]
+            total_loss += share * value.detach().double().cpu()
+            advance()
+        gradients = {
+            layer.name: sum_over_processes(torch.zeros_like(layer.weight) if layer.weight.grad is None else layer.weight.grad)
+            for layer in layers
+        }
+    for layer_sums in sums.values():
+        layer_sums.totals = sum_over_processes(layer_sums.totals)
+        layer_sums.extremes = max_over_processes(layer_sums.extremes)
+    statistics = {name: layer_sums.statistics(gradients[name]) for name, layer_sums in sums.items()}
+    return Calibration(statistics, sum_over_processes(total_loss).item(), total_examples)
+
+
+def check_finite(loss: Tensor, index: int, num_batches: int) -> None:
+    """Refuses a loss that is NaN or infinite, naming the batch."""
+    if not torch.isfinite(loss).all():
+        raise CalibrationError(
+            f"the loss of calibration batch {index + 1} of {num_batches} is {loss.item()}. "
+            "Check that batch's rows and labels, and the checkpoint's dtype (float16 overflows where bfloat16 does not)."
+        )
+
+
+def _moments(total: float, square: float, count: float) -> Moments:
+    mean = total / count
+    return Moments(mean, max(square / count - mean**2, 0.0), int(count))
+
+
+@contextmanager
+def _only_gradients_of(model: nn.Module, layers: list[Layer]) -> Iterator[None]:
+    """Only the layers' weights require a gradient, starting from none; flags and gradients come back afterwards."""
+    parameters = list(model.parameters())
+    before = [(parameter.requires_grad, parameter.grad) for parameter in parameters]
+    wanted = {id(layer.weight) for layer in layers}
+    for parameter in parameters:
+        parameter.grad = None
+        parameter.requires_grad_(id(parameter) in wanted)
+    try:
+        yield
+    finally:
+        for parameter, (requires_grad, gradient) in zip(parameters, before, strict=True):
+            parameter.requires_grad_(requires_grad)
+            parameter.grad = gradient
+
+
+@contextmanager
+def _watched(model: nn.Module, layers: list[Layer], sums: dict[str, _Sums]) -> Iterator[None]:
+    """Hooks that feed the sums; a tied layer counts the calls of every module that uses its weight."""
+    handles = []
+    for layer in layers:
+        for name in (layer.name, *layer.tied):
+            hook = _input_hook(sums[layer.name])
+            module = model.get_submodule(name)
+            handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _input_hook(layer_sums: _Sums) -> Callable[..., tuple[Any, Any] | None]:
+    def watch(module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> tuple[Any, Any] | None:
+        layer_sums.add_call()
+        values = layer_input(arguments, keywords)
+        if not values.is_floating_point():
+            return None
+        layer_sums.add_inputs(values)
+        if values.requires_grad:
+            values.register_hook(layer_sums.add_gradient)
+            return None
+        # The model's own input, or what only frozen layers have touched: its gradient is of interest too.
+        values = values.detach().requires_grad_()
+        values.register_hook(layer_sums.add_gradient)
+        return with_layer_input(values, arguments, keywords)
+
+    return watch
+
+
+def layer_input(arguments: tuple[Any, ...], keywords: dict[str, Any]) -> Tensor:
+    """The tensor that a layer is called with, given by position or by name."""
+    values = arguments[0] if arguments else next(iter(keywords.values()))
+    assert isinstance(values, Tensor)
+    return values
+
+
+def with_layer_input(
+    values: Tensor, arguments: tuple[Any, ...], keywords: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments of a layer's call with another input tensor, for a forward pre-hook to return."""
+    if arguments:
+        return (values, *arguments[1:]), keywords
+    return arguments, {**keywords, next(iter(keywords)): values}

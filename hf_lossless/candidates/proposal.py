@@ -1,0 +1,88 @@
+"""What is proposed for a layer: keeping it, and a grid of each width."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hf_lossless.calibration.statistics import LayerStatistics
+from hf_lossless.candidates.rounding import aligned_rounding
+from hf_lossless.candidates.uniform import dequantise, quantise, stored_bytes
+from hf_lossless.errors import CalibrationError
+from hf_lossless.layers import Layer
+from hf_lossless.plan import KEPT_BITS, Grid
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One way to store one layer.
+
+    Attributes:
+        grid: The grid; None keeps the layer as it came.
+        cost_bytes: Bytes of the weight stored this way.
+        step: Root mean square of the grid's scales, the `scale_weight` of LLC Algorithm 1.
+        noise: ||d|| / sqrt(size(d)) of the weight error d.
+        scales: The grid's scales [out, groups].
+    """
+
+    grid: Grid | None
+    cost_bytes: int
+    step: float = 0.0
+    noise: float = 0.0
+    scales: Tensor | None = None
+
+
+def packed_rows(layer: Layer) -> int:
+    """Rows in which a layer's codes are packed: one for each embedding, so that rows can be looked up alone."""
+    return layer.matrix.shape[0] if layer.kind == "embedding" else 1
+
+
+def propose(
+    layer: Layer, statistics: LayerStatistics, bits: tuple[int, ...], group_size: int | None, symmetric: bool
+) -> list[Candidate]:
+    """The candidates of a layer, widest last.
+
+    Args:
+        layer: The layer, with real weights.
+        statistics: Its statistics; the sign of its mean gradient may turn the rounding (LLC Eq. 7 and 8). A layer that
+            the calibration data never reached can only be kept: nothing is known of what an error in it would do.
+        bits: Widths to try; 16 stands for keeping the layer.
+        group_size: Inputs per scale; None, or more than the layer has, means one scale per output channel.
+        symmetric: Whether grids are symmetric.
+
+    Raises:
+        CalibrationError: The weight holds NaN or infinity.
+    """
+    matrix = layer.matrix
+    if not torch.isfinite(matrix).all():
+        raise CalibrationError(
+            f"the weight of layer {layer.name!r} holds NaN or infinity. Take a checkpoint with finite weights, "
+            "or keep this layer out with modules_to_not_convert."
+        )
+    keep = Candidate(None, layer.weight.nbytes)
+    if not statistics.calls:
+        return [keep]
+    out_features, in_features = matrix.shape
+    candidates = []
+    for width in sorted(bits):
+        if width == KEPT_BITS:
+            candidates.append(keep)
+            continue
+        grid = Grid(
+            bits=width,
+            group_size=None if group_size is None or group_size >= in_features else group_size,
+            symmetric=symmetric,
+            rounding=aligned_rounding(statistics.weight_gradient),
+        )
+        quantised = quantise(matrix, grid)
+        error = dequantise(quantised.codes, quantised.scales, quantised.zeros, quantised.grid) - matrix.float()
+        candidates.append(
+            Candidate(
+                grid=quantised.grid,
+                cost_bytes=stored_bytes(out_features, in_features, quantised.grid, rows=packed_rows(layer)),
+                step=quantised.scales.float().square().mean().sqrt().item(),
+                noise=error.square().mean().sqrt().item(),
+                scales=quantised.scales,
+            )
+        )
+    return candidates

@@ -1,0 +1,61 @@
+"""How a real position between two levels becomes a code, and which direction the gradient asks for.
+
+LLC Eq. 7: for a gradient vector p and a compression noise e, both taken as i.i.d. and independent, the first-order
+change of the loss has the mean E<p, e> = k E[e] E[p]. Rounding to nearest makes E[e] = 0; rounding every weight down
+makes E[e] = -step / 2, rounding up +step / 2. The direction whose sign opposes E[p] makes the mean change negative.
+
+LLC Eq. 8 bounds the chance that the change is nevertheless not negative (Chebyshev):
+
+    P(<p, e> >= 0) <= Var(e) Var(p) / (E[e] E[p])^2 + Var(e) / E[e]^2 + Var(p) / E[p]^2
+
+The printed bound is that of one product e p, not of the sum over k of Eq. 7, whose bound is k times smaller. We take it
+as printed, for the smaller one rests on k independent weights, and weights of one layer are not: the same direction
+for all of them shifts every output at once, which is a second-order cost that Eq. 7 does not see. One-sided rounding
+has four times the squared error of rounding to nearest, so it is used only where the bound proves something.
+"""
+
+import torch
+from torch import Tensor
+
+from hf_lossless.calibration.statistics import Moments
+from hf_lossless.plan import Rounding
+
+_ONE_SIDED_NOISE_RATIO = 1 / 3
+"""Var(e) / E[e]^2 of one-sided rounding: e is uniform on [0, step], (step^2 / 12) / (step / 2)^2."""
+
+
+def round_positions(positions: Tensor, rounding: Rounding, scales: Tensor) -> Tensor:
+    """Positions in units of the step, to whole codes.
+
+    Args:
+        positions: `x / scale + zero`, any shape.
+        rounding: "nearest", or the direction in which the *value* may move. Where a scale is negative a larger code
+            is a smaller value, so the direction of the code turns round.
+        scales: Broadcastable to `positions`.
+
+    Returns:
+        Whole numbers, in the dtype of `positions`, not clamped.
+    """
+    if rounding == "nearest":
+        return positions.round()
+    code_goes_down = (scales >= 0) if rounding == "down" else (scales < 0)
+    return torch.where(code_goes_down, positions.floor(), positions.ceil())
+
+
+def wrong_way_bound(gradient: Moments) -> float:
+    """Chebyshev bound of LLC Eq. 8 for one-sided rounding; above 1 it says nothing.
+
+    Args:
+        gradient: Moments of dl/dw over the layer's weights.
+    """
+    if gradient.mean == 0:
+        return float("inf")
+    gradient_ratio = gradient.variance / gradient.mean**2
+    return gradient_ratio * _ONE_SIDED_NOISE_RATIO + _ONE_SIDED_NOISE_RATIO + gradient_ratio
+
+
+def aligned_rounding(gradient: Moments) -> Rounding:
+    """The rounding that LLC asks for: against the gradient where Eq. 8 proves that it helps, else to nearest."""
+    if wrong_way_bound(gradient) >= 1:
+        return "nearest"
+    return "down" if gradient.mean > 0 else "up"

@@ -1,0 +1,203 @@
+"""Uniform grids: a matrix `W [out, in]` to codes, scales and zeros, and back.
+
+    W[o, i] ~ scale[o, g] * (code[o, i] - zero[o, g]),      g = i // group_size
+
+Among a few ranges for each group (the whole range, and the Laplace and Gauss ranges of ACIQ, see `clipping`) the one
+with the least squared error is taken. A symmetric scale may be negative: a grid of 2^b levels around zero has one more
+level on one side, and the sign gives it to the side that reaches further.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hf_lossless.candidates.clipping import gaussian_clip, laplace_clip
+from hf_lossless.candidates.rounding import round_positions
+from hf_lossless.packing import packed_width
+from hf_lossless.plan import Grid
+
+_HALF_SMALLEST_NORMAL = 2.0**-14
+_HALF_LARGEST = 65504.0
+_HALF_LARGEST_ZERO = 256.0
+"""Beyond it float16 would store a zero point with an error of more than a sixteenth of a step."""
+
+
+@dataclass(frozen=True)
+class QuantisedMatrix:
+    """A matrix on a grid.
+
+    Attributes:
+        codes: uint8 [out, in], each below 2^bits.
+        scales: [out, groups], in `grid.scale_dtype`.
+        zeros: [out, groups], in `grid.scale_dtype`; None for a symmetric grid.
+        grid: The grid, with the scale dtype that was needed.
+    """
+
+    codes: Tensor
+    scales: Tensor
+    zeros: Tensor | None
+    grid: Grid
+
+
+def quantise(matrix: Tensor, grid: Grid) -> QuantisedMatrix:
+    """Puts a matrix on a grid.
+
+    Args:
+        matrix: [out, in], finite, of any floating dtype.
+        grid: What to use; its `scale_dtype` is found here and not read.
+
+    Returns:
+        Codes, scales, zeros. `dequantise` of them is within half a step (one step for one-sided rounding) of every
+        weight that is inside its group's range.
+
+    Example:
+        >>> weights = torch.tensor([[-1.0, -0.5, 0.0, 0.5]])
+        >>> quantised = quantise(weights, Grid(bits=2))
+        >>> dequantise(quantised.codes, quantised.scales, quantised.zeros, quantised.grid)
+        tensor([[-1.0000, -0.5000,  0.0000,  0.5000]])
+    """
+    matrix = matrix.detach().float()
+    blocks = list(_group_blocks(matrix, grid))
+    ranges = [_best_range(block, grid) for block in blocks]
+    scales = torch.cat([scale for scale, _ in ranges], dim=1)
+    zeros = None if grid.symmetric else torch.cat([zero for _, zero in ranges], dim=1)
+    scale_dtype = _scale_dtype(scales, zeros)
+    grid = grid.model_copy(update={"scale_dtype": str(scale_dtype).removeprefix("torch.")})
+    scales = scales.to(scale_dtype)
+    zeros = None if zeros is None else zeros.to(scale_dtype)
+    codes = _codes(matrix, per_weight(scales, matrix.shape[1], grid), _zero_points(zeros, matrix.shape[1], grid), grid)
+    return QuantisedMatrix(codes.to(torch.uint8), scales, zeros, grid)
+
+
+def dequantise(codes: Tensor, scales: Tensor, zeros: Tensor | None, grid: Grid) -> Tensor:
+    """The matrix that codes stand for: `scale * (code - zero)`, float32 [out, in].
+
+    Args:
+        codes: uint8 [out, in].
+        scales: [out, groups].
+        zeros: [out, groups], or None for a symmetric grid.
+        grid: The grid they were made with.
+    """
+    in_features = codes.shape[1]
+    values = codes.float()
+    values -= _zero_points(zeros, in_features, grid)
+    values *= per_weight(scales, in_features, grid)
+    return values
+
+
+def per_weight(per_group: Tensor, in_features: int, grid: Grid) -> Tensor:
+    """One number for each group, spread over its weights.
+
+    Args:
+        per_group: [out, groups].
+        in_features: Columns of the matrix.
+        grid: The grid.
+
+    Returns:
+        float32 [out, in], or [out, 1] where one group is the whole row.
+    """
+    per_group = per_group.float()
+    if grid.num_groups(in_features) == 1:
+        return per_group
+    return per_group.repeat_interleave(grid.group_size or in_features, dim=1)[:, :in_features]
+
+
+def stored_bytes(out_features: int, in_features: int, grid: Grid, *, rows: int) -> int:
+    """Bytes of codes, scales and zeros of a matrix as stored.
+
+    Args:
+        out_features: Rows of the matrix.
+        in_features: Columns of the matrix.
+        grid: The grid, its scale dtype settled.
+        rows: Rows in which the codes are packed (see `modules`): `out_features` for embeddings, else 1.
+    """
+    code_bytes = rows * packed_width(out_features * in_features // rows, grid.bits)
+    numbers_per_group = 1 if grid.symmetric else 2
+    scale_bytes = 2 if grid.scale_dtype == "float16" else 4
+    return code_bytes + out_features * grid.num_groups(in_features) * numbers_per_group * scale_bytes
+
+
+def _group_blocks(matrix: Tensor, grid: Grid) -> Iterable[Tensor]:
+    """Views [out, groups, size]: all full groups of a row, then the shorter last one if there is one."""
+    out_features, in_features = matrix.shape
+    size = grid.group_size or in_features
+    full = in_features // size * size
+    if full:
+        yield matrix[:, :full].unflatten(1, (-1, size))
+    if full < in_features:
+        yield matrix[:, full:].unsqueeze(1)
+
+
+def _best_range(block: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
+    """Scale and zero [out, groups] with the least squared error among the ranges tried."""
+    best_scale = best_zero = best_error = None
+    for scale, zero in _ranges(block, grid):
+        codes = _codes(block, scale[..., None], zero[..., None], grid)
+        error = (scale[..., None] * (codes - zero[..., None]) - block).square_().sum(-1)
+        if best_error is None:
+            best_scale, best_zero, best_error = scale, zero, error
+        else:
+            better = error < best_error
+            best_scale = torch.where(better, scale, best_scale)
+            best_zero = torch.where(better, zero, best_zero)
+            best_error = torch.where(better, error, best_error)
+    assert best_scale is not None and best_zero is not None
+    return best_scale, best_zero
+
+
+def _ranges(block: Tensor, grid: Grid) -> Iterable[tuple[Tensor, Tensor]]:
+    """Pairs (scale, zero), each [out, groups]: the whole range first, then the ranges of ACIQ inside it."""
+    low, high = block.amin(-1), block.amax(-1)
+    last_code = 2**grid.bits - 1
+    if grid.symmetric:
+        centre = torch.zeros_like(low)
+        zero = torch.full_like(low, _symmetric_zero(grid))
+        reach = torch.maximum(-low, high)
+        sign = torch.where(high > -low, -1.0, 1.0)  # the extra level is at code 0: scale * (0 - zero) < 0 for scale > 0
+        yield sign * reach / max(last_code - _symmetric_zero(grid), 0.5), zero
+        yield sign * reach / _symmetric_zero(grid), zero
+    else:
+        centre = block.mean(-1)
+        reach = torch.maximum(centre - low, high - centre)
+        sign = torch.ones_like(low)
+        spread = high - low
+        scale = torch.where(spread > 0, spread / last_code, low.abs())  # a constant group: one level at its value
+        yield scale, -low / _nonzero(scale)
+    deviations = block - centre[..., None]
+    laplace = laplace_clip(grid.bits) * deviations.abs().mean(-1)
+    gaussian = gaussian_clip(grid.bits) * deviations.square().mean(-1).sqrt()
+    for clip in (laplace, gaussian):
+        clip = torch.minimum(clip, reach)
+        if grid.symmetric:
+            yield sign * clip / 2 ** (grid.bits - 1), zero
+        else:
+            scale = clip / 2 ** (grid.bits - 1)  # 2^bits bins over [centre - clip, centre + clip], levels at their middle
+            yield scale, (2**grid.bits - 1) / 2 - centre / _nonzero(scale)
+
+
+def _codes(values: Tensor, scales: Tensor, zeros: Tensor | float, grid: Grid) -> Tensor:
+    """Codes as floats; a group of zeros only has scale 0, and any code gives 0 back."""
+    positions = values / _nonzero(scales)
+    positions += zeros
+    return round_positions(positions, grid.rounding, scales).clamp_(0, 2**grid.bits - 1)
+
+
+def _symmetric_zero(grid: Grid) -> float:
+    return 2.0 ** (grid.bits - 1) if grid.bits > 1 else 0.5
+
+
+def _zero_points(zeros: Tensor | None, in_features: int, grid: Grid) -> Tensor | float:
+    return _symmetric_zero(grid) if zeros is None else per_weight(zeros, in_features, grid)
+
+
+def _nonzero(scales: Tensor) -> Tensor:
+    return torch.where(scales == 0, 1.0, scales.float())
+
+
+def _scale_dtype(scales: Tensor, zeros: Tensor | None) -> torch.dtype:
+    sizes = scales.abs()
+    fits = bool(((sizes == 0) | ((sizes >= _HALF_SMALLEST_NORMAL) & (sizes <= _HALF_LARGEST))).all())
+    fits = fits and (zeros is None or bool((zeros.abs() <= _HALF_LARGEST_ZERO).all()))
+    return torch.float16 if fits else torch.float32

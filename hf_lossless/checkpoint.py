@@ -1,0 +1,155 @@
+"""Saved folders: written whole or not at all, and checked before a tensor is read.
+
+The tensors of a compressed checkpoint are in safetensors files, its plan is in config.json. Beside the codes of a
+compressed layer lies an empty tensor under the weight's old name, the guard: a transformers that does not know this
+package ignores the plan with no more than a line in its log, builds the original model and would fill it with random
+weights; the guard's shape [0] makes it stop.
+"""
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from hf_lossless.config import LosslessCheckpointConfig
+from hf_lossless.errors import CheckpointError
+from hf_lossless.modules import CompressedModule
+
+_DTYPES = {
+    torch.uint8: "U8",
+    torch.int8: "I8",
+    torch.int16: "I16",
+    torch.int32: "I32",
+    torch.int64: "I64",
+    torch.bool: "BOOL",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.float32: "F32",
+    torch.float64: "F64",
+}
+
+def state_dict_with_guards(model: nn.Module) -> dict[str, Tensor]:
+    """The model's tensors, and a guard for every compressed layer."""
+    return {**model.state_dict(), **{name: torch.empty(0) for name in guard_names(model)}}
+
+
+def guard_names(model: nn.Module) -> set[str]:
+    """Names of the empty tensors: those that the weights of the compressed layers had."""
+    return {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, CompressedModule)}
+
+
+def check_files(
+    files: Iterable[str | os.PathLike[str]], model: nn.Module, rename: Callable[[str], str], *, complete: bool
+) -> None:
+    """Compares the headers of safetensors files with the tensors that a compressed model needs.
+
+    Args:
+        files: The checkpoint's files, all its shards.
+        model: The model with its compressed modules in place, on meta or real.
+        rename: From a tensor's name on disk to its name in the model.
+        complete: Whether the files must hold this very model, no tensor less and none more. False for a model that
+            shares only a part with the one that was saved (another head): then only compressed layers are compared.
+
+    Raises:
+        CheckpointError: A file is truncated or no safetensors file, or a tensor is missing, one too many, or of the
+            wrong dtype or shape.
+    """
+    expected = {name: (_DTYPES[tensor.dtype], tuple(tensor.shape)) for name, tensor in model.state_dict().items()}
+    guards = guard_names(model)
+    compressed = {name.removesuffix(".weight") for name in guards}
+    found: set[str] = set()
+    for file in files:
+        for disk_name, dtype, shape in _headers(file):
+            name = rename(disk_name)
+            layer = name.rpartition(".")[0]
+            where = f"the tensor {disk_name!r} in {os.fspath(file)}"
+            if name in guards:
+                continue
+            if name not in expected:
+                if complete or layer in compressed:
+                    raise CheckpointError(f"{where} does not belong to this checkpoint. {_REMEDY}")
+                continue
+            if name in found:
+                raise CheckpointError(f"{where} is there twice. {_REMEDY}")
+            found.add(name)
+            wanted_dtype, wanted_shape = expected[name]
+            own = layer in compressed and name.rpartition(".")[2] != "bias"
+            if shape != wanted_shape:
+                raise CheckpointError(f"{where} has shape {list(shape)}, the plan needs {list(wanted_shape)}. {_REMEDY}")
+            # A model may be loaded in another floating dtype; codes and scales may not.
+            if dtype != wanted_dtype and (own or not {dtype, wanted_dtype} <= {"F16", "BF16", "F32", "F64"}):
+                raise CheckpointError(f"{where} is of type {dtype}, the plan needs {wanted_dtype}. {_REMEDY}")
+    missing = [name for name in expected if name not in found and (complete or name.rpartition(".")[0] in compressed)]
+    if missing:
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise CheckpointError(f"the tensor {missing[0]!r}{more} is missing from the checkpoint. {_REMEDY}")
+
+
+_REMEDY = "Take the folder again from where it came from."
+
+
+def _headers(file: str | os.PathLike[str]) -> Iterator[tuple[str, str, tuple[int, ...]]]:
+    """Name, type and shape of each tensor of a file, from its header."""
+    try:
+        with safe_open(os.fspath(file), framework="pt") as tensors:
+            for name in tensors.keys():  # noqa: SIM118  # not a mapping
+                piece = tensors.get_slice(name)
+                yield name, piece.get_dtype(), tuple(piece.get_shape())
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{os.fspath(file)} is truncated or no safetensors file: {error}. {_REMEDY}") from error
+
+
+def read_entry(folder: str | os.PathLike[str]) -> LosslessCheckpointConfig:
+    """What a saved folder says of itself.
+
+    Raises:
+        CheckpointError: There is no config.json, it is not JSON, or the model in it is not compressed by this package.
+        PlanError: Its plan is malformed.
+    """
+    path = Path(folder) / "config.json"
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}. Give a folder written by hf_lossless.") from error
+    except ValueError as error:
+        raise CheckpointError(f"{path} is not JSON: {error}. {_REMEDY}") from error
+    entry = values.get("quantization_config") if isinstance(values, Mapping) else None
+    if not isinstance(entry, Mapping) or entry.get("quant_method") != "lossless":
+        raise CheckpointError(f"{folder} holds no model compressed by hf_lossless. Compress one with: hf-lossless compress")
+    config = LosslessCheckpointConfig.from_dict(dict(entry))
+    assert isinstance(config, LosslessCheckpointConfig)
+    return config
+
+
+@contextmanager
+def new_folder(target: str | os.PathLike[str]) -> Iterator[Path]:
+    """A temporary folder beside `target` that takes its name when the block ends well, and is removed when not.
+
+    Raises:
+        CheckpointError: `target` is there and is not an empty folder.
+    """
+    target = Path(target)
+    refuse_occupied(target)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    try:
+        yield temporary
+        refuse_occupied(target)  # it may have come meanwhile
+        temporary.chmod(0o755)
+        os.replace(temporary, target)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def refuse_occupied(target: str | os.PathLike[str]) -> None:
+    """Raises CheckpointError where `target` is a file or a folder with something in it."""
+    target = Path(target)
+    if target.exists() and not (target.is_dir() and not any(target.iterdir())):
+        raise CheckpointError(f"the output folder {target} exists and is not empty. Remove it, or name another one.")

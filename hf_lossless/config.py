@@ -1,0 +1,204 @@
+"""The two configurations: what a user asks for, and what a compressed checkpoint says of itself.
+
+`LosslessCompressionConfig` goes into `from_pretrained(..., quantization_config=...)` or `compress()`.
+`LosslessCheckpointConfig` is what config.json then holds under "quantization_config". They are two classes because
+they share nothing but their method's name, and because transformers refuses to load a checkpoint whose stored class is
+another one than the class of the argument: that is what stops a model from being compressed twice.
+"""
+
+import copy
+import math
+from collections.abc import Iterable
+from typing import Any
+
+from transformers.quantizers import register_quantization_config
+from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from hf_lossless.errors import CheckpointError, ConfigurationError
+from hf_lossless.plan import KEPT_BITS, CompressionPlan, json_bytes
+
+QUANT_METHOD = "lossless"
+FORMAT_VERSION = 1
+"""Version of the layout on disk; raised when an older release could not read a newer folder."""
+
+THEORIES = ("llc",)
+
+
+class LosslessCompressionConfig(QuantizationConfigMixin):  # type: ignore[misc]
+    """What to compress to, and with what data.
+
+    Exactly one target is given: `ratio`, `max_bytes` or `loss_budget`.
+
+    Args:
+        dataset: Labelled rows: a datasets.Dataset, a DatasetDict (see `split`), a list of dicts, the path of a json,
+            jsonl, csv or parquet file or of a saved dataset, a Hub id; or ready batches of tensors (a list or a
+            DataLoader). Rows without labels are calibrated on the model's own predictions.
+        ratio: Bytes of the original model's tensors over bytes of the compressed one's tensors and plan, at least.
+        max_bytes: The most bytes that tensors and plan may take.
+        loss_budget: The most that the predicted loss may rise, in the loss's unit (nats).
+        theory: What predicts the loss changes: "llc".
+        bits: Widths to choose from, 1 to 8; 16 stands for keeping a layer as it is.
+        group_size: Inputs that share a scale; None: one scale per output channel.
+        symmetric: Symmetric grids, or grids with a zero point for each group.
+        modules_to_not_convert: Modules to leave alone: full names, last parts, parents' names or glob patterns.
+        keep_head: Leave everything outside the base model (classifier, language-model head) alone.
+        num_samples: Rows to calibrate on, drawn with `seed`; fewer where the data has fewer. Ready batches are all
+            used.
+        batch_size: Rows in a calibration batch.
+        split: Which split of a DatasetDict or of a Hub dataset.
+        task: "text-classification" or "image-classification"; None: by the model's class.
+        processor: Tokenizer or image processor; None: the one saved with the model.
+        seed: Seed of sampling and noise.
+
+    Raises:
+        ConfigurationError: A value is unknown or out of range, or not exactly one target is given.
+
+    Example:
+        >>> config = LosslessCompressionConfig(dataset=[{"text": "good", "label": 1}], ratio=8)
+        >>> config.theory, config.bits
+        ('llc', (2, 3, 4, 8, 16))
+    """
+
+    def __init__(
+        self,
+        dataset: Any = None,
+        *,
+        ratio: float | None = None,
+        max_bytes: int | None = None,
+        loss_budget: float | None = None,
+        theory: str = "llc",
+        bits: Iterable[int] = (2, 3, 4, 8, KEPT_BITS),
+        group_size: int | None = 64,
+        symmetric: bool = True,
+        modules_to_not_convert: Iterable[str] = (),
+        keep_head: bool = False,
+        num_samples: int = 128,
+        batch_size: int = 32,
+        split: str | None = None,
+        task: str | None = None,
+        processor: Any = None,
+        seed: int = 0,
+    ) -> None:
+        self.quant_method = QUANT_METHOD
+        self.dataset = dataset
+        self.ratio = ratio
+        self.max_bytes = max_bytes
+        self.loss_budget = loss_budget
+        self.theory = theory
+        self.bits = tuple(sorted(set(bits)))
+        self.group_size = group_size
+        self.symmetric = symmetric
+        if isinstance(modules_to_not_convert, str):
+            modules_to_not_convert = (modules_to_not_convert,)
+        self.modules_to_not_convert = tuple(modules_to_not_convert or ())
+        self.keep_head = keep_head
+        self.num_samples = num_samples
+        self.batch_size = batch_size
+        self.split = split
+        self.task = task
+        self.processor = processor
+        self.seed = seed
+        self._validate()
+
+    def _validate(self) -> None:
+        targets = {name: getattr(self, name) for name in ("ratio", "max_bytes", "loss_budget")}
+        given = {name: value for name, value in targets.items() if value is not None}
+        if len(given) != 1:
+            got = f"two targets at once: {given}" if given else "no target"
+            raise ConfigurationError(f"got {got}. Give exactly one of ratio, max_bytes and loss_budget.")
+        for name, value in given.items():
+            number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+            if not number or value <= 0:
+                raise ConfigurationError(f"{name}={value!r} is not a positive, finite number.")
+        if self.theory not in THEORIES:
+            raise ConfigurationError(f"theory={self.theory!r} is unknown. Choose one of {', '.join(THEORIES)}.")
+        allowed = (*range(1, 9), KEPT_BITS)
+        wrong = [width for width in self.bits if width not in allowed or isinstance(width, bool)]
+        if wrong or not self.bits:
+            raise ConfigurationError(
+                f"bits={wrong or self.bits} cannot be used. Choose widths from 1 to 8, and 16 for keeping a layer."
+            )
+        for name in ("group_size", "num_samples", "batch_size"):
+            value = getattr(self, name)
+            if name == "group_size" and value is None:
+                continue
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ConfigurationError(f"{name}={value!r} is not a positive whole number.")
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "LosslessCompressionConfig":
+        """A copy that shares the data and the processor: auto classes copy their arguments, and data may not be copied."""
+        twin = copy.copy(self)
+        memo[id(self)] = twin
+        return twin
+
+    def to_dict(self) -> dict[str, Any]:
+        """The settings without data and processor; JSON-ready."""
+        settings = {key: value for key, value in self.__dict__.items() if key not in ("dataset", "processor")}
+        return {key: list(value) if isinstance(value, tuple) else value for key, value in settings.items()}
+
+
+class LosslessCheckpointConfig(QuantizationConfigMixin):  # type: ignore[misc]
+    """What a compressed checkpoint says of itself, in config.json.
+
+    Args:
+        format_version: Layout on disk.
+        plan: The plan, as JSON values or read.
+        quant_method: Always "lossless".
+
+    Raises:
+        CheckpointError: The format is newer than this release, or not one at all.
+        PlanError: The plan is malformed.
+    """
+
+    def __init__(self, format_version: Any = None, plan: Any = None, quant_method: str = QUANT_METHOD) -> None:
+        if not isinstance(format_version, int) or format_version > FORMAT_VERSION:
+            raise CheckpointError(
+                f"the checkpoint has format version {format_version!r}, this release of hf_lossless reads up to "
+                f"{FORMAT_VERSION}. Upgrade with: pip install --upgrade hf-lossless"
+            )
+        self.quant_method = quant_method
+        self.format_version = format_version
+        self.plan = plan if isinstance(plan, CompressionPlan) else CompressionPlan.from_dict(plan)
+
+    @classmethod
+    def of(cls, plan: CompressionPlan) -> "LosslessCheckpointConfig":
+        """What a checkpoint with this plan, written by this release, says."""
+        return cls(FORMAT_VERSION, plan)
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of the whole checkpoint: all tensors, and this entry as config.json holds it."""
+        return self.plan.tensor_bytes + json_bytes(self.to_dict())
+
+    @classmethod
+    def from_dict(
+        cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any
+    ) -> "LosslessCheckpointConfig | tuple[LosslessCheckpointConfig, dict[str, Any]]":
+        """Reads the entry of config.json; the version is judged first, for a newer format may have other entries."""
+        version = config_dict.get("format_version")
+        newer = isinstance(version, int) and version > FORMAT_VERSION
+        config = cls(version) if newer else cls(**_known(config_dict))
+        return (config, kwargs) if return_unused_kwargs else config
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON values, as they stand in config.json."""
+        return {
+            "quant_method": self.quant_method,
+            "format_version": self.format_version,
+            "plan": self.plan.to_dict(),
+        }
+
+
+def _known(config_dict: dict[str, Any]) -> dict[str, Any]:
+    unknown = set(config_dict) - {"quant_method", "format_version", "plan"}
+    if unknown:
+        raise CheckpointError(
+            f"config.json has unknown entries under quantization_config: {sorted(unknown)}. "
+            "Take config.json again from where the checkpoint came from."
+        )
+    return config_dict
+
+
+if QUANT_METHOD not in AUTO_QUANTIZATION_CONFIG_MAPPING:  # a second registration, on reload, would raise
+    register_quantization_config(QUANT_METHOD)(LosslessCheckpointConfig)

@@ -1,0 +1,41 @@
+"""Every error that the package raises for a caller's mistake.
+
+    LosslessError
+    ├── ConfigurationError      a setting that cannot be used (also a ValueError)
+    ├── DataError               rows that cannot be used (also a ValueError)
+    ├── CalibrationError        the model or its loss cannot be measured (also a RuntimeError)
+    ├── UnreachableTargetError  no plan meets the ratio, the bytes or the loss asked (also a ValueError)
+    ├── PlanError               a plan that does not fit the model (also a ValueError)
+    └── CheckpointError         a saved folder that cannot be trusted or written (also an OSError)
+
+A message names the thing, the value it had and the remedy. Every class is also the built-in exception that a
+caller who knows nothing of this package would catch.
+"""
+
+
+class LosslessError(Exception):
+    """Base of all errors of this package."""
+
+
+class ConfigurationError(LosslessError, ValueError):
+    """A setting is unknown, out of range, or contradicts another one."""
+
+
+class DataError(LosslessError, ValueError):
+    """The rows are missing, empty, or not of the model's task."""
+
+
+class CalibrationError(LosslessError, RuntimeError):
+    """The loss cannot be computed, or is not finite."""
+
+
+class UnreachableTargetError(LosslessError, ValueError):
+    """No plan meets the target."""
+
+
+class PlanError(LosslessError, ValueError):
+    """A plan is malformed or names layers that the model does not have."""
+
+
+class CheckpointError(LosslessError, OSError):
+    """A saved folder is incomplete, altered, of a newer format, or in the way of writing."""

@@ -1,0 +1,72 @@
+"""Loss and metric of a model on a task's rows."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel
+
+from hf_lossless.calibration.data import load_rows, make_batches
+from hf_lossless.calibration.loss import model_device, to_device
+from hf_lossless.errors import DataError
+from hf_lossless.tasks.base import Task
+
+_BATCH_SIZE = 64
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What a model does on some rows.
+
+    Attributes:
+        loss: Mean loss per example, in nats for classification.
+        metric_name: Name of the task's metric.
+        metric: Its value.
+        num_examples: Rows.
+    """
+
+    loss: float
+    metric_name: str
+    metric: float
+    num_examples: int
+
+
+def evaluate(model: PreTrainedModel, dataset: Any, task: Task, processor: Any, split: str | None = None) -> Evaluation:
+    """Runs a model over labelled rows; one forward pass.
+
+    Args:
+        model: Compressed or not.
+        dataset: Rows, as `load_rows` takes them; all are used.
+        task: The model's task.
+        processor: Its tokenizer or image processor.
+        split: The split of a DatasetDict or Hub dataset.
+
+    Raises:
+        DataError: The rows have no labels, or cannot be used.
+    """
+    rows = load_rows(dataset, split)
+    losses, predictions, labels = [], [], []
+    device = model_device(model)
+    for batch in tqdm(make_batches(rows, task, processor, model, _BATCH_SIZE), desc="evaluating"):
+        if "labels" not in batch:
+            raise DataError(f"the rows have no label column (found {', '.join(rows.column_names)}). Evaluation needs labels.")
+        logits = _logits(model, to_device(batch, device))
+        losses.append(task.example_losses(logits, batch["labels"]))
+        predictions.append(task.predict(logits))
+        labels.append(batch["labels"])
+    return Evaluation(
+        loss=torch.cat(losses).double().mean().item(),
+        metric_name=task.metric_name,
+        metric=task.metric(torch.cat(predictions), torch.cat(labels)),
+        num_examples=len(rows),
+    )
+
+
+def _logits(model: PreTrainedModel, batch: Mapping[str, Any]) -> Tensor:
+    with torch.no_grad():
+        logits = model(**{name: value for name, value in batch.items() if name != "labels"}).logits
+    assert isinstance(logits, Tensor)
+    return logits.cpu()

@@ -1,0 +1,220 @@
+"""The plug-in: what `from_pretrained` and `save_pretrained` call.
+
+A first load calibrates and compresses after the weights are there; a reload puts empty compressed modules in place
+while the model is still on meta, so that the saved tensors load into them and a full-precision model never exists.
+"""
+
+import re
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+from transformers.quantizers import HfQuantizer, register_quantizer
+from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
+
+from hf_lossless.apply import apply_plan
+from hf_lossless.calibration.data import load_rows, make_batches, ready_batches, sample_rows, with_own_targets
+from hf_lossless.calibration.loss import Batch
+from hf_lossless.checkpoint import check_files, guard_names, state_dict_with_guards
+from hf_lossless.config import QUANT_METHOD, LosslessCheckpointConfig, LosslessCompressionConfig
+from hf_lossless.errors import CheckpointError, ConfigurationError, PlanError
+from hf_lossless.modules import CompressedModule, Tied
+from hf_lossless.pipeline import CompressionResult, compress
+from hf_lossless.plan import LayerPlan
+from hf_lossless.tasks.registry import task_of
+
+
+class LosslessHfQuantizer(HfQuantizer):  # type: ignore[misc]
+    """Compresses a model that is being loaded, or loads one that is compressed.
+
+    Attributes:
+        result: After a first load, what `compress` gave; None after a reload.
+    """
+
+    requires_calibration = False  # True would refuse every model that is not compressed yet
+
+    def __init__(self, quantization_config: Any, **kwargs: Any) -> None:
+        super().__init__(quantization_config, **kwargs)
+        self.result: CompressionResult | None = None
+        if not self.pre_quantized and not isinstance(quantization_config, LosslessCompressionConfig):
+            raise ConfigurationError(
+                f"quantization_config is a {type(quantization_config).__name__}. "
+                "Pass a LosslessCompressionConfig with a dataset and a target."
+            )
+
+    def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
+        """Refuses disk offload: a layer whose weight is on disk can be neither calibrated nor unpacked."""
+        if isinstance(device_map, dict) and "disk" in device_map.values():
+            raise ConfigurationError(
+                f"device_map sends {[name for name, place in device_map.items() if place == 'disk']} to disk. "
+                "Compressed layers must be in memory: give a device_map without 'disk'."
+            )
+        config = self.quantization_config
+        if not self.pre_quantized and config.dataset is None:
+            raise ConfigurationError(
+                "no dataset was given. Calibration needs rows of the model's task: LosslessCompressionConfig(dataset=...)."
+            )
+
+    def _process_model_before_weight_loading(
+        self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **kwargs: Any
+    ) -> PreTrainedModel:
+        if not self.pre_quantized:
+            return model
+        layer_plans = plans_for(model, self.quantization_config.plan.layers)
+        apply_plan(model, layer_plans)
+        forget_compressed_ties(model)
+        guards = {f"^{re.escape(name)}$" for name in guard_names(model)}
+        model._keys_to_ignore_on_load_unexpected = set(model._keys_to_ignore_on_load_unexpected or ()) | guards
+        if checkpoint_files:
+            check_files(checkpoint_files, model, _renamer(model), complete=_is_saved_class(model))
+        return model
+
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
+        if self.pre_quantized:
+            _refuse_unloaded(model)
+            return model
+        _refuse_meta(model)
+        config = self.quantization_config
+        with torch.enable_grad():  # the caller may be under no_grad
+            self.result = compress(model, calibration_batches(model, config), config)
+        forget_compressed_ties(model)
+        self.quantization_config = LosslessCheckpointConfig.of(self.result.plan)
+        model.config.quantization_config = self.quantization_config
+        return model
+
+    def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, Tensor], dict[str, str]]:
+        """What `save_pretrained` writes: the model's tensors and the guards."""
+        return state_dict_with_guards(model), {}
+
+    def is_serializable(self) -> bool:
+        """Yes: codes, scales and zeros are plain tensors."""
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        """Yes: gradients flow through the unpacked weights to what is left in floating point, and to adapters."""
+        return True
+
+    @property
+    def is_qat_trainable(self) -> bool:
+        """Yes, or else transformers' Trainer would refuse the model even for `evaluate()`. Codes are never trained."""
+        return True
+
+
+def calibration_batches(model: PreTrainedModel, config: LosslessCompressionConfig) -> list[Batch]:
+    """The batches that a configuration means: its own, or made of its rows by the model's task.
+
+    Raises:
+        DataError: The rows cannot be used.
+        ConfigurationError: The task is not known.
+    """
+    batches = ready_batches(config.dataset)
+    if batches is None:
+        task = task_of(model, config.task)
+        rows = sample_rows(load_rows(config.dataset, config.split), config.num_samples, config.seed)
+        processor = config.processor if config.processor is not None else task.load_processor(model.name_or_path)
+        batches = make_batches(rows, task, processor, model, config.batch_size)
+    if any("labels" not in batch for batch in batches if isinstance(batch, dict)):
+        batches = with_own_targets(model, batches, task_of(model, config.task))
+    return batches
+
+
+def plans_for(model: PreTrainedModel, layer_plans: dict[str, LayerPlan]) -> dict[str, LayerPlan]:
+    """A saved plan under this model's names, which lack or have the base model's prefix where the saved ones do not.
+
+    A head that the plan names and this model does not have (AutoModel of a classifier's checkpoint) is passed over, but
+    not where the model is of the very class that was saved.
+
+    Raises:
+        PlanError: A layer of the base model, or of a model of the saved class, is not there.
+    """
+    names = {name for name, _ in model.named_modules()}
+    prefix = f"{model.base_model_prefix}."
+
+    def local(name: str) -> str | None:
+        return next((form for form in (name, prefix + name, name.removeprefix(prefix)) if form in names), None)
+
+    found = {}
+    for name, layer_plan in layer_plans.items():
+        own_name = local(name)
+        if own_name is None:
+            if _is_saved_class(model) or name.startswith(prefix):
+                raise PlanError(
+                    f"the plan names the layer {name!r}, which {type(model).__name__} does not have. "
+                    f"Load the checkpoint with the class that saved it: {model.config.architectures}."
+                )
+            continue
+        tied = tuple(form for form in map(local, layer_plan.tied) if form is not None)
+        found[own_name] = layer_plan.model_copy(update={"tied": tied})
+    return found
+
+
+def forget_compressed_ties(model: PreTrainedModel) -> None:
+    """Takes what is compressed out of the model's lists of tied weights.
+
+    Transformers ties by parameter name, and a compressed module has no parameter of that name; the sharing is done by
+    `modules.Tied` now. The class attribute is shadowed on the instance, so that a later `tie_weights()` keeps to it.
+    """
+    gone = {
+        f"{name}.weight" for name, module in model.named_modules() if isinstance(module, CompressedModule | Tied)
+    }
+    for prefix, submodel in model.named_modules():
+        if not isinstance(submodel, PreTrainedModel):
+            continue
+        dotted = f"{prefix}." if prefix else ""
+        ties = submodel.get_expanded_tied_weights_keys(all_submodels=False)
+        kept = {
+            target: source for target, source in ties.items() if not {dotted + target, dotted + source} & gone
+        }
+        if kept != ties:
+            submodel._tied_weights_keys = kept
+        submodel.all_tied_weights_keys = {
+            target: source
+            for target, source in submodel.all_tied_weights_keys.items()
+            if not {dotted + target, dotted + source} & gone
+        }
+
+
+def _is_saved_class(model: PreTrainedModel) -> bool:
+    return type(model).__name__ in (model.config.architectures or ())
+
+
+def _renamer(model: PreTrainedModel) -> Any:
+    """From names on disk, which for some architectures are those of older releases, to module names."""
+    mapping = get_model_conversion_mapping(model)
+    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
+    converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+    expected = model.state_dict()
+
+    def rename(name: str) -> str:
+        renamed, _ = rename_source_key(name, renamings, converters, model.base_model_prefix, expected)
+        return renamed if renamed in expected or name not in expected else name
+
+    return rename
+
+
+def _refuse_unloaded(model: PreTrainedModel) -> None:
+    """A tensor that no file held is there, with garbage in it: transformers only warns."""
+    for name, module in model.named_modules():
+        if isinstance(module, CompressedModule):
+            for part, tensor in module.named_buffers():
+                if not getattr(tensor, "_is_hf_initialized", False):
+                    raise CheckpointError(
+                        f"the tensor '{name}.{part}' was not loaded. Take the folder again from where it came from."
+                    )
+
+
+def _refuse_meta(model: PreTrainedModel) -> None:
+    for name, parameter in model.named_parameters():
+        if parameter.is_meta:
+            raise ConfigurationError(
+                f"the parameter {name!r} is offloaded to disk, so it cannot be calibrated. "
+                "Give a device_map without 'disk', or a machine with more memory."
+            )
+
+
+if QUANT_METHOD not in AUTO_QUANTIZER_MAPPING:  # a second registration, on reload, would raise
+    register_quantizer(QUANT_METHOD)(LosslessHfQuantizer)

@@ -1,0 +1,218 @@
+"""`compress`: from a model and its data to a compressed model, one straight line.
+
+    calibrate -> propose -> predict -> frontier -> choose -> apply
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from torch import nn
+from tqdm.auto import tqdm
+
+from hf_lossless import knapsack
+from hf_lossless.apply import apply_plan
+from hf_lossless.calibration.loss import Batch, LossFunction, batch_loss
+from hf_lossless.calibration.processes import process_state
+from hf_lossless.calibration.statistics import Calibration, calibrate
+from hf_lossless.candidates.proposal import Candidate, propose
+from hf_lossless.config import LosslessCheckpointConfig, LosslessCompressionConfig
+from hf_lossless.errors import ConfigurationError, DataError, UnreachableTargetError
+from hf_lossless.layers import Layer, find_layers
+from hf_lossless.modules import CompressedModule
+from hf_lossless.plan import CompressionPlan, LayerPlan
+from hf_lossless.theories import llc
+
+_THEORIES = {"llc": llc.predict}
+
+
+@dataclass(frozen=True)
+class CompressionResult:
+    """What `compress` gives back.
+
+    Attributes:
+        model: The compressed model: the very object that was passed in, its layers replaced.
+        plan: What was chosen for each layer.
+        frontier: Every plan that no other plan beats in both bytes and predicted loss.
+        calibration: The statistics that the choice rests on.
+        size_bytes: Bytes of the compressed model's tensors and plan.
+    """
+
+    model: nn.Module
+    plan: CompressionPlan
+    frontier: knapsack.Frontier
+    calibration: Calibration
+    size_bytes: int
+
+    @property
+    def ratio(self) -> float:
+        """Bytes of the original model's tensors over `size_bytes`."""
+        return self.plan.original_bytes / self.size_bytes
+
+
+def compress(
+    model: nn.Module,
+    batches: Iterable[Batch],
+    config: LosslessCompressionConfig,
+    *,
+    loss: LossFunction = batch_loss,
+) -> CompressionResult:
+    """Compresses a model in place, to the target of `config`.
+
+    Args:
+        model: Any module with layers (see `layers`); put in evaluation mode.
+        batches: Calibration batches: mappings of the model's arguments with "labels", or pairs (inputs, targets). All
+            are kept in memory. Under several processes, the same in each.
+        config: Target, widths, theory. Its dataset is not read here.
+        loss: Mean loss of a model on a batch.
+
+    Returns:
+        The compressed model, its plan, the frontier. An error leaves the model as it was.
+
+    Raises:
+        ConfigurationError: The model is compressed already, or has no layers left to compress.
+        DataError: There are no batches.
+        CalibrationError: The loss is not finite, or cannot be computed.
+        UnreachableTargetError: No plan meets the target; the message says what the best one reaches.
+
+    Example:
+        >>> import torch
+        >>> model = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 2))
+        >>> batch = (torch.randn(8, 16), torch.randint(0, 2, (8,)))
+        >>> result = compress(model, [batch], LosslessCompressionConfig(max_bytes=2000, bits=(4, 8)))
+        >>> result.size_bytes <= 2000
+        True
+    """
+    batches = list(batches)
+    if not batches:
+        raise DataError("there are no calibration batches. Give at least one.")
+    layers = _layers_to_compress(model, config)
+    original_bytes = tensor_bytes(model)
+    other_bytes = original_bytes - sum(layer.weight.nbytes for layer in layers)
+    model.eval()
+    with _progress(len(batches), "calibrating") as advance:
+        calibration = calibrate(model, batches, layers, loss, advance)
+    candidates = {layer.name: _propose(layer, calibration, config) for layer in layers}
+    with _progress(sum(map(len, candidates.values())), "predicting") as advance:
+        predict = _THEORIES[config.theory]
+        predictions = predict(model, batches, layers, calibration, candidates, loss, config.seed, advance)
+    options = {
+        layer.name: [
+            _layer_plan(layer, candidate, change)
+            for candidate, change in zip(candidates[layer.name], predictions[layer.name], strict=True)
+        ]
+        for layer in layers
+    }
+    frontier = knapsack.frontier(
+        costs=[[option.cost_bytes for option in group] for group in options.values()],
+        losses=[[option.predicted_loss_change for option in group] for group in options.values()],
+    )
+
+    def plan_at(point: int) -> CompressionPlan:
+        chosen = zip(options.items(), frontier.choices(point), strict=True)
+        return CompressionPlan(
+            theory=config.theory,
+            layers={name: group[choice] for (name, group), choice in chosen},
+            other_bytes=other_bytes,
+            original_bytes=original_bytes,
+        )
+
+    plan = _choose(frontier, plan_at, config, original_bytes)
+    apply_plan(model, plan.layers)
+    return CompressionResult(model, plan, frontier, calibration, LosslessCheckpointConfig.of(plan).size_bytes)
+
+
+def tensor_bytes(model: nn.Module) -> int:
+    """Bytes of all tensors that a checkpoint of the model holds; shared ones once."""
+    storages = {
+        (tensor.untyped_storage().data_ptr(), tensor.storage_offset(), tensor.shape): tensor.nbytes
+        for tensor in model.state_dict().values()
+        if tensor.numel()
+    }
+    return sum(storages.values())
+
+
+def _layers_to_compress(model: nn.Module, config: LosslessCompressionConfig) -> list[Layer]:
+    if any(isinstance(module, CompressedModule) for module in model.modules()):
+        raise ConfigurationError(
+            f"this {type(model).__name__} is compressed already. Load the original checkpoint and compress that."
+        )
+    exclude = list(config.modules_to_not_convert)
+    if config.keep_head:
+        exclude += _head_modules(model)
+    layers = find_layers(model, exclude)
+    if not layers:
+        raise ConfigurationError(
+            f"{type(model).__name__} has no layer that could be compressed (linear, convolution or embedding)"
+            f"{' beside modules_to_not_convert' if exclude else ''}. Leave fewer modules out."
+        )
+    return layers
+
+
+def _head_modules(model: nn.Module) -> list[str]:
+    """The children of a Hugging Face model that lie outside its base model."""
+    base = getattr(model, "base_model_prefix", None)
+    children = [name for name, _ in model.named_children()]
+    if base not in children:
+        raise ConfigurationError(
+            f"keep_head=True, but {type(model).__name__} does not say which part of it is the base model. "
+            "Name the head in modules_to_not_convert instead."
+        )
+    return [name for name in children if name != base]
+
+
+def _propose(layer: Layer, calibration: Calibration, config: LosslessCompressionConfig) -> list[Candidate]:
+    return propose(layer, calibration.layers[layer.name], config.bits, config.group_size, config.symmetric)
+
+
+def _layer_plan(layer: Layer, candidate: Candidate, predicted_loss_change: float) -> LayerPlan:
+    return LayerPlan(
+        kind="kept" if candidate.grid is None else "grid",
+        grid=candidate.grid,
+        cost_bytes=candidate.cost_bytes,
+        predicted_loss_change=float(f"{predicted_loss_change:.4g}"),  # what follows is noise, and costs bytes
+        tied=layer.tied,
+    )
+
+
+def _choose(
+    frontier: knapsack.Frontier,
+    plan_at: Callable[[int], CompressionPlan],
+    config: LosslessCompressionConfig,
+    original_bytes: int,
+) -> CompressionPlan:
+    """The plan of the frontier that meets the target; a byte target counts the plan's own text too."""
+    if config.loss_budget is not None:
+        point = frontier.within_loss(config.loss_budget)
+        if point is None:
+            least = frontier.predicted_loss_change[-1]
+            raise UnreachableTargetError(
+                f"loss_budget={config.loss_budget:g} cannot be met: the least predicted loss change of any plan with "
+                f"bits={config.bits} is {least:.4g}. Allow more, or add wider widths (16 keeps a layer)."
+            )
+        return plan_at(point)
+
+    max_bytes = config.max_bytes if config.max_bytes is not None else int(original_bytes / (config.ratio or 1))
+    smallest = plan_at(0)
+    text_bytes = LosslessCheckpointConfig.of(smallest).size_bytes - smallest.tensor_bytes
+    point = frontier.within_bytes(max_bytes - smallest.other_bytes - text_bytes)
+    # Plans differ by a few characters in their text: step down until the whole fits.
+    while point is not None:
+        plan = plan_at(point)
+        if LosslessCheckpointConfig.of(plan).size_bytes <= max_bytes:
+            return plan
+        point = point - 1 if point else None
+    least_bytes = LosslessCheckpointConfig.of(smallest).size_bytes
+    asked = f"ratio={config.ratio:g}" if config.ratio is not None else f"max_bytes={config.max_bytes}"
+    raise UnreachableTargetError(
+        f"{asked} cannot be reached: the smallest plan takes {least_bytes} bytes of the original's {original_bytes}, "
+        f"a ratio of {original_bytes / least_bytes:.2f}. Ask for at most that, add narrower widths than "
+        f"bits={config.bits}, or leave fewer modules out."
+    )
+
+
+@contextmanager
+def _progress(total: int, what: str) -> Iterator[Callable[[], object]]:
+    """A progress bar with the time left, on the main process only."""
+    with tqdm(total=total, desc=what, disable=not process_state().is_main_process) as bar:
+        yield bar.update

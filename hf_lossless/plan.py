@@ -1,0 +1,135 @@
+"""What is decided for every layer, and how it is written down.
+
+A `CompressionPlan` is the whole decision: one `LayerPlan` for each compressible layer. It is what the knapsack
+chooses, what `apply` carries out, and what config.json keeps, so that a checkpoint can be rebuilt without data. It
+imports no torch. Every field is checked when a plan is read: a plan comes from a file that anyone may have edited.
+"""
+
+import json
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from hf_lossless.errors import PlanError
+
+KEPT_BITS = 16
+"""The width that stands for "keep this layer as it came, in its own dtype"."""
+
+Rounding = Literal["nearest", "down", "up"]
+
+
+class _Record(BaseModel):
+    """A frozen record that refuses unknown fields and silent conversions."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+class Grid(_Record):
+    """A uniform grid: the levels `scale * (code - zero)`, with code in 0 .. 2^bits - 1.
+
+    Attributes:
+        bits: Width of a code, 1 to 8.
+        group_size: Consecutive inputs of one output row that share a scale; None: the whole row (per output channel).
+        symmetric: True: `zero` is the constant 2^(bits-1) (1 bit: 1/2, so that the two levels are +-scale/2).
+            False: one `zero` per group is stored beside the scale.
+        rounding: How a weight goes to its level; "down" and "up" are the directions of LLC Eq. 7.
+        scale_dtype: How scales and zeros are stored; float32 only where float16 would lose them.
+    """
+
+    bits: Annotated[int, Field(ge=1, le=8)]
+    group_size: Annotated[int, Field(ge=1)] | None = None
+    symmetric: bool = True
+    rounding: Rounding = "nearest"
+    scale_dtype: Literal["float16", "float32"] = "float16"
+
+    def num_groups(self, in_features: int) -> int:
+        """Number of groups in a row of `in_features` weights."""
+        return 1 if self.group_size is None else -(-in_features // self.group_size)
+
+
+class LayerPlan(_Record):
+    """How one layer is stored.
+
+    Attributes:
+        kind: "kept": as it came. "grid": codes on a uniform grid.
+        grid: The grid, for kind "grid".
+        cost_bytes: Bytes of the layer's weight as stored: codes, scales and zeros, or the dense tensor.
+        predicted_loss_change: Change of the mean loss that the theory predicts, in the loss's own unit (nats).
+        tied: Names of other modules that share this weight and are stored with it.
+    """
+
+    kind: Literal["kept", "grid"]
+    grid: Grid | None = None
+    cost_bytes: Annotated[int, Field(ge=0)]
+    predicted_loss_change: float
+    tied: tuple[str, ...] = ()
+
+    @model_validator(mode="after")
+    def _kind_has_its_part(self) -> "LayerPlan":
+        if (self.kind == "grid") != (self.grid is not None):
+            raise ValueError(f"kind {self.kind!r} {'needs' if self.kind == 'grid' else 'cannot have'} a grid")
+        return self
+
+    @property
+    def bits(self) -> int:
+        """Width of a stored weight; `KEPT_BITS` stands for a kept layer, whatever its dtype."""
+        return self.grid.bits if self.grid is not None else KEPT_BITS
+
+
+class CompressionPlan(_Record):
+    """One choice for every compressible layer of a model.
+
+    Attributes:
+        theory: What predicted the loss changes.
+        layers: Layer plans by module name, in the model's own order.
+        other_bytes: Bytes of every tensor that no layer plan covers (biases, norms, positions, buffers).
+        original_bytes: Bytes of all the original model's tensors in their own dtype, shared ones once.
+        activations: What happens to activations at run time. "float": they stay in floating point, even where the
+            theory counted their quantisation noise when it compared widths.
+    """
+
+    theory: str
+    layers: dict[str, LayerPlan]
+    other_bytes: Annotated[int, Field(ge=0)]
+    original_bytes: Annotated[int, Field(ge=0)]
+    activations: Literal["float"] = "float"
+
+    @property
+    def tensor_bytes(self) -> int:
+        """Bytes of all tensors of the compressed model."""
+        return self.other_bytes + sum(layer.cost_bytes for layer in self.layers.values())
+
+    @property
+    def predicted_loss_change(self) -> float:
+        """Sum of the layers' predicted loss changes (LLC Eq. 9 takes them as independent)."""
+        return sum(layer.predicted_loss_change for layer in self.layers.values())
+
+    def to_dict(self) -> dict[str, Any]:
+        """The plan as JSON-ready values; fields at their default are left out, for they cost bytes too."""
+        return self.model_dump(mode="json", exclude_defaults=True)
+
+    @classmethod
+    def from_dict(cls, values: Any) -> "CompressionPlan":
+        """Reads a plan back.
+
+        Args:
+            values: What `to_dict` gave, perhaps by way of a JSON file.
+
+        Raises:
+            PlanError: A field is missing, unknown, or of the wrong type or range.
+        """
+        try:
+            return cls.model_validate_json(json.dumps(values))
+        except ValidationError as error:
+            first = error.errors()[0]
+            place = ".".join(str(part) for part in first["loc"])
+            raise PlanError(
+                f"the compression plan is malformed at {place or 'its top'}: {first['msg']} (got {first['input']!r}). "
+                "Take config.json again from where the checkpoint came from."
+            ) from error
+
+
+def json_bytes(values: dict[str, Any]) -> int:
+    """Bytes that `values` take as the entry `quantization_config` of a config.json, as transformers lays it out."""
+    text = json.dumps({"quantization_config": values}, indent=2, sort_keys=True)
+    return len(text.encode()) - len("{\n\n}")

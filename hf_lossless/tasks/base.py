@@ -1,0 +1,102 @@
+"""What every task provides, and the columns that a data set calls them by."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from hf_lossless.errors import DataError
+
+Row = Mapping[str, Any]
+
+
+class Task(ABC):
+    """A task: rows to batches, outputs to per-example losses and a metric.
+
+    Attributes:
+        name: The Hub's pipeline tag.
+        head: Last part of the class names of models that do this task.
+        metric_name: Name of the metric, as it is reported.
+    """
+
+    name: ClassVar[str]
+    head: ClassVar[str]
+    metric_name: ClassVar[str]
+
+    @abstractmethod
+    def load_model(self, model: str, **kwargs: Any) -> PreTrainedModel:
+        """`AutoModelFor...from_pretrained`."""
+
+    @abstractmethod
+    def load_processor(self, model: str) -> Any:
+        """The tokenizer or image processor saved with a model."""
+
+    @abstractmethod
+    def encode(self, rows: Sequence[Row], processor: Any, model: PreTrainedModel) -> dict[str, Tensor]:
+        """A batch of the model's arguments, with "labels" where the rows have them.
+
+        Raises:
+            DataError: The rows are of another task, or a label is not one of the model's.
+        """
+
+    @abstractmethod
+    def length(self, row: Row) -> int:
+        """What a row costs to run, so that rows of like length can share a batch."""
+
+    @abstractmethod
+    def predict(self, logits: Tensor) -> Tensor:
+        """The model's answers, in the form of labels."""
+
+    @abstractmethod
+    def example_losses(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Loss of each example [examples]; their mean is the loss the model itself returns."""
+
+    @abstractmethod
+    def metric(self, predictions: Tensor, labels: Tensor) -> float:
+        """The task's metric over all examples, between 0 and 1."""
+
+
+def find_column(row: Row, names: Sequence[str], what: str) -> str:
+    """The first of `names` that the row has.
+
+    Raises:
+        DataError: It has none; the message lists what was looked for and what was found.
+    """
+    for name in names:
+        if name in row:
+            return name
+    raise DataError(
+        f"the rows have no {what} column: looked for {', '.join(names)}, found {', '.join(row) or 'none'}. "
+        "Rename a column, or name the right task with task= (--task)."
+    )
+
+
+LABEL_COLUMNS = ("label", "labels", "fine_label")
+
+
+def class_labels(rows: Sequence[Row], model: PreTrainedModel) -> Tensor | None:
+    """Class indices [rows], or None where the rows have no label column.
+
+    A label is an index below the model's number of labels, or one of its label names.
+    """
+    column = next((name for name in LABEL_COLUMNS if name in rows[0]), None)
+    if column is None:
+        return None
+    label2id = model.config.label2id or {}
+    num_labels = model.config.num_labels
+    labels = []
+    for row in rows:
+        label = row[column]
+        if isinstance(label, str):
+            label = label2id.get(label, label)
+        if not isinstance(label, int) or isinstance(label, bool) or not 0 <= label < num_labels:
+            raise DataError(
+                f"the label {row[column]!r} in column {column!r} is not one of the model's {num_labels} labels "
+                f"(0 to {num_labels - 1}, or {', '.join(list(label2id)[:10])}). "
+                "Use the data that the model was trained for, or drop rows without a label."
+            )
+        labels.append(label)
+    return torch.tensor(labels)

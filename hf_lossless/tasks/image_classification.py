@@ -1,0 +1,62 @@
+"""Image classification: ImageNet, CIFAR, Fashion-MNIST and the like."""
+
+import io
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor
+from transformers import AutoImageProcessor, AutoModelForImageClassification, PreTrainedModel
+
+from hf_lossless.errors import DataError
+from hf_lossless.tasks.base import Row, class_labels, find_column
+from hf_lossless.tasks.classification import Classification
+
+_IMAGES = ("image", "img", "pixel_values")
+
+
+class ImageClassification(Classification):
+    """One image to one label."""
+
+    name = "image-classification"
+    head = "ForImageClassification"
+
+    def load_model(self, model: str, **kwargs: Any) -> PreTrainedModel:
+        """The model with a classification head."""
+        return AutoModelForImageClassification.from_pretrained(model, **kwargs)
+
+    def load_processor(self, model: str) -> Any:
+        """Its image processor, in the version that needs only Pillow."""
+        return AutoImageProcessor.from_pretrained(model, backend="pil")
+
+    def length(self, row: Row) -> int:
+        """All images cost the same."""
+        return 0
+
+    def encode(self, rows: Sequence[Row], processor: Any, model: PreTrainedModel) -> dict[str, Tensor]:
+        """Pixel values as the image processor makes them."""
+        column = find_column(rows[0], _IMAGES, "image")
+        images = [_as_image(row[column], column) for row in rows]
+        encoded = {"pixel_values": processor(images, return_tensors="pt")["pixel_values"]}
+        labels = class_labels(rows, model)
+        if labels is not None:
+            encoded["labels"] = labels
+        return encoded
+
+
+def _as_image(value: Any, column: str) -> Image.Image:
+    """An RGB image from an image, a path, or the {"bytes", "path"} of a parquet file."""
+    try:
+        if isinstance(value, Image.Image):
+            return value.convert("RGB")
+        if isinstance(value, str):
+            return Image.open(value).convert("RGB")
+        if isinstance(value, Mapping) and value.get("bytes"):
+            return Image.open(io.BytesIO(value["bytes"])).convert("RGB")
+    except (UnidentifiedImageError, OSError) as error:
+        name = value if isinstance(value, str) else (value.get("path") if isinstance(value, Mapping) else None)
+        raise DataError(f"the image {name or f'in column {column!r}'} cannot be decoded: {error}. Remove that row.") from error
+    raise DataError(
+        f"the column {column!r} holds {type(value).__name__} where an image is expected. "
+        "Give PIL images, paths, or a parquet file with an image column."
+    )

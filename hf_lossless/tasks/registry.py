@@ -1,0 +1,41 @@
+"""Which task a model does, or a user names."""
+
+from transformers import PreTrainedModel
+
+from hf_lossless.errors import ConfigurationError
+from hf_lossless.tasks.base import Task
+from hf_lossless.tasks.image_classification import ImageClassification
+from hf_lossless.tasks.text_classification import TextClassification
+
+TASKS: dict[str, Task] = {task.name: task for task in (TextClassification(), ImageClassification())}
+
+
+def task_named(name: str) -> Task:
+    """The task of a name.
+
+    Raises:
+        ConfigurationError: There is none.
+    """
+    if name not in TASKS:
+        raise ConfigurationError(f"task={name!r} is unknown. Choose one of {', '.join(TASKS)}.")
+    return TASKS[name]
+
+
+def task_of_class(class_name: str) -> Task:
+    """The task of a model class, by the end of its name.
+
+    Raises:
+        ConfigurationError: It does none of the known tasks.
+    """
+    for task in TASKS.values():
+        if class_name.endswith(task.head):
+            return task
+    raise ConfigurationError(
+        f"{class_name} does none of the tasks whose data can be prepared here ({', '.join(TASKS)}). "
+        "Give ready batches as dataset (tensors with the model's argument names), or name the task with task= (--task)."
+    )
+
+
+def task_of(model: PreTrainedModel, name: str | None = None) -> Task:
+    """The task named, or else that of the model's class."""
+    return task_named(name) if name is not None else task_of_class(type(model).__name__)

@@ -1,0 +1,1 @@
+"""What predicts how a candidate changes the loss; one file per theory."""
