@@ -35,6 +35,7 @@ _DTYPES = {
     torch.float64: "F64",
 }
 
+
 def state_dict_with_guards(model: nn.Module) -> dict[str, Tensor]:
     """The model's tensors, and a guard for every compressed layer."""
     return {**model.state_dict(), **{name: torch.empty(0) for name in guard_names(model)}}
@@ -82,7 +83,9 @@ def check_files(
             wanted_dtype, wanted_shape = expected[name]
             own = layer in compressed and name.rpartition(".")[2] != "bias"
             if shape != wanted_shape:
-                raise CheckpointError(f"{where} has shape {list(shape)}, the plan needs {list(wanted_shape)}. {_REMEDY}")
+                raise CheckpointError(
+                    f"{where} has shape {list(shape)}, the plan needs {list(wanted_shape)}. {_REMEDY}"
+                )
             # A model may be loaded in another floating dtype; codes and scales may not.
             if dtype != wanted_dtype and (own or not {dtype, wanted_dtype} <= {"F16", "BF16", "F32", "F64"}):
                 raise CheckpointError(f"{where} is of type {dtype}, the plan needs {wanted_dtype}. {_REMEDY}")
@@ -99,7 +102,7 @@ def _headers(file: str | os.PathLike[str]) -> Iterator[tuple[str, str, tuple[int
     """Name, type and shape of each tensor of a file, from its header."""
     try:
         with safe_open(os.fspath(file), framework="pt") as tensors:
-            for name in tensors.keys():  # noqa: SIM118  # not a mapping
+            for name in tensors.keys():  # not a mapping
                 piece = tensors.get_slice(name)
                 yield name, piece.get_dtype(), tuple(piece.get_shape())
     except (SafetensorError, OSError) as error:
@@ -117,12 +120,16 @@ def read_entry(folder: str | os.PathLike[str]) -> LosslessCheckpointConfig:
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror}. Give a folder written by hf_lossless.") from error
+        raise CheckpointError(
+            f"{path} cannot be read: {error.strerror}. Give a folder written by hf_lossless."
+        ) from error
     except ValueError as error:
         raise CheckpointError(f"{path} is not JSON: {error}. {_REMEDY}") from error
     entry = values.get("quantization_config") if isinstance(values, Mapping) else None
     if not isinstance(entry, Mapping) or entry.get("quant_method") != "lossless":
-        raise CheckpointError(f"{folder} holds no model compressed by hf_lossless. Compress one with: hf-lossless compress")
+        raise CheckpointError(
+            f"{folder} holds no model compressed by hf_lossless. Compress one with: hf-lossless compress"
+        )
     config = LosslessCheckpointConfig.from_dict(dict(entry))
     assert isinstance(config, LosslessCheckpointConfig)
     return config

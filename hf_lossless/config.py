@@ -11,8 +11,7 @@ import math
 from collections.abc import Iterable
 from typing import Any
 
-from transformers.quantizers import register_quantization_config
-from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
+from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, register_quantization_config
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from hf_lossless.errors import CheckpointError, ConfigurationError
@@ -25,7 +24,7 @@ FORMAT_VERSION = 1
 THEORIES = ("llc",)
 
 
-class LosslessCompressionConfig(QuantizationConfigMixin):  # type: ignore[misc]
+class LosslessCompressionConfig(QuantizationConfigMixin):
     """What to compress to, and with what data.
 
     Exactly one target is given: `ratio`, `max_bytes` or `loss_budget`.
@@ -38,6 +37,8 @@ class LosslessCompressionConfig(QuantizationConfigMixin):  # type: ignore[misc]
         max_bytes: The most bytes that tensors and plan may take.
         loss_budget: The most that the predicted loss may rise, in the loss's unit (nats).
         theory: What predicts the loss changes: "llc".
+        activation_noise: Count the noise of activations quantised to the width of their layer's weight, as LLC
+            Algorithm 1 does. The run time keeps activations in floating point either way, and the plan says so.
         bits: Widths to choose from, 1 to 8; 16 stands for keeping a layer as it is.
         group_size: Inputs that share a scale; None: one scale per output channel.
         symmetric: Symmetric grids, or grids with a zero point for each group.
@@ -68,6 +69,7 @@ class LosslessCompressionConfig(QuantizationConfigMixin):  # type: ignore[misc]
         max_bytes: int | None = None,
         loss_budget: float | None = None,
         theory: str = "llc",
+        activation_noise: bool = False,
         bits: Iterable[int] = (2, 3, 4, 8, KEPT_BITS),
         group_size: int | None = 64,
         symmetric: bool = True,
@@ -80,12 +82,13 @@ class LosslessCompressionConfig(QuantizationConfigMixin):  # type: ignore[misc]
         processor: Any = None,
         seed: int = 0,
     ) -> None:
-        self.quant_method = QUANT_METHOD
+        self.quant_method = QUANT_METHOD  # type: ignore[assignment]  # plug-ins use a plain string
         self.dataset = dataset
         self.ratio = ratio
         self.max_bytes = max_bytes
         self.loss_budget = loss_budget
         self.theory = theory
+        self.activation_noise = activation_noise
         self.bits = tuple(sorted(set(bits)))
         self.group_size = group_size
         self.symmetric = symmetric
@@ -127,7 +130,7 @@ class LosslessCompressionConfig(QuantizationConfigMixin):  # type: ignore[misc]
                 raise ConfigurationError(f"{name}={value!r} is not a positive whole number.")
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "LosslessCompressionConfig":
-        """A copy that shares the data and the processor: auto classes copy their arguments, and data may not be copied."""
+        """A copy that shares the data: auto classes copy their arguments, and a generator cannot be copied."""
         twin = copy.copy(self)
         memo[id(self)] = twin
         return twin
@@ -138,7 +141,7 @@ class LosslessCompressionConfig(QuantizationConfigMixin):  # type: ignore[misc]
         return {key: list(value) if isinstance(value, tuple) else value for key, value in settings.items()}
 
 
-class LosslessCheckpointConfig(QuantizationConfigMixin):  # type: ignore[misc]
+class LosslessCheckpointConfig(QuantizationConfigMixin):
     """What a compressed checkpoint says of itself, in config.json.
 
     Args:
@@ -157,7 +160,7 @@ class LosslessCheckpointConfig(QuantizationConfigMixin):  # type: ignore[misc]
                 f"the checkpoint has format version {format_version!r}, this release of hf_lossless reads up to "
                 f"{FORMAT_VERSION}. Upgrade with: pip install --upgrade hf-lossless"
             )
-        self.quant_method = quant_method
+        self.quant_method = quant_method  # type: ignore[assignment]
         self.format_version = format_version
         self.plan = plan if isinstance(plan, CompressionPlan) else CompressionPlan.from_dict(plan)
 

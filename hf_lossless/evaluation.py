@@ -52,7 +52,9 @@ def evaluate(model: PreTrainedModel, dataset: Any, task: Task, processor: Any, s
     device = model_device(model)
     for batch in tqdm(make_batches(rows, task, processor, model, _BATCH_SIZE), desc="evaluating"):
         if "labels" not in batch:
-            raise DataError(f"the rows have no label column (found {', '.join(rows.column_names)}). Evaluation needs labels.")
+            raise DataError(
+                f"the rows have no label column (found {', '.join(rows.column_names)}). Evaluation needs labels."
+            )
         logits = _logits(model, to_device(batch, device))
         losses.append(task.example_losses(logits, batch["labels"]))
         predictions.append(task.predict(logits))

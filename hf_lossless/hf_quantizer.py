@@ -12,8 +12,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
-from transformers.quantizers import HfQuantizer, register_quantizer
-from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
+from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING, register_quantizer
+from transformers.quantizers.base import HfQuantizer
 
 from hf_lossless.apply import apply_plan
 from hf_lossless.calibration.data import load_rows, make_batches, ready_batches, sample_rows, with_own_targets
@@ -27,13 +27,14 @@ from hf_lossless.plan import LayerPlan
 from hf_lossless.tasks.registry import task_of
 
 
-class LosslessHfQuantizer(HfQuantizer):  # type: ignore[misc]
+class LosslessHfQuantizer(HfQuantizer):
     """Compresses a model that is being loaded, or loads one that is compressed.
 
     Attributes:
         result: After a first load, what `compress` gave; None after a reload.
     """
 
+    quantization_config: Any  # a LosslessCompressionConfig before compression, a LosslessCheckpointConfig afterwards
     requires_calibration = False  # True would refuse every model that is not compressed yet
 
     def __init__(self, quantization_config: Any, **kwargs: Any) -> None:
@@ -55,7 +56,8 @@ class LosslessHfQuantizer(HfQuantizer):  # type: ignore[misc]
         config = self.quantization_config
         if not self.pre_quantized and config.dataset is None:
             raise ConfigurationError(
-                "no dataset was given. Calibration needs rows of the model's task: LosslessCompressionConfig(dataset=...)."
+                "no dataset was given. Calibration needs rows of the model's task: "
+                "LosslessCompressionConfig(dataset=...)."
             )
 
     def _process_model_before_weight_loading(
@@ -115,7 +117,7 @@ def calibration_batches(model: PreTrainedModel, config: LosslessCompressionConfi
     if batches is None:
         task = task_of(model, config.task)
         rows = sample_rows(load_rows(config.dataset, config.split), config.num_samples, config.seed)
-        processor = config.processor if config.processor is not None else task.load_processor(model.name_or_path)
+        processor = config.processor if config.processor is not None else task.load_processor(str(model.name_or_path))
         batches = make_batches(rows, task, processor, model, config.batch_size)
     if any("labels" not in batch for batch in batches if isinstance(batch, dict)):
         batches = with_own_targets(model, batches, task_of(model, config.task))
@@ -158,17 +160,13 @@ def forget_compressed_ties(model: PreTrainedModel) -> None:
     Transformers ties by parameter name, and a compressed module has no parameter of that name; the sharing is done by
     `modules.Tied` now. The class attribute is shadowed on the instance, so that a later `tie_weights()` keeps to it.
     """
-    gone = {
-        f"{name}.weight" for name, module in model.named_modules() if isinstance(module, CompressedModule | Tied)
-    }
+    gone = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, CompressedModule | Tied)}
     for prefix, submodel in model.named_modules():
         if not isinstance(submodel, PreTrainedModel):
             continue
         dotted = f"{prefix}." if prefix else ""
         ties = submodel.get_expanded_tied_weights_keys(all_submodels=False)
-        kept = {
-            target: source for target, source in ties.items() if not {dotted + target, dotted + source} & gone
-        }
+        kept = {target: source for target, source in ties.items() if not {dotted + target, dotted + source} & gone}
         if kept != ties:
             submodel._tied_weights_keys = kept
         submodel.all_tied_weights_keys = {

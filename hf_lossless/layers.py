@@ -71,19 +71,15 @@ def as_matrix(weight: Tensor, kind: LayerKind) -> Tensor:
 
 def kind_of(module: nn.Module) -> LayerKind | None:
     """The kind of a module, or None where it cannot be compressed."""
-    for base, kind in _KINDS.items():
-        if isinstance(module, base):
-            break
-    else:
-        return None
-    if type(module).forward is not base.forward:
+    base = next((base for base in _KINDS if isinstance(module, base)), None)
+    if base is None or type(module).forward is not base.forward:
         return None
     if isinstance(module, nn.Conv2d) and module.padding_mode != "zeros":
         return None
     if isinstance(module, nn.Embedding) and module.max_norm is not None:
         return None
     weight = module._parameters.get("weight")
-    return kind if weight is not None and weight.is_floating_point() else None
+    return _KINDS[base] if weight is not None and weight.is_floating_point() else None
 
 
 def find_layers(model: nn.Module, exclude: Iterable[str] = ()) -> list[Layer]:
@@ -124,8 +120,8 @@ def find_layers(model: nn.Module, exclude: Iterable[str] = ()) -> list[Layer]:
     layers = []
     for identity, users in homes.items():
         name, module, kind = users[0]
-        # A transposed or flattened view cannot stand in for a plain one, and a module that is no layer cannot do without
-        # its tensor: such sharing is left alone.
+        # A transposed or flattened view cannot stand in for a plain one, and a module that is no layer cannot do
+        # without its tensor: such sharing is left alone.
         tieable = len(users) == 1 or all(user_kind in ("linear", "embedding") for _, _, user_kind in users)
         tieable = tieable and names_of_weight[identity] == len(users)
         if tieable and not any(user in excluded for user, _, _ in users):

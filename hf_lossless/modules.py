@@ -15,14 +15,13 @@ for a float parameter would come back trainable and could pass for the model's d
 """
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from hf_lossless.candidates.uniform import QuantisedMatrix, dequantise
-from hf_lossless.layers import Layer, LayerKind, as_matrix
+from hf_lossless.layers import Layer, LayerKind
 from hf_lossless.packing import pack, packed_width, unpack
 from hf_lossless.plan import Grid
 
@@ -86,14 +85,12 @@ class CompressedModule(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "CompressedModule":
         """Moves as any module does, but a change of dtype leaves the scales alone and only sets `self.dtype`."""
-        held = {name: self._buffers[name] for name in ("scales", "zeros") if self._buffers[name] is not None}
+        held = {"scales": self.scales} | ({} if self.zeros is None else {"zeros": self.zeros})
         for name, tensor in held.items():
-            self._buffers[name] = tensor.view(torch.int16 if tensor.dtype == torch.float16 else torch.int32)
+            setattr(self, name, tensor.view(torch.int16 if tensor.dtype == torch.float16 else torch.int32))
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name, tensor in held.items():
-            moved = self._buffers[name]
-            assert moved is not None
-            self._buffers[name] = moved.view(tensor.dtype)
+            setattr(self, name, getattr(self, name).view(tensor.dtype))
         self.dtype = fn(torch.empty(0, dtype=self.dtype, device=self.codes.device)).dtype
         return self
 
@@ -114,19 +111,20 @@ class CompressedLinear(CompressedModule):
             self.nx, self.nf = self.in_features, self.out_features
 
     def forward(self, input: Tensor) -> Tensor:
-        """y = x W' + b."""
+        """Computes y = x W' + b."""
         return F.linear(input, self.matrix(), self.bias)
 
 
 class CompressedConv2d(CompressedModule):
     """nn.Conv2d, grouped and depthwise too."""
 
-    _COPIED = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups", "padding_mode")
-
     def __init__(self, layer: Layer, grid: Grid) -> None:
         super().__init__(layer, grid)
-        for name in self._COPIED:
-            setattr(self, name, getattr(layer.module, name))
+        original = layer.module
+        assert isinstance(original, nn.Conv2d)
+        self.in_channels, self.out_channels = original.in_channels, original.out_channels
+        self.kernel_size, self.stride, self.dilation = original.kernel_size, original.stride, original.dilation
+        self.padding, self.padding_mode, self.groups = original.padding, original.padding_mode, original.groups
 
     def forward(self, input: Tensor) -> Tensor:
         """The convolution with the unpacked kernel."""
@@ -165,6 +163,7 @@ class Tied(nn.Module):
         self.training = home.training
 
     home: CompressedModule
+    bias: nn.Parameter | None
 
     @property
     def weight(self) -> Tensor:
@@ -180,7 +179,7 @@ class TiedLinear(Tied):
         self.out_features, self.in_features = home.matrix_shape
 
     def forward(self, input: Tensor) -> Tensor:
-        """y = x W' + b."""
+        """Computes y = x W' + b."""
         return F.linear(input, self.home.matrix(), self.bias)
 
 

@@ -1,6 +1,6 @@
 """`compress`: from a model and its data to a compressed model, one straight line.
 
-    calibrate -> propose -> predict -> frontier -> choose -> apply
+calibrate -> propose -> predict -> frontier -> choose -> apply
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -95,7 +95,9 @@ def compress(
     candidates = {layer.name: _propose(layer, calibration, config) for layer in layers}
     with _progress(sum(map(len, candidates.values())), "predicting") as advance:
         predict = _THEORIES[config.theory]
-        predictions = predict(model, batches, layers, calibration, candidates, loss, config.seed, advance)
+        predictions = predict(
+            model, batches, layers, calibration, candidates, loss, config.seed, config.activation_noise, advance
+        )
     options = {
         layer.name: [
             _layer_plan(layer, candidate, change)
@@ -115,6 +117,7 @@ def compress(
             layers={name: group[choice] for (name, group), choice in chosen},
             other_bytes=other_bytes,
             original_bytes=original_bytes,
+            activation_noise=config.activation_noise,
         )
 
     plan = _choose(frontier, plan_at, config, original_bytes)

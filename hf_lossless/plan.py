@@ -84,8 +84,8 @@ class CompressionPlan(_Record):
         layers: Layer plans by module name, in the model's own order.
         other_bytes: Bytes of every tensor that no layer plan covers (biases, norms, positions, buffers).
         original_bytes: Bytes of all the original model's tensors in their own dtype, shared ones once.
-        activations: What happens to activations at run time. "float": they stay in floating point, even where the
-            theory counted their quantisation noise when it compared widths.
+        activations: What happens to activations at run time: "float", they stay in floating point.
+        activation_noise: Whether the theory counted their quantisation noise all the same when it compared widths.
     """
 
     theory: str
@@ -93,6 +93,7 @@ class CompressionPlan(_Record):
     other_bytes: Annotated[int, Field(ge=0)]
     original_bytes: Annotated[int, Field(ge=0)]
     activations: Literal["float"] = "float"
+    activation_noise: bool = False
 
     @property
     def tensor_bytes(self) -> int:
@@ -105,8 +106,8 @@ class CompressionPlan(_Record):
         return sum(layer.predicted_loss_change for layer in self.layers.values())
 
     def to_dict(self) -> dict[str, Any]:
-        """The plan as JSON-ready values; fields at their default are left out, for they cost bytes too."""
-        return self.model_dump(mode="json", exclude_defaults=True)
+        """The plan as JSON-ready values; layers' fields at their default are left out, for they cost bytes too."""
+        return {**self.model_dump(mode="json", exclude_defaults=True), "activations": self.activations}
 
     @classmethod
     def from_dict(cls, values: Any) -> "CompressionPlan":

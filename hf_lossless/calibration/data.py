@@ -40,12 +40,14 @@ def load_rows(dataset: Any, split: str | None = None) -> datasets.Dataset:
         if split is None and len(rows) == 1:
             split = next(iter(rows))
         if split not in rows:
-            raise DataError(f"split={split!r} is not in the data set, which has {', '.join(rows)}. Name one with split=.")
+            raise DataError(
+                f"split={split!r} is not in the data set, which has {', '.join(rows)}. Name one with split=."
+            )
         rows = rows[split]
     if not isinstance(rows, datasets.Dataset):
         raise DataError(
-            f"dataset is a {type(dataset).__name__}. Give a datasets.Dataset, a DatasetDict with split=, a list of dicts, "
-            "a json, jsonl, csv or parquet path, a Hub id, or ready batches of tensors."
+            f"dataset is a {type(dataset).__name__}. Give a datasets.Dataset, a DatasetDict with split=, a list of "
+            "dicts, a json, jsonl, csv or parquet path, a Hub id, or ready batches of tensors."
         )
     if not len(rows):
         raise DataError("the data set is empty: it has 0 rows. Calibration and evaluation need at least one.")

@@ -56,9 +56,7 @@ def weight_noise(layer: Layer, noise: Tensor) -> Iterator[None]:
 
 
 @contextmanager
-def input_noise(
-    model: nn.Module, layer: Layer, draw: Callable[[Tensor], Tensor]
-) -> Iterator[None]:
+def input_noise(model: nn.Module, layer: Layer, draw: Callable[[Tensor], Tensor]) -> Iterator[None]:
     """Adds `draw(input)` to the real-valued inputs of a layer and of the modules tied to it."""
 
     def add(module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> tuple[Any, Any] | None:
@@ -82,9 +80,9 @@ def one_sided_noise(shape: torch.Size, sign: float, generator: torch.Generator) 
     return sign * torch.randn(shape, generator=generator).abs_()
 
 
-def seeded(*numbers: int) -> torch.Generator:
-    """A generator seeded by several small numbers."""
+def seeded_number(*numbers: int) -> int:
+    """One seed of several numbers, the same in every process."""
     seed = 0
     for number in numbers:
-        seed = (seed * 1_000_003 + number) % 2**63
-    return torch.Generator().manual_seed(seed)
+        seed = (seed * 1_000_003 + number + 1) % 2**62
+    return seed

@@ -42,7 +42,8 @@ def sum_over_processes(values: Tensor) -> Tensor:
     state = process_state()
     if state.num_processes == 1:
         return values
-    return reduce(values.to(state.device), "sum").to(values.device)
+    total: Tensor = reduce(values.to(state.device), "sum")
+    return total.to(values.device)
 
 
 def max_over_processes(values: Tensor) -> Tensor:

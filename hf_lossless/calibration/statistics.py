@@ -92,7 +92,9 @@ class _Sums:
         mean = values.mean()
         deviation = (values - mean).abs().sum(dtype=torch.float64)
         square = values.square().sum(dtype=torch.float64)
-        self.totals[1:5] += torch.stack([torch.full_like(square, values.numel()), values.sum(dtype=torch.float64), square, deviation]).cpu()
+        self.totals[1:5] += torch.stack(
+            [torch.full_like(square, values.numel()), values.sum(dtype=torch.float64), square, deviation]
+        ).cpu()
         self.extremes = torch.maximum(self.extremes, torch.stack([-values.amin(), values.amax()]).double().cpu())
 
     def add_gradient(self, gradient: Tensor) -> None:
@@ -156,7 +158,9 @@ def calibrate(
             total_loss += share * value.detach().double().cpu()
             advance()
         gradients = {
-            layer.name: sum_over_processes(torch.zeros_like(layer.weight) if layer.weight.grad is None else layer.weight.grad)
+            layer.name: sum_over_processes(
+                torch.zeros_like(layer.weight) if layer.weight.grad is None else layer.weight.grad
+            )
             for layer in layers
         }
     for layer_sums in sums.values():
@@ -171,7 +175,7 @@ def check_finite(loss: Tensor, index: int, num_batches: int) -> None:
     if not torch.isfinite(loss).all():
         raise CalibrationError(
             f"the loss of calibration batch {index + 1} of {num_batches} is {loss.item()}. "
-            "Check that batch's rows and labels, and the checkpoint's dtype (float16 overflows where bfloat16 does not)."
+            "Check that batch's rows and labels, and the model's dtype (float16 overflows where bfloat16 does not)."
         )
 
 
@@ -221,11 +225,11 @@ def _input_hook(layer_sums: _Sums) -> Callable[..., tuple[Any, Any] | None]:
             return None
         layer_sums.add_inputs(values)
         if values.requires_grad:
-            values.register_hook(layer_sums.add_gradient)
+            values.register_hook(layer_sums.add_gradient)  # type: ignore[no-untyped-call]
             return None
         # The model's own input, or what only frozen layers have touched: its gradient is of interest too.
         values = values.detach().requires_grad_()
-        values.register_hook(layer_sums.add_gradient)
+        values.register_hook(layer_sums.add_gradient)  # type: ignore[no-untyped-call]
         return with_layer_input(values, arguments, keywords)
 
     return watch

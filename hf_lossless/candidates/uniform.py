@@ -121,29 +121,26 @@ def stored_bytes(out_features: int, in_features: int, grid: Grid, *, rows: int) 
 
 def _group_blocks(matrix: Tensor, grid: Grid) -> Iterable[Tensor]:
     """Views [out, groups, size]: all full groups of a row, then the shorter last one if there is one."""
-    out_features, in_features = matrix.shape
+    in_features = matrix.shape[1]
     size = grid.group_size or in_features
     full = in_features // size * size
     if full:
-        yield matrix[:, :full].unflatten(1, (-1, size))
+        yield matrix[:, :full].reshape(len(matrix), -1, size)
     if full < in_features:
         yield matrix[:, full:].unsqueeze(1)
 
 
 def _best_range(block: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
     """Scale and zero [out, groups] with the least squared error among the ranges tried."""
-    best_scale = best_zero = best_error = None
+    best_scale = best_zero = torch.zeros(block.shape[:2], device=block.device)
+    best_error = torch.full_like(best_scale, torch.inf)
     for scale, zero in _ranges(block, grid):
         codes = _codes(block, scale[..., None], zero[..., None], grid)
         error = (scale[..., None] * (codes - zero[..., None]) - block).square_().sum(-1)
-        if best_error is None:
-            best_scale, best_zero, best_error = scale, zero, error
-        else:
-            better = error < best_error
-            best_scale = torch.where(better, scale, best_scale)
-            best_zero = torch.where(better, zero, best_zero)
-            best_error = torch.where(better, error, best_error)
-    assert best_scale is not None and best_zero is not None
+        better = error < best_error
+        best_scale = torch.where(better, scale, best_scale)
+        best_zero = torch.where(better, zero, best_zero)
+        best_error = torch.where(better, error, best_error)
     return best_scale, best_zero
 
 
@@ -173,7 +170,9 @@ def _ranges(block: Tensor, grid: Grid) -> Iterable[tuple[Tensor, Tensor]]:
         if grid.symmetric:
             yield sign * clip / 2 ** (grid.bits - 1), zero
         else:
-            scale = clip / 2 ** (grid.bits - 1)  # 2^bits bins over [centre - clip, centre + clip], levels at their middle
+            scale = clip / 2 ** (
+                grid.bits - 1
+            )  # 2^bits bins over [centre - clip, centre + clip], levels at their middle
             yield scale, (2**grid.bits - 1) / 2 - centre / _nonzero(scale)
 
 

@@ -86,7 +86,7 @@ def class_labels(rows: Sequence[Row], model: PreTrainedModel) -> Tensor | None:
     if column is None:
         return None
     label2id = model.config.label2id or {}
-    num_labels = model.config.num_labels
+    num_labels = int(model.config.num_labels or 0)
     labels = []
     for row in rows:
         label = row[column]

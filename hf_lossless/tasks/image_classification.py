@@ -23,11 +23,12 @@ class ImageClassification(Classification):
 
     def load_model(self, model: str, **kwargs: Any) -> PreTrainedModel:
         """The model with a classification head."""
-        return AutoModelForImageClassification.from_pretrained(model, **kwargs)
+        loaded: PreTrainedModel = AutoModelForImageClassification.from_pretrained(model, **kwargs)
+        return loaded
 
     def load_processor(self, model: str) -> Any:
         """Its image processor, in the version that needs only Pillow."""
-        return AutoImageProcessor.from_pretrained(model, backend="pil")
+        return AutoImageProcessor.from_pretrained(model, backend="pil")  # type: ignore[no-untyped-call]
 
     def length(self, row: Row) -> int:
         """All images cost the same."""
@@ -55,7 +56,9 @@ def _as_image(value: Any, column: str) -> Image.Image:
             return Image.open(io.BytesIO(value["bytes"])).convert("RGB")
     except (UnidentifiedImageError, OSError) as error:
         name = value if isinstance(value, str) else (value.get("path") if isinstance(value, Mapping) else None)
-        raise DataError(f"the image {name or f'in column {column!r}'} cannot be decoded: {error}. Remove that row.") from error
+        raise DataError(
+            f"the image {name or f'in column {column!r}'} cannot be decoded: {error}. Remove that row."
+        ) from error
     raise DataError(
         f"the column {column!r} holds {type(value).__name__} where an image is expected. "
         "Give PIL images, paths, or a parquet file with an image column."

@@ -28,7 +28,8 @@ class TextClassification(Classification):
 
     def load_model(self, model: str, **kwargs: Any) -> PreTrainedModel:
         """The model with a classification head."""
-        return AutoModelForSequenceClassification.from_pretrained(model, **kwargs)
+        loaded: PreTrainedModel = AutoModelForSequenceClassification.from_pretrained(model, **kwargs)
+        return loaded
 
     def load_processor(self, model: str) -> Any:
         """Its tokenizer."""
@@ -52,7 +53,9 @@ class TextClassification(Classification):
                 )
             texts.append(values)
         longest = getattr(model.config, "max_position_embeddings", None)
-        batch = processor(*texts, padding=True, truncation=True, max_length=_max_length(processor, longest), return_tensors="pt")
+        batch = processor(
+            *texts, padding=True, truncation=True, max_length=_max_length(processor, longest), return_tensors="pt"
+        )
         encoded = dict(batch)
         labels = class_labels(rows, model)
         if labels is not None:
