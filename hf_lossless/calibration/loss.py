@@ -28,7 +28,7 @@ def batch_loss(model: nn.Module, batch: Batch) -> Tensor:
         CalibrationError: The model returns no loss.
     """
     if isinstance(batch, Mapping):
-        loss = getattr(model(**batch), "loss", None)
+        loss: Tensor | None = getattr(model(**batch), "loss", None)
         if loss is None:
             raise CalibrationError(
                 f"{type(model).__name__} returned no loss for a batch with the keys {sorted(batch)}. "

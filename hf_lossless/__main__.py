@@ -1,0 +1,5 @@
+"""`python -m hf_lossless`, which torchrun needs."""
+
+from hf_lossless.cli import main
+
+main()

@@ -1,0 +1,202 @@
+"""The command line: compress, evaluate, inspect, demo."""
+
+import json
+import sys
+import tempfile
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from transformers import AutoConfig, PreTrainedModel
+
+from hf_lossless.calibration.processes import process_state
+from hf_lossless.checkpoint import new_folder, read_entry, refuse_occupied
+from hf_lossless.config import LosslessCheckpointConfig, LosslessCompressionConfig
+from hf_lossless.demo import run_demo
+from hf_lossless.errors import ConfigurationError, LosslessError
+from hf_lossless.evaluation import Evaluation, evaluate
+from hf_lossless.pipeline import tensor_bytes
+from hf_lossless.report import comparison_table, inspection, plan_table
+from hf_lossless.tasks.base import Task
+from hf_lossless.tasks.registry import TASKS, task_named, task_of_class
+
+app = typer.Typer(
+    help="Loss-preserving compression of Hugging Face checkpoints.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+_console = Console()
+
+_Data = Annotated[str, typer.Option("--data", help="A json, jsonl, csv or parquet file, a saved dataset, or a Hub id.")]
+_Split = Annotated[str | None, typer.Option("--split", help="Which split of a dataset that has several.")]
+_TaskName = Annotated[str | None, typer.Option("--task", help=f"{' or '.join(TASKS)}; default: by the model's class.")]
+_Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+@app.command()
+def compress(
+    model: Annotated[str, typer.Argument(help="A checkpoint's folder or Hub id.")],
+    data: _Data,
+    out: Annotated[Path, typer.Option("--out", help="The folder to write; must not exist, or be empty.")],
+    task: _TaskName = None,
+    split: _Split = None,
+    theory: Annotated[str, typer.Option(help="What predicts the change of the loss.")] = "llc",
+    ratio: Annotated[float | None, typer.Option(help="Target: at least so many times smaller.")] = None,
+    max_bytes: Annotated[int | None, typer.Option(help="Target: at most so many bytes.")] = None,
+    loss_budget: Annotated[float | None, typer.Option(help="Target: predicted rise of the loss, at most.")] = None,
+    bits: Annotated[str, typer.Option(help="Widths to choose from; 16 keeps a layer.")] = "2,3,4,8,16",
+    group_size: Annotated[int, typer.Option(help="Inputs that share a scale; 0: one scale per output.")] = 64,
+    asymmetric: Annotated[bool, typer.Option("--asymmetric", help="Grids with a zero point.")] = False,
+    skip: Annotated[list[str] | None, typer.Option(help="A module to leave alone; may be repeated.")] = None,
+    keep_head: Annotated[bool, typer.Option("--keep-head", help="Leave the task head alone.")] = False,
+    activation_noise: Annotated[
+        bool, typer.Option("--activation-noise", help="Count activations as quantised too, as the LLC paper does.")
+    ] = False,
+    samples: Annotated[int, typer.Option(help="Rows to calibrate on.")] = 128,
+    seed: Annotated[int, typer.Option(help="Seed of sampling and noise.")] = 0,
+) -> None:
+    """Compress a checkpoint and save it."""
+    refuse_occupied(out)
+    config = LosslessCompressionConfig(
+        dataset=data,
+        split=split,
+        task=task,
+        theory=theory,
+        activation_noise=activation_noise,
+        ratio=ratio,
+        max_bytes=max_bytes,
+        loss_budget=loss_budget,
+        bits=_widths(bits),
+        group_size=group_size or None,
+        symmetric=not asymmetric,
+        modules_to_not_convert=skip or (),
+        keep_head=keep_head,
+        num_samples=samples,
+        seed=seed,
+    )
+    chosen_task = _task(model, task)
+    _refuse_quantised(model)
+    compressed: Any = chosen_task.load_model(model, quantization_config=config)
+    if process_state().is_main_process:
+        with new_folder(out) as folder:
+            compressed.save_pretrained(folder)
+            chosen_task.load_processor(model).save_pretrained(folder)
+        result = compressed.hf_quantizer.result
+        _console.print(plan_table(result.plan))
+        _console.print(
+            f"{out}: {result.size_bytes:,} bytes, {result.ratio:.2f} times smaller; "
+            f"predicted change of the loss {result.plan.predicted_loss_change:+.4f}. "
+            "Judge it on rows it has not seen: hf-lossless evaluate"
+        )
+
+
+@app.command(name="evaluate")
+def evaluate_command(
+    model: Annotated[str, typer.Argument(metavar="DIR", help="A compressed checkpoint (or any other).")],
+    data: _Data,
+    task: _TaskName = None,
+    split: _Split = None,
+    against: Annotated[str | None, typer.Option(help="The original, to be evaluated beside it.")] = None,
+    as_json: _Json = False,
+) -> None:
+    """Measure loss and metric on labelled rows."""
+    rows = {"compressed" if against else "model": _evaluated(model, data, task, split)}
+    if against is not None:
+        rows["original"] = _evaluated(against, data, task, split)
+    if as_json:
+        values = [_evaluation_json(*row) for row in rows.values()]
+        _print_json({**values[0], "original": values[1]} if against is not None else values[0])
+    else:
+        _, _, original_bytes = next(iter(rows.values()))
+        sizes = {name: (result, size_bytes) for name, (result, size_bytes, _) in rows.items()}
+        _console.print(comparison_table(sizes, original_bytes))
+
+
+@app.command()
+def inspect(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A compressed checkpoint.")],
+    as_json: _Json = False,
+) -> None:
+    """Show what a compressed checkpoint consists of."""
+    config = read_entry(folder)
+    values = inspection(config)
+    if as_json:
+        _print_json(values)
+    else:
+        _console.print(plan_table(config.plan))
+        _console.print(f"{values['size_bytes']:,} bytes, {values['ratio']:.2f} times smaller")
+
+
+@app.command()
+def demo(
+    out: Annotated[Path | None, typer.Option(help="Folder for the results; default: a new temporary one.")] = None,
+) -> None:
+    """Train, compress, save, reload and judge a small ViT on handwritten digits; needs no network."""
+    run_demo(out if out is not None else Path(tempfile.mkdtemp(prefix="hf-lossless-demo-")), _console)
+
+
+def main() -> None:
+    """Entry point: a caller's mistake ends with its message and status 1, without a traceback."""
+    try:
+        app()
+    except (LosslessError, OSError) as error:
+        Console(stderr=True).print(f"error: {error}", style="red", highlight=False, markup=False, soft_wrap=True)
+        sys.exit(1)
+
+
+def _widths(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError as error:
+        raise ConfigurationError(
+            f"--bits {text!r} is not a list of widths. Write for example --bits 2,3,4,8,16"
+        ) from error
+
+
+def _task(model: str, name: str | None) -> Task:
+    if name is not None:
+        return task_named(name)
+    architectures = AutoConfig.from_pretrained(model).architectures
+    if not architectures:
+        raise ConfigurationError(f"the config.json of {model} names no architecture. Name the task with --task.")
+    return task_of_class(architectures[0])
+
+
+def _refuse_quantised(model: str) -> None:
+    """Before any weight is read; inside from_pretrained it is transformers that refuses."""
+    method = getattr(AutoConfig.from_pretrained(model), "quantization_config", None)
+    if method is not None:
+        name = method.get("quant_method") if isinstance(method, dict) else method.quant_method
+        raise ConfigurationError(f"{model} is quantised already ({name}). Compress the original checkpoint instead.")
+
+
+def _evaluated(model: str, data: str, task_name: str | None, split: str | None) -> tuple[Evaluation, int, int]:
+    """Evaluation, bytes now, and bytes of the original."""
+    task = _task(model, task_name)
+    loaded = task.load_model(model)
+    result = evaluate(loaded, data, task, task.load_processor(model), split)
+    return result, *_sizes(loaded)
+
+
+def _sizes(model: PreTrainedModel) -> tuple[int, int]:
+    config = getattr(model.config, "quantization_config", None)
+    if isinstance(config, LosslessCheckpointConfig):
+        return config.size_bytes, config.plan.original_bytes
+    size_bytes = tensor_bytes(model)
+    return size_bytes, size_bytes
+
+
+def _evaluation_json(evaluation: Evaluation, size_bytes: int, original_bytes: int) -> dict[str, Any]:
+    return {
+        "loss": evaluation.loss,
+        evaluation.metric_name: evaluation.metric,
+        "num_examples": evaluation.num_examples,
+        "size_bytes": size_bytes,
+        "ratio": original_bytes / size_bytes,
+    }
+
+
+def _print_json(values: dict[str, Any]) -> None:
+    print(json.dumps(values, indent=2))

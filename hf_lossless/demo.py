@@ -1,0 +1,118 @@
+"""The demo: the main job on real data that needs no network.
+
+A small ViT is trained on scikit-learn's handwritten digits, compressed inside `from_pretrained`, saved, reloaded, and
+judged on digits that neither training nor calibration saw.
+"""
+
+from pathlib import Path
+
+import datasets
+import torch
+from PIL import Image
+from rich.console import Console
+from sklearn.datasets import load_digits
+from tqdm.auto import tqdm
+from transformers import AutoModelForImageClassification, ViTConfig, ViTForImageClassification, ViTImageProcessorPil
+
+from hf_lossless.calibration.data import make_batches
+from hf_lossless.checkpoint import new_folder
+from hf_lossless.config import LosslessCompressionConfig
+from hf_lossless.errors import CheckpointError
+from hf_lossless.evaluation import evaluate
+from hf_lossless.report import comparison_table, plan_table, plot_frontier
+from hf_lossless.tasks.image_classification import ImageClassification
+
+_NUM_TRAIN, _NUM_CALIBRATION = 1000, 256
+_EPOCHS = 25
+_RATIO = 6.0
+
+
+def run_demo(out: Path, console: Console) -> None:
+    """Trains, compresses, saves, reloads and reports; leaves `original`, `compressed` and `frontier.png` in `out`.
+
+    Raises:
+        CheckpointError: `out` is not an empty folder, or the reloaded model differs from the saved one.
+    """
+    with new_folder(out) as folder:
+        train, calibration, held_out = _digits()
+        console.print(f"training a small ViT on {len(train)} handwritten digits")
+        processor = ViTImageProcessorPil(do_resize=False, size={"height": 8, "width": 8})
+        original = _train(train, processor)
+        original.save_pretrained(folder / "original")
+        processor.save_pretrained(folder / "original")
+
+        console.print(f"compressing it {_RATIO:g} times, calibrated on {len(calibration)} other digits")
+        config = LosslessCompressionConfig(dataset=calibration, ratio=_RATIO, num_samples=_NUM_CALIBRATION)
+        compressed = AutoModelForImageClassification.from_pretrained(folder / "original", quantization_config=config)
+        compressed.save_pretrained(folder / "compressed")
+        processor.save_pretrained(folder / "compressed")
+        result = compressed.hf_quantizer.result
+        plot_frontier(result, folder / "frontier.png")
+
+        reloaded = AutoModelForImageClassification.from_pretrained(folder / "compressed")
+        task = ImageClassification()
+        _refuse_difference(compressed, reloaded, make_batches(held_out, task, processor, reloaded, len(held_out))[0])
+        evaluations = {
+            "original": (evaluate(original, held_out, task, processor), result.plan.original_bytes),
+            "compressed": (evaluate(reloaded, held_out, task, processor), result.size_bytes),
+        }
+    console.print(plan_table(result.plan))
+    console.print("on digits that neither training nor calibration saw:")
+    console.print(comparison_table(evaluations, result.plan.original_bytes))
+    console.print(f"The reloaded model's outputs equal the saved one's, bit for bit. Everything is in {out}")
+
+
+def _digits() -> tuple[datasets.Dataset, datasets.Dataset, datasets.Dataset]:
+    """Rows to train on, to calibrate on, and to judge by: 1,797 in all, disjoint."""
+    digits = load_digits()
+    images = [Image.fromarray((image * 15.9375).astype("uint8")) for image in digits.images]  # 0..16 to 0..255
+    rows = datasets.Dataset.from_list(
+        [{"image": image, "label": int(label)} for image, label in zip(images, digits.target, strict=True)]
+    ).shuffle(seed=0)
+    calibration_end = _NUM_TRAIN + _NUM_CALIBRATION
+    return (
+        rows.select(range(_NUM_TRAIN)),
+        rows.select(range(_NUM_TRAIN, calibration_end)),
+        rows.select(range(calibration_end, len(rows))),
+    )
+
+
+def _train(rows: datasets.Dataset, processor: ViTImageProcessorPil) -> ViTForImageClassification:
+    torch.manual_seed(0)
+    config = ViTConfig(
+        image_size=8,
+        patch_size=2,
+        hidden_size=96,
+        intermediate_size=192,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+    )
+    config.num_labels = 10
+    model = ViTForImageClassification(config)
+    [batch] = make_batches(rows, ImageClassification(), processor, model, len(rows))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.05)
+    steps = _EPOCHS * (len(rows) // 64)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps)
+    generator = torch.Generator().manual_seed(0)
+    for _ in tqdm(range(steps), desc="training"):
+        chosen = torch.randint(len(rows), (64,), generator=generator)
+        loss = model(pixel_values=batch["pixel_values"][chosen], labels=batch["labels"][chosen]).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+    model.eval()  # type: ignore[no-untyped-call]
+    return model
+
+
+def _refuse_difference(
+    saved: ViTForImageClassification, reloaded: ViTForImageClassification, batch: dict[str, torch.Tensor]
+) -> None:
+    with torch.no_grad():
+        outputs = [model(pixel_values=batch["pixel_values"]).logits for model in (saved, reloaded)]
+    if not torch.equal(*outputs):
+        raise CheckpointError(
+            "the reloaded model's outputs differ from the saved one's by up to "
+            f"{(outputs[0] - outputs[1]).abs().max().item():.3g}. Please report this with your versions of torch and "
+            "transformers."
+        )
