@@ -4,6 +4,7 @@ Importing the package registers it with transformers, so that `from_pretrained` 
 `LosslessCompressionConfig` and loads what was compressed.
 """
 
+from hf_lossless.apply import apply_plan
 from hf_lossless.config import LosslessCheckpointConfig, LosslessCompressionConfig
 from hf_lossless.errors import (
     CalibrationError,
@@ -35,5 +36,6 @@ __all__ = [
     "LosslessHfQuantizer",
     "PlanError",
     "UnreachableTargetError",
+    "apply_plan",
     "compress",
 ]

@@ -6,6 +6,7 @@ of a saved checkpoint.
 
 from collections.abc import Mapping
 
+from accelerate.hooks import add_hook_to_module
 from torch import nn
 
 from hf_lossless.candidates.uniform import quantise
@@ -70,5 +71,11 @@ def _replace(model: nn.Module, layer: Layer, compressed: CompressedModule) -> No
         module = model.get_submodule(name)
         kind = kind_of(module)
         assert kind is not None
-        model.set_submodule(name, TIED[kind](compressed, getattr(module, "bias", None)))
-    model.set_submodule(layer.name, compressed)
+        _put(model, name, TIED[kind](compressed, getattr(module, "bias", None)))
+    _put(model, layer.name, compressed)
+
+
+def _put(model: nn.Module, name: str, module: nn.Module) -> None:
+    """Sets a submodule, with the hook of Accelerate that brings inputs to its device where the old one had one."""
+    hook = getattr(model.get_submodule(name), "_hf_hook", None)
+    model.set_submodule(name, module if hook is None else add_hook_to_module(module, hook))

@@ -47,7 +47,12 @@ def guard_names(model: nn.Module) -> set[str]:
 
 
 def check_files(
-    files: Iterable[str | os.PathLike[str]], model: nn.Module, rename: Callable[[str], str], *, complete: bool
+    files: Iterable[str | os.PathLike[str]],
+    model: nn.Module,
+    rename: Callable[[str], str],
+    *,
+    complete: bool,
+    ties: Mapping[str, str] | None = None,
 ) -> None:
     """Compares the headers of safetensors files with the tensors that a compressed model needs.
 
@@ -57,6 +62,7 @@ def check_files(
         rename: From a tensor's name on disk to its name in the model.
         complete: Whether the files must hold this very model, no tensor less and none more. False for a model that
             shares only a part with the one that was saved (another head): then only compressed layers are compared.
+        ties: From a tensor's name to that of the tensor it is the same as; the files hold one of them.
 
     Raises:
         CheckpointError: A file is truncated or no safetensors file, or a tensor is missing, one too many, or of the
@@ -89,7 +95,13 @@ def check_files(
             # A model may be loaded in another floating dtype; codes and scales may not.
             if dtype != wanted_dtype and (own or not {dtype, wanted_dtype} <= {"F16", "BF16", "F32", "F64"}):
                 raise CheckpointError(f"{where} is of type {dtype}, the plan needs {wanted_dtype}. {_REMEDY}")
-    missing = [name for name in expected if name not in found and (complete or name.rpartition(".")[0] in compressed)]
+    ties = ties or {}
+    there = {ties.get(name, name) for name in found}
+    missing = [
+        name
+        for name in expected
+        if ties.get(name, name) not in there and (complete or name.rpartition(".")[0] in compressed)
+    ]
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise CheckpointError(f"the tensor {missing[0]!r}{more} is missing from the checkpoint. {_REMEDY}")

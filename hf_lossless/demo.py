@@ -51,7 +51,7 @@ def run_demo(out: Path, console: Console) -> None:
 
         reloaded = AutoModelForImageClassification.from_pretrained(folder / "compressed")
         task = ImageClassification()
-        _refuse_difference(compressed, reloaded, make_batches(held_out, task, processor, reloaded, len(held_out))[0])
+        _refuse_difference(compressed, reloaded, next(make_batches(held_out, task, processor, reloaded, len(held_out))))
         evaluations = {
             "original": (evaluate(original, held_out, task, processor), result.plan.original_bytes),
             "compressed": (evaluate(reloaded, held_out, task, processor), result.size_bytes),

@@ -50,7 +50,8 @@ def evaluate(model: PreTrainedModel, dataset: Any, task: Task, processor: Any, s
     rows = load_rows(dataset, split)
     losses, predictions, labels = [], [], []
     device = model_device(model)
-    for batch in tqdm(make_batches(rows, task, processor, model, _BATCH_SIZE), desc="evaluating"):
+    batches = make_batches(rows, task, processor, model, _BATCH_SIZE)
+    for batch in tqdm(batches, desc="evaluating", total=-(-len(rows) // _BATCH_SIZE)):
         if "labels" not in batch:
             raise DataError(
                 f"the rows have no label column (found {', '.join(rows.column_names)}). Evaluation needs labels."

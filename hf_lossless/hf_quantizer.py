@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+from transformers.core_model_loading import WeightConverter, WeightRenaming, build_glob_alternation, rename_source_key
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING, register_quantizer
 from transformers.quantizers.base import HfQuantizer
 
@@ -22,8 +22,8 @@ from hf_lossless.checkpoint import check_files, guard_names, state_dict_with_gua
 from hf_lossless.config import QUANT_METHOD, LosslessCheckpointConfig, LosslessCompressionConfig
 from hf_lossless.errors import CheckpointError, ConfigurationError, PlanError
 from hf_lossless.modules import CompressedModule, Tied
-from hf_lossless.pipeline import CompressionResult, compress
-from hf_lossless.plan import LayerPlan
+from hf_lossless.pipeline import CompressionResult, compress, tensor_bytes
+from hf_lossless.plan import CompressionPlan, LayerPlan
 from hf_lossless.tasks.registry import task_of
 
 
@@ -65,30 +65,39 @@ class LosslessHfQuantizer(HfQuantizer):
     ) -> PreTrainedModel:
         if not self.pre_quantized:
             return model
-        layer_plans = plans_for(model, self.quantization_config.plan.layers)
-        apply_plan(model, layer_plans)
+        saved_layers = self.quantization_config.plan.layers
+        apply_plan(model, plans_for(model, saved_layers))
         forget_compressed_ties(model)
-        guards = {f"^{re.escape(name)}$" for name in guard_names(model)}
+        _compute_in_float32(model)
+        # Transformers knows a guard by the name it had when saved, which may have a prefix that this model has not.
+        saved_guards = {f"{name}.weight" for name, layer_plan in saved_layers.items() if layer_plan.grid is not None}
+        guards = {f"^{re.escape(name)}$" for name in guard_names(model) | saved_guards}
         model._keys_to_ignore_on_load_unexpected = set(model._keys_to_ignore_on_load_unexpected or ()) | guards
         if checkpoint_files:
-            check_files(checkpoint_files, model, _renamer(model), complete=_is_saved_class(model))
+            ties = model.all_tied_weights_keys
+            check_files(checkpoint_files, model, _renamer(model), complete=_is_saved_class(model), ties=ties)
         return model
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         if self.pre_quantized:
             _refuse_unloaded(model)
+            _restore_scales(model)
+            self._describe(model, plan_of(model, self.quantization_config.plan))
             return model
         _refuse_meta(model)
         config = self.quantization_config
         with torch.enable_grad():  # the caller may be under no_grad
             self.result = compress(model, calibration_batches(model, config), config)
         forget_compressed_ties(model)
-        self.quantization_config = LosslessCheckpointConfig.of(self.result.plan)
-        model.config.quantization_config = self.quantization_config
+        self._describe(model, self.result.plan)
         return model
 
+    def _describe(self, model: PreTrainedModel, plan: CompressionPlan) -> None:
+        self.quantization_config = model.config.quantization_config = LosslessCheckpointConfig.of(plan)
+
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, Tensor], dict[str, str]]:
-        """What `save_pretrained` writes: the model's tensors and the guards."""
+        """What `save_pretrained` writes: the model's tensors and the guards; the plan counts their bytes."""
+        self._describe(model, with_present_bytes(model, self.quantization_config.plan))
         return state_dict_with_guards(model), {}
 
     def is_serializable(self) -> bool:
@@ -118,7 +127,7 @@ def calibration_batches(model: PreTrainedModel, config: LosslessCompressionConfi
         task = task_of(model, config.task)
         rows = sample_rows(load_rows(config.dataset, config.split), config.num_samples, config.seed)
         processor = config.processor if config.processor is not None else task.load_processor(str(model.name_or_path))
-        batches = make_batches(rows, task, processor, model, config.batch_size)
+        batches = list(make_batches(rows, task, processor, model, config.batch_size))
     if any("labels" not in batch for batch in batches if isinstance(batch, dict)):
         batches = with_own_targets(model, batches, task_of(model, config.task))
     return batches
@@ -154,6 +163,35 @@ def plans_for(model: PreTrainedModel, layer_plans: dict[str, LayerPlan]) -> dict
     return found
 
 
+def plan_of(model: PreTrainedModel, saved: CompressionPlan) -> CompressionPlan:
+    """A saved plan as it stands in a loaded model: under the model's names, with its bytes.
+
+    A model that took only a part of what was saved (AutoModel of a classifier's checkpoint) can so be saved in turn.
+    Its `original_bytes` are those of that part, in the dtype it was loaded in.
+    """
+    plan = with_present_bytes(model, saved.model_copy(update={"layers": plans_for(model, saved.layers)}))
+    if _is_saved_class(model):
+        return plan
+    original_bytes = plan.tensor_bytes
+    for name, layer_plan in plan.layers.items():
+        module = model.get_submodule(name)
+        if isinstance(module, CompressedModule):
+            original_bytes += module.weight_shape.numel() * module.dtype.itemsize - layer_plan.cost_bytes
+    return plan.model_copy(update={"original_bytes": original_bytes})
+
+
+def with_present_bytes(model: PreTrainedModel, plan: CompressionPlan) -> CompressionPlan:
+    """A plan of this model with the bytes of its tensors as they are now; a cast changes what is not compressed."""
+    layers = {
+        name: layer_plan
+        if layer_plan.grid is not None
+        else layer_plan.model_copy(update={"cost_bytes": model.get_submodule(name).weight.nbytes})
+        for name, layer_plan in plan.layers.items()
+    }
+    other_bytes = tensor_bytes(model) - sum(layer_plan.cost_bytes for layer_plan in layers.values())
+    return plan.model_copy(update={"layers": layers, "other_bytes": other_bytes})
+
+
 def forget_compressed_ties(model: PreTrainedModel) -> None:
     """Takes what is compressed out of the model's lists of tied weights.
 
@@ -165,15 +203,36 @@ def forget_compressed_ties(model: PreTrainedModel) -> None:
         if not isinstance(submodel, PreTrainedModel):
             continue
         dotted = f"{prefix}." if prefix else ""
-        ties = submodel.get_expanded_tied_weights_keys(all_submodels=False)
+        ties = submodel.all_tied_weights_keys
         kept = {target: source for target, source in ties.items() if not {dotted + target, dotted + source} & gone}
         if kept != ties:
-            submodel._tied_weights_keys = kept
-        submodel.all_tied_weights_keys = {
-            target: source
-            for target, source in submodel.all_tied_weights_keys.items()
-            if not {dotted + target, dotted + source} & gone
-        }
+            submodel._tied_weights_keys = dict(kept)
+            submodel.all_tied_weights_keys = kept
+
+
+def _compute_in_float32(model: PreTrainedModel) -> None:
+    """Where transformers loads a weight in float32 whatever dtype is asked (T5's `wo` in float16), so does its layer.
+
+    On meta the weight still has the dtype that was asked.
+    """
+    asked = model.config.dtype
+    assert isinstance(asked, torch.dtype)
+    in_float32 = list(model._get_dtype_plan(asked))
+    if not in_float32:
+        return
+    patterns, _, _ = build_glob_alternation(in_float32)
+    for name, module in model.named_modules():
+        if isinstance(module, CompressedModule) and patterns.search(f"{name}.weight"):
+            module.dtype = torch.float32
+
+
+def _restore_scales(model: PreTrainedModel) -> None:
+    """The scales of such layers were loaded in float32 as well; they go back to the dtype they are stored in."""
+    for module in model.modules():
+        if isinstance(module, CompressedModule):
+            scale_dtype = getattr(torch, module.grid.scale_dtype)
+            module.scales = module.scales.to(scale_dtype)
+            module.zeros = None if module.zeros is None else module.zeros.to(scale_dtype)
 
 
 def _is_saved_class(model: PreTrainedModel) -> bool:
@@ -209,8 +268,8 @@ def _refuse_meta(model: PreTrainedModel) -> None:
     for name, parameter in model.named_parameters():
         if parameter.is_meta:
             raise ConfigurationError(
-                f"the parameter {name!r} is offloaded to disk, so it cannot be calibrated. "
-                "Give a device_map without 'disk', or a machine with more memory."
+                f"the parameter {name!r} is offloaded, so it cannot be calibrated. "
+                "Give a device_map that keeps the whole model on its devices, or a machine with more memory."
             )
 
 

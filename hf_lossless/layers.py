@@ -79,7 +79,7 @@ def kind_of(module: nn.Module) -> LayerKind | None:
     if isinstance(module, nn.Embedding) and module.max_norm is not None:
         return None
     weight = module._parameters.get("weight")
-    return _KINDS[base] if weight is not None and weight.is_floating_point() else None
+    return _KINDS[base] if weight is not None and weight.is_floating_point() and weight.numel() else None
 
 
 def find_layers(model: nn.Module, exclude: Iterable[str] = ()) -> list[Layer]:

@@ -85,13 +85,15 @@ class CompressedModule(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "CompressedModule":
         """Moves as any module does, but a change of dtype leaves the scales alone and only sets `self.dtype`."""
-        held = {"scales": self.scales} | ({} if self.zeros is None else {"zeros": self.zeros})
-        for name, tensor in held.items():
-            setattr(self, name, tensor.view(torch.int16 if tensor.dtype == torch.float16 else torch.int32))
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        for name, tensor in held.items():
-            setattr(self, name, getattr(self, name).view(tensor.dtype))
+        held = (self.scales, self.zeros)
+
+        def keeping_dtype(tensor: Tensor) -> Tensor:
+            if any(tensor is one for one in held):  # a cast leaves whole numbers alone, so they pass as bytes
+                return fn(tensor.view(torch.uint8)).view(tensor.dtype)
+            return fn(tensor)
+
         self.dtype = fn(torch.empty(0, dtype=self.dtype, device=self.codes.device)).dtype
+        super()._apply(keeping_dtype, recurse)  # type: ignore[no-untyped-call]
         return self
 
     def extra_repr(self) -> str:
@@ -143,9 +145,9 @@ class CompressedEmbedding(CompressedModule):
     def forward(self, input: Tensor) -> Tensor:
         """Rows of the weight at `input`."""
         indices = input.reshape(-1)
-        codes = unpack(self.codes[indices], self.grid.bits, self.embedding_dim)
-        zeros = None if self.zeros is None else self.zeros[indices]
-        rows = dequantise(codes, self.scales[indices], zeros, self.grid).to(self.dtype)
+        codes = unpack(self.codes.index_select(0, indices), self.grid.bits, self.embedding_dim)  # refuses index -1
+        zeros = None if self.zeros is None else self.zeros.index_select(0, indices)
+        rows = dequantise(codes, self.scales.index_select(0, indices), zeros, self.grid).to(self.dtype)
         return rows.view(*input.shape, self.embedding_dim)
 
 

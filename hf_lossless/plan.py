@@ -6,6 +6,7 @@ imports no torch. Every field is checked when a plan is read: a plan comes from 
 """
 
 import json
+import reprlib
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -61,7 +62,7 @@ class LayerPlan(_Record):
     kind: Literal["kept", "grid"]
     grid: Grid | None = None
     cost_bytes: Annotated[int, Field(ge=0)]
-    predicted_loss_change: float
+    predicted_loss_change: Annotated[float, Field(allow_inf_nan=False)]
     tied: tuple[str, ...] = ()
 
     @model_validator(mode="after")
@@ -119,14 +120,19 @@ class CompressionPlan(_Record):
         Raises:
             PlanError: A field is missing, unknown, or of the wrong type or range.
         """
+        remedy = "Take config.json again from where the checkpoint came from."
         try:
-            return cls.model_validate_json(json.dumps(values))
+            text = json.dumps(values)
+        except (TypeError, ValueError) as error:
+            raise PlanError(f"the compression plan is not made of JSON values: {error}. {remedy}") from error
+        try:
+            return cls.model_validate_json(text)
         except ValidationError as error:
             first = error.errors()[0]
             place = ".".join(str(part) for part in first["loc"])
+            got = reprlib.repr(first["input"])  # shortened: it may be the whole plan
             raise PlanError(
-                f"the compression plan is malformed at {place or 'its top'}: {first['msg']} (got {first['input']!r}). "
-                "Take config.json again from where the checkpoint came from."
+                f"the compression plan is malformed at {place or 'its top'}: {first['msg']} (got {got}). {remedy}"
             ) from error
 
 

@@ -49,9 +49,9 @@ def _layer(layer: LayerPlan) -> dict[str, Any]:
 def plan_table(plan: CompressionPlan) -> Table:
     """The plan, one line a layer; "predicted" is the predicted change of the loss."""
     table = Table(title=f"plan ({plan.theory}; activations: {plan.activations})")
-    table.add_column("layer", no_wrap=True)
+    table.add_column("layer", overflow="fold")
     for heading in ("bits", "group", "bytes", "predicted"):
-        table.add_column(heading, justify="right", no_wrap=True)
+        table.add_column(heading, justify="right", no_wrap=True, min_width=len(heading))
     for name, layer in plan.layers.items():
         bits, group = "kept", ""
         if layer.grid is not None:

@@ -1,7 +1,7 @@
 """From whatever a user calls a data set to a list of batches."""
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -81,19 +81,18 @@ def sample_rows(rows: datasets.Dataset, num_samples: int, seed: int) -> datasets
 
 def make_batches(
     rows: datasets.Dataset, task: Task, processor: Any, model: PreTrainedModel, batch_size: int
-) -> list[dict[str, Tensor]]:
-    """Batches of rows of like length, which need the least padding.
+) -> Iterator[dict[str, Tensor]]:
+    """Batches of rows of like length, which need the least padding; one at a time, for a test set may not fit memory.
 
     Raises:
         DataError: The rows do not have the task's columns, or hold what it cannot use.
     """
-    listed = list(rows)
-    task.encode(listed[:1], processor, model)  # names a missing column before lengths are taken
-    ordered = sorted(listed, key=task.length)
-    return [
-        task.encode(ordered[start : start + batch_size], processor, model)
-        for start in range(0, len(ordered), batch_size)
-    ]
+    order = list(range(len(rows)))
+    if task.length(rows[0]) is not None:
+        lengths = [task.length(row) for row in rows]
+        order.sort(key=lambda index: lengths[index] or 0)
+    for start in range(0, len(order), batch_size):
+        yield task.encode([rows[index] for index in order[start : start + batch_size]], processor, model)
 
 
 def ready_batches(dataset: Any) -> list[Batch] | None:

@@ -14,7 +14,8 @@ from torch.nn import functional as F
 from hf_lossless.errors import CalibrationError, DataError
 
 Batch = Any
-"""A mapping of keyword arguments, or a pair (inputs, targets); see `batch_loss`."""
+"""A mapping of keyword arguments, or a pair (inputs, targets); see `batch_loss`. A caller's own loss may take any tuple
+of tensors, or one tensor."""
 
 LossFunction = Callable[[nn.Module, Batch], Tensor]
 """Mean loss of a model on one batch, a scalar."""
@@ -46,9 +47,14 @@ def batch_loss(model: nn.Module, batch: Batch) -> Tensor:
 
 
 def num_examples(batch: Batch) -> int:
-    """Examples in a batch: the first dimension of its first tensor."""
-    values = batch.values() if isinstance(batch, Mapping) else batch
-    for value in values:
+    """Examples in a batch: the first dimension of its first tensor.
+
+    Raises:
+        DataError: There is no such tensor.
+    """
+    if isinstance(batch, Mapping):
+        batch = tuple(batch.values())
+    for value in batch if isinstance(batch, tuple | list) else (batch,):
         if isinstance(value, Tensor) and value.ndim:
             return len(value)
     raise DataError("a calibration batch holds no tensor with a batch dimension. Give tensors [examples, ...].")
@@ -60,7 +66,7 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
         return {key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()}
     if isinstance(batch, tuple | list):
         return tuple(value.to(device) if isinstance(value, Tensor) else value for value in batch)
-    return batch
+    return batch.to(device) if isinstance(batch, Tensor) else batch
 
 
 def model_device(model: nn.Module) -> torch.device:

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from hf_lossless.calibration.loss import Batch, LossFunction, model_device, num_examples, to_device
 from hf_lossless.calibration.processes import own_share
-from hf_lossless.calibration.statistics import check_finite, layer_input, with_layer_input
-from hf_lossless.layers import Layer, as_matrix
+from hf_lossless.calibration.statistics import check_finite, layer_input, modules_of, with_layer_input
+from hf_lossless.layers import Layer
 
 
 def mean_loss_share(
@@ -48,7 +48,9 @@ def weight_noise(layer: Layer, noise: Tensor) -> Iterator[None]:
     """Adds `noise` [out, in] to a layer's weight, and puts the weight back exactly."""
     weight = layer.weight.data
     before = weight.clone()
-    as_matrix(weight.view_as(weight), layer.kind).copy_((layer.matrix.detach().float() + noise).to(weight.dtype))
+    # `matrix` is no view of a channels-last kernel, so the sum is written by way of the weight itself.
+    noisy = layer.matrix.detach().float() + noise
+    weight.copy_(noisy.T if layer.kind == "conv1d" else noisy.reshape(weight.shape))
     try:
         yield
     finally:
@@ -65,9 +67,7 @@ def input_noise(model: nn.Module, layer: Layer, draw: Callable[[Tensor], Tensor]
             return None
         return with_layer_input(values + draw(values), arguments, keywords)
 
-    handles = [
-        model.get_submodule(name).register_forward_pre_hook(add, with_kwargs=True) for name in (layer.name, *layer.tied)
-    ]
+    handles = [module.register_forward_pre_hook(add, with_kwargs=True) for module in modules_of(model, layer)]
     try:
         yield
     finally:

@@ -37,7 +37,7 @@ class InputStatistics:
         mean_deviation: E|x - E x|, the scale b of a Laplace density; E x is taken batch by batch.
         minimum: Least input.
         maximum: Largest input.
-        gradient: Moments of dl/dh.
+        gradient: Moments of dl/dh, by way of this layer alone where others use the same h.
     """
 
     values: Moments
@@ -88,14 +88,14 @@ class _Sums:
         self.totals[0] += 1
 
     def add_inputs(self, values: Tensor) -> None:
-        values = values.detach().float()
-        mean = values.mean()
-        deviation = (values - mean).abs().sum(dtype=torch.float64)
-        square = values.square().sum(dtype=torch.float64)
-        self.totals[1:5] += torch.stack(
-            [torch.full_like(square, values.numel()), values.sum(dtype=torch.float64), square, deviation]
-        ).cpu()
-        self.extremes = torch.maximum(self.extremes, torch.stack([-values.amin(), values.amax()]).double().cpu())
+        values = values.detach().double()  # in float32 the variance of inputs far from zero would cancel away
+        if not values.numel():
+            return
+        total = values.sum()
+        deviation = (values - total / values.numel()).abs().sum()
+        count = torch.full_like(total, values.numel())
+        self.totals[1:5] += torch.stack([count, total, values.square().sum(), deviation]).cpu()
+        self.extremes = torch.maximum(self.extremes, torch.stack([-values.amin(), values.amax()]).cpu())
 
     def add_gradient(self, gradient: Tensor) -> None:
         gradient = gradient.detach().double()
@@ -157,12 +157,7 @@ def calibrate(
             (value * share).backward()  # type: ignore[no-untyped-call]
             total_loss += share * value.detach().double().cpu()
             advance()
-        gradients = {
-            layer.name: sum_over_processes(
-                torch.zeros_like(layer.weight) if layer.weight.grad is None else layer.weight.grad
-            )
-            for layer in layers
-        }
+        gradients = {layer.name: sum_over_processes(_dense_gradient(layer.weight)) for layer in layers}
     for layer_sums in sums.values():
         layer_sums.totals = sum_over_processes(layer_sums.totals)
         layer_sums.extremes = max_over_processes(layer_sums.extremes)
@@ -177,6 +172,12 @@ def check_finite(loss: Tensor, index: int, num_batches: int) -> None:
             f"the loss of calibration batch {index + 1} of {num_batches} is {loss.item()}. "
             "Check that batch's rows and labels, and the model's dtype (float16 overflows where bfloat16 does not)."
         )
+
+
+def _dense_gradient(weight: nn.Parameter) -> Tensor:
+    if weight.grad is None:
+        return torch.zeros_like(weight)
+    return weight.grad.to_dense() if weight.grad.is_sparse else weight.grad
 
 
 def _moments(total: float, square: float, count: float) -> Moments:
@@ -206,15 +207,20 @@ def _watched(model: nn.Module, layers: list[Layer], sums: dict[str, _Sums]) -> I
     """Hooks that feed the sums; a tied layer counts the calls of every module that uses its weight."""
     handles = []
     for layer in layers:
-        for name in (layer.name, *layer.tied):
-            hook = _input_hook(sums[layer.name])
-            module = model.get_submodule(name)
+        hook = _input_hook(sums[layer.name])
+        for module in modules_of(model, layer):
             handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
     try:
         yield
     finally:
         for handle in handles:
             handle.remove()
+
+
+def modules_of(model: nn.Module, layer: Layer) -> list[nn.Module]:
+    """The modules that use a layer's weight; a module that has several names, once."""
+    modules = [model.get_submodule(name) for name in (layer.name, *layer.tied)]
+    return list({id(module): module for module in modules}.values())
 
 
 def _input_hook(layer_sums: _Sums) -> Callable[..., tuple[Any, Any] | None]:
@@ -224,11 +230,11 @@ def _input_hook(layer_sums: _Sums) -> Callable[..., tuple[Any, Any] | None]:
         if not values.is_floating_point():
             return None
         layer_sums.add_inputs(values)
-        if values.requires_grad:
-            values.register_hook(layer_sums.add_gradient)  # type: ignore[no-untyped-call]
-            return None
-        # The model's own input, or what only frozen layers have touched: its gradient is of interest too.
-        values = values.detach().requires_grad_()
+        # An alias of the input that this layer alone uses: its gradient is that of an error in this layer's input (the
+        # e_i of Eq. 3), without the paths by which other layers and residual connections use the same tensor.
+        values = values.view_as(values)
+        if not values.requires_grad:  # the model's own input, or what only frozen layers have touched
+            values = values.detach().requires_grad_()
         values.register_hook(layer_sums.add_gradient)  # type: ignore[no-untyped-call]
         return with_layer_input(values, arguments, keywords)
 

@@ -37,9 +37,10 @@ def activation_noise(inputs: InputStatistics, bits: int) -> ActivationNoise:
         bits: Width, 1 to 8.
     """
     deviation = math.sqrt(inputs.values.variance)
-    if deviation == 0:
+    if inputs.minimum == inputs.maximum or deviation == 0:
         return ActivationNoise(0.0, 0.0)
-    if deviation / inputs.mean_deviation > (_LAPLACE_RATIO + _GAUSS_RATIO) / 2:
+    # No mean deviation at all: inputs that are constant in each call, but not the same in all.
+    if inputs.mean_deviation and deviation / inputs.mean_deviation > (_LAPLACE_RATIO + _GAUSS_RATIO) / 2:
         scale, clip = inputs.mean_deviation, laplace_clip(bits)
         tail = 2 * scale**2 * math.exp(-clip)
     else:

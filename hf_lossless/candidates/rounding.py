@@ -23,14 +23,18 @@ from hf_lossless.plan import Rounding
 _ONE_SIDED_NOISE_RATIO = 1 / 3
 """Var(e) / E[e]^2 of one-sided rounding: e is uniform on [0, step], (step^2 / 12) / (step / 2)^2."""
 
+_ON_A_LEVEL = 2.0**-10
+"""Positions this near to a whole number count as whole. A scale in float16 is off by up to 2^-11 of itself, and without
+the tolerance one-sided rounding would move a weight that a level was made for (a constant group) by a whole step."""
+
 
 def round_positions(positions: Tensor, rounding: Rounding, scales: Tensor) -> Tensor:
     """Positions in units of the step, to whole codes.
 
     Args:
         positions: `x / scale + zero`, any shape.
-        rounding: "nearest", or the direction in which the *value* may move. Where a scale is negative a larger code
-            is a smaller value, so the direction of the code turns round.
+        rounding: "nearest", or the direction in which the *value* may move (the other way by 2^-10 steps at most).
+            Where a scale is negative a larger code is a smaller value, so the direction of the code turns round.
         scales: Broadcastable to `positions`.
 
     Returns:
@@ -39,7 +43,7 @@ def round_positions(positions: Tensor, rounding: Rounding, scales: Tensor) -> Te
     if rounding == "nearest":
         return positions.round()
     code_goes_down = (scales >= 0) if rounding == "down" else (scales < 0)
-    return torch.where(code_goes_down, positions.floor(), positions.ceil())
+    return torch.where(code_goes_down, (positions + _ON_A_LEVEL).floor(), (positions - _ON_A_LEVEL).ceil())
 
 
 def wrong_way_bound(gradient: Moments) -> float:
@@ -50,12 +54,12 @@ def wrong_way_bound(gradient: Moments) -> float:
     """
     if gradient.mean == 0:
         return float("inf")
-    gradient_ratio = gradient.variance / gradient.mean**2
+    gradient_ratio = gradient.variance / gradient.mean / gradient.mean  # mean^2 may underflow
     return gradient_ratio * _ONE_SIDED_NOISE_RATIO + _ONE_SIDED_NOISE_RATIO + gradient_ratio
 
 
 def aligned_rounding(gradient: Moments) -> Rounding:
     """The rounding that LLC asks for: against the gradient where Eq. 8 proves that it helps, else to nearest."""
-    if wrong_way_bound(gradient) >= 1:
-        return "nearest"
-    return "down" if gradient.mean > 0 else "up"
+    if wrong_way_bound(gradient) < 1:  # false for a gradient that overflowed to NaN
+        return "down" if gradient.mean > 0 else "up"
+    return "nearest"

@@ -132,6 +132,10 @@ def _group_blocks(matrix: Tensor, grid: Grid) -> Iterable[Tensor]:
 
 def _best_range(block: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
     """Scale and zero [out, groups] with the least squared error among the ranges tried."""
+    # In units of a power of two near the largest weight: squares of huge or tiny weights would leave float32.
+    largest = torch.frexp(block.abs().amax(-1))
+    unit = torch.ldexp(torch.ones_like(largest.mantissa), largest.exponent - 1)
+    block = block / unit[..., None]
     best_scale = best_zero = torch.zeros(block.shape[:2], device=block.device)
     best_error = torch.full_like(best_scale, torch.inf)
     for scale, zero in _ranges(block, grid):
@@ -141,7 +145,7 @@ def _best_range(block: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
         best_scale = torch.where(better, scale, best_scale)
         best_zero = torch.where(better, zero, best_zero)
         best_error = torch.where(better, error, best_error)
-    return best_scale, best_zero
+    return best_scale * unit, best_zero
 
 
 def _ranges(block: Tensor, grid: Grid) -> Iterable[tuple[Tensor, Tensor]]:
@@ -170,9 +174,8 @@ def _ranges(block: Tensor, grid: Grid) -> Iterable[tuple[Tensor, Tensor]]:
         if grid.symmetric:
             yield sign * clip / 2 ** (grid.bits - 1), zero
         else:
-            scale = clip / 2 ** (
-                grid.bits - 1
-            )  # 2^bits bins over [centre - clip, centre + clip], levels at their middle
+            # 2^bits bins over [centre - clip, centre + clip], a level at the middle of each
+            scale = clip / 2 ** (grid.bits - 1)
             yield scale, (2**grid.bits - 1) / 2 - centre / _nonzero(scale)
 
 

@@ -43,8 +43,8 @@ class Task(ABC):
         """
 
     @abstractmethod
-    def length(self, row: Row) -> int:
-        """What a row costs to run, so that rows of like length can share a batch."""
+    def length(self, row: Row) -> int | None:
+        """What a row costs to run, so that rows of like length can share a batch; None where all cost the same."""
 
     @abstractmethod
     def predict(self, logits: Tensor) -> Tensor:

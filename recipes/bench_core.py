@@ -1,0 +1,233 @@
+"""Figures of the core: knapsack, packing, and the main job on minilm-sst2. Writes bench_core.json beside itself.
+
+    python recipes/bench_core.py [--assets DIR]
+
+Times are medians of several runs, and what is compared is measured in the same run, one after the other in turn. The
+third part needs the folder `minilm-sst2`; without it, it is left out and the file says so.
+"""
+
+import argparse
+import json
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from scipy.optimize import Bounds, LinearConstraint, milp
+from scipy.sparse import coo_array
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+import hf_lossless
+from hf_lossless import LosslessCompressionConfig, knapsack
+from hf_lossless.calibration.loss import batch_loss
+from hf_lossless.calibration.statistics import calibrate
+from hf_lossless.evaluation import evaluate
+from hf_lossless.hf_quantizer import calibration_batches
+from hf_lossless.layers import find_layers
+from hf_lossless.packing import pack, unpack
+from hf_lossless.tasks.registry import task_named
+
+_HERE = Path(__file__).resolve().parent
+_ASSETS = _HERE.parents[1] / "shared" / "assets"
+
+
+def seconds(run: Callable[[], object], repeats: int = 5) -> float:
+    """Median wall time of a call, after one that is not counted."""
+    run()
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        run()
+        times.append(time.perf_counter() - start)
+    return statistics.median(times)
+
+
+def deep_model(num_groups: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Layers like those of a deep transformer: weights of 1x and 4x 590k, widths 1 to 16, random sensitivities."""
+    generator = np.random.default_rng(seed)
+    size = generator.choice([1, 4], num_groups, p=[2 / 3, 1 / 3])
+    bits = np.arange(1, 17)
+    costs = size[:, None] * bits * (768 * 768 // 8)
+    sensitivity = np.exp(generator.normal(0, 2, num_groups)) * size
+    losses = sensitivity[:, None] * 4.0**-bits * np.exp(generator.normal(0, 0.1, (num_groups, 16)))
+    return costs, losses
+
+
+def random_costs(num_groups: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Sixteen candidates without any structure."""
+    generator = np.random.default_rng(seed)
+    return generator.integers(1, 101, (num_groups, 16)), generator.random((num_groups, 16))
+
+
+def highs(costs: np.ndarray, losses: np.ndarray, max_cost: int, unit: float) -> float:
+    """The optimum for one budget, by scipy's mixed-integer programme (HiGHS), to a relative gap of 1e-9.
+
+    HiGHS also stops at an absolute gap of 1e-6, which scipy cannot change: losses are given in thousandths of `unit`.
+    """
+    groups, candidates = costs.shape
+    one_each = coo_array(
+        (np.ones(costs.size), (np.repeat(np.arange(groups), candidates), np.arange(costs.size))),
+        shape=(groups, costs.size),
+    )
+    solution = milp(
+        losses.ravel() / unit * 1e3,
+        integrality=np.ones(costs.size),
+        bounds=Bounds(0, 1),
+        constraints=[LinearConstraint(one_each, 1, 1), LinearConstraint(costs.ravel()[None, :], -np.inf, max_cost)],
+        options={"mip_rel_gap": 1e-9},
+    )
+    return float(solution.fun) / 1e3 * unit
+
+
+def bench_knapsack() -> dict[str, Any]:
+    results = {}
+    for name, (costs, losses) in {"deep model": deep_model(1000, 0), "random costs": random_costs(1000, 0)}.items():
+        whole = seconds(partial(knapsack.frontier, costs, losses))
+        frontier = knapsack.frontier(costs, losses)
+        budgets = [int(np.quantile(frontier.cost_bytes, share)) for share in (0.25, 0.5, 0.75)]
+        ours = [float(frontier.predicted_loss_change[frontier.within_bytes(budget)]) for budget in budgets]
+        start = time.perf_counter()
+        optima = [highs(costs, losses, budget, optimum) for budget, optimum in zip(budgets, ours, strict=True)]
+        one_budget = (time.perf_counter() - start) / len(budgets)
+        results[name] = {
+            "groups": len(costs),
+            "candidates": costs.shape[1],
+            "plans_on_the_frontier": len(frontier),
+            "exact": frontier.resolution_bytes == 0,
+            "seconds_whole_frontier": whole,
+            "seconds_highs_one_budget": one_budget,
+            "highs_one_budget_over_whole_frontier": one_budget / whole,
+            "largest_relative_difference_of_optima": max(
+                abs(a - b) / abs(b) for a, b in zip(ours, optima, strict=True)
+            ),
+        }
+    return results
+
+
+def bench_packing(num_codes: int = 100_000_000) -> dict[str, Any]:
+    """GB of codes (one byte each when unpacked) a second, beside torch's copy of as many bytes."""
+    results: dict[str, Any] = {"codes": num_codes, "threads": torch.get_num_threads()}
+    generator = torch.Generator().manual_seed(0)
+    for bits in (2, 3, 4, 8):
+        codes = torch.randint(0, 2**bits, (1, num_codes), dtype=torch.uint8, generator=generator)
+        target = torch.empty_like(codes)
+        packed = pack(codes, bits)
+        assert torch.equal(unpack(packed, bits, num_codes), codes)
+        copy = seconds(partial(target.copy_, codes))
+        rates = {
+            "pack_gb_per_s": num_codes / seconds(partial(pack, codes, bits)) / 1e9,
+            "unpack_gb_per_s": num_codes / seconds(partial(unpack, packed, bits, num_codes)) / 1e9,
+            "copy_gb_per_s": num_codes / copy / 1e9,
+        }
+        rates["unpack_over_copy"] = rates["unpack_gb_per_s"] / rates["copy_gb_per_s"]
+        results[f"{bits} bits"] = rates
+    return results
+
+
+def bench_main_job(assets: Path, ratio: float = 6.0) -> dict[str, Any]:
+    """minilm-sst2: calibrate and plan in units of one forward-backward pass, held-out loss, reload."""
+    folder = assets / "minilm-sst2"
+    if not folder.is_dir():
+        return {"left_out": "the folder minilm-sst2 is not there"}
+    model = AutoModelForSequenceClassification.from_pretrained(folder)
+    config = LosslessCompressionConfig(dataset=str(folder / "validation.jsonl"), ratio=ratio)
+    batches = calibration_batches(model, config)
+    layers = find_layers(model)
+    one_pass = seconds(lambda: calibrate(model, batches, layers, batch_loss), repeats=3)
+    plain_pass = seconds(lambda: [batch_loss(model, batch).backward() for batch in batches], repeats=3)
+    model.zero_grad()
+    start = time.perf_counter()
+    compressed = AutoModelForSequenceClassification.from_pretrained(
+        folder, quantization_config=LosslessCompressionConfig(dataset=batches, ratio=ratio)
+    )
+    planning = time.perf_counter() - start
+    result = compressed.hf_quantizer.result
+
+    task = task_named("text-classification")
+    processor = AutoTokenizer.from_pretrained(folder)
+    held_out = {
+        name: evaluate(judged, str(folder / "test.jsonl"), task, processor)
+        for name, judged in {"original": model, "compressed": compressed}.items()
+    }
+    with tempfile.TemporaryDirectory() as out:
+        compressed.save_pretrained(out)
+        reloads = _reloads({"original": str(folder), "compressed": out})
+    return {
+        "calibration_rows": sum(len(batch["labels"]) for batch in batches),
+        "layers": len(layers),
+        "seconds_forward_backward": plain_pass,
+        "seconds_calibrate": one_pass,
+        "seconds_load_calibrate_and_plan": planning,
+        "load_calibrate_and_plan_in_forward_backward_passes": planning / plain_pass,
+        "size_bytes": result.size_bytes,
+        "ratio": result.ratio,
+        "predicted_loss_change": result.plan.predicted_loss_change,
+        "held_out": {
+            name: {"loss": judged.loss, "accuracy": judged.metric, "rows": judged.num_examples}
+            for name, judged in held_out.items()
+        },
+        "reload": reloads,
+    }
+
+
+_LOAD = """
+import resource, sys, time
+import torch, hf_lossless
+from transformers import AutoModelForSequenceClassification, BertForSequenceClassification
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+start = time.perf_counter()
+model = AutoModelForSequenceClassification.from_pretrained(sys.argv[1])
+print(time.perf_counter() - start, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
+"""
+
+
+def _reloads(folders: dict[str, str], repeats: int = 5) -> dict[str, Any]:
+    """Seconds and growth of peak memory of `from_pretrained`, each in a process of its own, in turn."""
+    measured: dict[str, list[tuple[float, float]]] = {name: [] for name in folders}
+    for _ in range(repeats):
+        for name, folder in folders.items():
+            output = subprocess.run(
+                [sys.executable, "-c", _LOAD, folder], capture_output=True, text=True, check=True
+            ).stdout.split()
+            measured[name].append((float(output[-2]), float(output[-1])))
+    return {
+        name: {
+            "seconds": statistics.median(run[0] for run in runs),
+            "peak_memory_growth_bytes": int(statistics.median(run[1] for run in runs)),
+        }
+        for name, runs in measured.items()
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--assets", type=Path, default=_ASSETS, help="folder that holds minilm-sst2")
+    arguments = parser.parse_args()
+    results = {
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "hf_lossless": hf_lossless.__version__,
+        },
+        "machine": {"processor": platform.machine(), "threads": torch.get_num_threads()},
+        "knapsack": bench_knapsack(),
+        "packing": bench_packing(),
+        "minilm-sst2": bench_main_job(arguments.assets),
+    }
+    text = json.dumps(results, indent=2) + "\n"
+    (_HERE / "bench_core.json").write_text(text)
+    print(text)
+
+
+if __name__ == "__main__":
+    main()
