@@ -10,7 +10,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -53,6 +53,7 @@ def check_files(
     *,
     complete: bool,
     ties: Mapping[str, str] | None = None,
+    unsaved: Collection[str] = (),
 ) -> None:
     """Compares the headers of safetensors files with the tensors that a compressed model needs.
 
@@ -63,6 +64,7 @@ def check_files(
         complete: Whether the files must hold this very model, no tensor less and none more. False for a model that
             shares only a part with the one that was saved (another head): then only compressed layers are compared.
         ties: From a tensor's name to that of the tensor it is the same as; the files hold one of them.
+        unsaved: Names of tensors that the model computes anew and does not save.
 
     Raises:
         CheckpointError: A file is truncated or no safetensors file, or a tensor is missing, one too many, or of the
@@ -101,6 +103,7 @@ def check_files(
         name
         for name in expected
         if ties.get(name, name) not in there and (complete or name.rpartition(".")[0] in compressed)
+        if name not in unsaved
     ]
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
@@ -154,7 +157,7 @@ def new_folder(target: str | os.PathLike[str]) -> Iterator[Path]:
     Raises:
         CheckpointError: `target` is there and is not an empty folder.
     """
-    target = Path(target)
+    target = Path(os.path.abspath(target))  # "." has no name to make a temporary one of
     refuse_occupied(target)
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
@@ -168,7 +171,13 @@ def new_folder(target: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 def refuse_occupied(target: str | os.PathLike[str]) -> None:
-    """Raises CheckpointError where `target` is a file or a folder with something in it."""
+    """Raises CheckpointError where `target` is a file or a folder with something in it, or cannot be written."""
     target = Path(target)
     if target.exists() and not (target.is_dir() and not any(target.iterdir())):
         raise CheckpointError(f"the output folder {target} exists and is not empty. Remove it, or name another one.")
+    above = next(folder for folder in Path(os.path.abspath(target)).parents if folder.exists())
+    if not (above.is_dir() and os.access(above, os.W_OK)):
+        raise CheckpointError(
+            f"the output folder {target} cannot be written: {above} is not a folder that you may write to. "
+            "Name another one."
+        )

@@ -8,13 +8,14 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from transformers import AutoConfig, PreTrainedModel
+from safetensors import SafetensorError
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from hf_lossless.calibration.processes import process_state
 from hf_lossless.checkpoint import new_folder, read_entry, refuse_occupied
 from hf_lossless.config import LosslessCheckpointConfig, LosslessCompressionConfig
 from hf_lossless.demo import run_demo
-from hf_lossless.errors import ConfigurationError, LosslessError
+from hf_lossless.errors import CheckpointError, ConfigurationError, LosslessError, reason
 from hf_lossless.evaluation import Evaluation, evaluate
 from hf_lossless.pipeline import tensor_bytes
 from hf_lossless.report import comparison_table, inspection, plan_table
@@ -78,7 +79,7 @@ def compress(
     )
     chosen_task = _task(model, task)
     _refuse_quantised(model)
-    compressed: Any = chosen_task.load_model(model, quantization_config=config)
+    compressed: Any = _load_model(chosen_task, model, quantization_config=config)
     if process_state().is_main_process:
         with new_folder(out) as folder:
             compressed.save_pretrained(folder)
@@ -102,9 +103,9 @@ def evaluate_command(
     as_json: _Json = False,
 ) -> None:
     """Measure loss and metric on labelled rows."""
-    rows = {"compressed" if against else "model": _evaluated(model, data, task, split)}
-    if against is not None:
-        rows["original"] = _evaluated(against, data, task, split)
+    models = {"model": model} if against is None else {"compressed": model, "original": against}
+    tasks = {name: _task(path, task) for name, path in models.items()}  # both, before the first takes its time
+    rows = {name: _evaluated(path, data, tasks[name], split) for name, path in models.items()}
     if as_json:
         values = [_evaluation_json(*row) for row in rows.values()]
         _print_json({**values[0], "original": values[1]} if against is not None else values[0])
@@ -156,26 +157,54 @@ def _widths(text: str) -> tuple[int, ...]:
 
 
 def _task(model: str, name: str | None) -> Task:
-    if name is not None:
-        return task_named(name)
-    architectures = AutoConfig.from_pretrained(model).architectures
-    if not architectures:
+    """The task named, or that of the model; the model must be there and have a head for it."""
+    architecture = next(iter(_config(model).architectures or ()), None)
+    if name is None and architecture is None:
         raise ConfigurationError(f"the config.json of {model} names no architecture. Name the task with --task.")
-    return task_of_class(architectures[0])
+    task = task_named(name) if name is not None else task_of_class(str(architecture))
+    if architecture is not None and task.head not in architecture:
+        raise ConfigurationError(
+            f"{model} is a {architecture}, which does not do the task {task.name}: a new head would be random. "
+            f"Take a checkpoint of a class ...{task.head}."
+        )
+    return task
 
 
 def _refuse_quantised(model: str) -> None:
     """Before any weight is read; inside from_pretrained it is transformers that refuses."""
-    method = getattr(AutoConfig.from_pretrained(model), "quantization_config", None)
+    method = getattr(_config(model), "quantization_config", None)
     if method is not None:
         name = method.get("quant_method") if isinstance(method, dict) else method.quant_method
         raise ConfigurationError(f"{model} is quantised already ({name}). Compress the original checkpoint instead.")
 
 
-def _evaluated(model: str, data: str, task_name: str | None, split: str | None) -> tuple[Evaluation, int, int]:
+def _config(model: str) -> PreTrainedConfig:
+    """A model's config.json."""
+    try:
+        config: PreTrainedConfig = AutoConfig.from_pretrained(model)
+        return config
+    except LosslessError:
+        raise
+    except (OSError, ValueError) as error:
+        what = "the folder" if Path(model).is_dir() else "no folder here, and on the Hub"
+        raise CheckpointError(
+            f"the config.json of {model} ({what}) cannot be read: {reason(error)}. "
+            "Give a folder written by save_pretrained, or a Hub id."
+        ) from error
+
+
+def _load_model(task: Task, model: str, **kwargs: Any) -> PreTrainedModel:
+    try:
+        return task.load_model(model, **kwargs)
+    except SafetensorError as error:
+        raise CheckpointError(
+            f"the weights of {model} cannot be read: {reason(error)}. Take the folder again from where it came from."
+        ) from error
+
+
+def _evaluated(model: str, data: str, task: Task, split: str | None) -> tuple[Evaluation, int, int]:
     """Evaluation, bytes now, and bytes of the original."""
-    task = _task(model, task_name)
-    loaded = task.load_model(model)
+    loaded = _load_model(task, model)
     result = evaluate(loaded, data, task, task.load_processor(model), split)
     return result, *_sizes(loaded)
 

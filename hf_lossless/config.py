@@ -23,6 +23,9 @@ FORMAT_VERSION = 1
 
 THEORIES = ("llc",)
 
+_REMEDY = "Take config.json again from where the checkpoint came from."
+_SAY = {"ratio": "ratio=6", "max_bytes": "max_bytes=1_000_000", "loss_budget": "loss_budget=0.01"}
+
 
 class LosslessCompressionConfig(QuantizationConfigMixin):
     """What to compress to, and with what data.
@@ -89,7 +92,7 @@ class LosslessCompressionConfig(QuantizationConfigMixin):
         self.loss_budget = loss_budget
         self.theory = theory
         self.activation_noise = activation_noise
-        self.bits = tuple(sorted(set(bits)))
+        self.bits = _widths(bits)
         self.group_size = group_size
         self.symmetric = symmetric
         if isinstance(modules_to_not_convert, str):
@@ -112,22 +115,20 @@ class LosslessCompressionConfig(QuantizationConfigMixin):
             raise ConfigurationError(f"got {got}. Give exactly one of ratio, max_bytes and loss_budget.")
         for name, value in given.items():
             number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-            if not number or value <= 0:
-                raise ConfigurationError(f"{name}={value!r} is not a positive, finite number.")
+            # A budget of 0 is what "lossless" says.
+            if not number or value < 0 or (value == 0 and name != "loss_budget"):
+                least = "of at least 0" if name == "loss_budget" else "above 0"
+                raise ConfigurationError(
+                    f"{name}={value!r} is not a finite number {least}. Give one, say {_SAY[name]}."
+                )
         if self.theory not in THEORIES:
             raise ConfigurationError(f"theory={self.theory!r} is unknown. Choose one of {', '.join(THEORIES)}.")
-        allowed = (*range(1, 9), KEPT_BITS)
-        wrong = [width for width in self.bits if width not in allowed or isinstance(width, bool)]
-        if wrong or not self.bits:
-            raise ConfigurationError(
-                f"bits={wrong or self.bits} cannot be used. Choose widths from 1 to 8, and 16 for keeping a layer."
-            )
-        for name in ("group_size", "num_samples", "batch_size"):
+        for name, lowest in (("group_size", 1), ("num_samples", 1), ("batch_size", 1), ("seed", 0)):
             value = getattr(self, name)
             if name == "group_size" and value is None:
                 continue
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ConfigurationError(f"{name}={value!r} is not a positive whole number.")
+            if not isinstance(value, int) or isinstance(value, bool) or value < lowest:
+                raise ConfigurationError(f"{name}={value!r} is not a whole number of at least {lowest}. Give one.")
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "LosslessCompressionConfig":
         """A copy that shares the data: auto classes copy their arguments, and a generator cannot be copied."""
@@ -139,6 +140,19 @@ class LosslessCompressionConfig(QuantizationConfigMixin):
         """The settings without data and processor; JSON-ready."""
         settings = {key: value for key, value in self.__dict__.items() if key not in ("dataset", "processor")}
         return {key: list(value) if isinstance(value, tuple) else value for key, value in settings.items()}
+
+
+def _widths(bits: Any) -> tuple[int, ...]:
+    """The widths, each once, in order."""
+    widths = list(bits) if isinstance(bits, Iterable) else [bits]
+    allowed = (*range(1, 9), KEPT_BITS)
+    wrong = [width for width in widths if not isinstance(width, int) or isinstance(width, bool) or width not in allowed]
+    if wrong or not widths:
+        raise ConfigurationError(
+            f"bits={bits!r} cannot be used{f' because of {wrong}' if wrong else ''}. "
+            "Choose widths from 1 to 8, and 16 for keeping a layer, say bits=(2, 4, 8, 16)."
+        )
+    return tuple(sorted(set(widths)))
 
 
 class LosslessCheckpointConfig(QuantizationConfigMixin):
@@ -155,9 +169,11 @@ class LosslessCheckpointConfig(QuantizationConfigMixin):
     """
 
     def __init__(self, format_version: Any = None, plan: Any = None, quant_method: str = QUANT_METHOD) -> None:
-        if not isinstance(format_version, int) or format_version > FORMAT_VERSION:
+        if type(format_version) is not int or format_version < 1:
+            raise CheckpointError(f"format_version={format_version!r} in config.json is not a version. {_REMEDY}")
+        if format_version > FORMAT_VERSION:
             raise CheckpointError(
-                f"the checkpoint has format version {format_version!r}, this release of hf_lossless reads up to "
+                f"the checkpoint has format version {format_version}, this release of hf_lossless reads up to "
                 f"{FORMAT_VERSION}. Upgrade with: pip install --upgrade hf-lossless"
             )
         self.quant_method = quant_method  # type: ignore[assignment]
@@ -197,8 +213,7 @@ def _known(config_dict: dict[str, Any]) -> dict[str, Any]:
     unknown = set(config_dict) - {"quant_method", "format_version", "plan"}
     if unknown:
         raise CheckpointError(
-            f"config.json has unknown entries under quantization_config: {sorted(unknown)}. "
-            "Take config.json again from where the checkpoint came from."
+            f"config.json has unknown entries under quantization_config: {sorted(unknown)}. {_REMEDY}"
         )
     return config_dict
 

@@ -4,6 +4,8 @@ A small ViT is trained on scikit-learn's handwritten digits, compressed inside `
 judged on digits that neither training nor calibration saw.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import datasets
@@ -33,7 +35,7 @@ def run_demo(out: Path, console: Console) -> None:
     Raises:
         CheckpointError: `out` is not an empty folder, or the reloaded model differs from the saved one.
     """
-    with new_folder(out) as folder:
+    with new_folder(out) as folder, _one_thread():
         train, calibration, held_out = _digits()
         console.print(f"training a small ViT on {len(train)} handwritten digits")
         processor = ViTImageProcessorPil(do_resize=False, size={"height": 8, "width": 8})
@@ -60,6 +62,17 @@ def run_demo(out: Path, console: Console) -> None:
     console.print("on digits that neither training nor calibration saw:")
     console.print(comparison_table(evaluations, result.plan.original_bytes))
     console.print(f"The reloaded model's outputs equal the saved one's, bit for bit. Everything is in {out}")
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """So small a model spends more on waking threads than on arithmetic, many times more where cores are busy."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _digits() -> tuple[datasets.Dataset, datasets.Dataset, datasets.Dataset]:

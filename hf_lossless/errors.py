@@ -13,6 +13,15 @@ caller who knows nothing of this package would catch.
 """
 
 
+def reason(error: BaseException) -> str:
+    """What another library's error says, in one line without a full stop.
+
+    datasets wraps what it caught in an error that says nothing; then its cause is asked.
+    """
+    cause = error.__cause__ or error
+    return " ".join(str(cause).split()).rstrip(".") or type(cause).__name__
+
+
 class LosslessError(Exception):
     """Base of all errors of this package."""
 

@@ -74,11 +74,20 @@ class LosslessHfQuantizer(HfQuantizer):
         guards = {f"^{re.escape(name)}$" for name in guard_names(model) | saved_guards}
         model._keys_to_ignore_on_load_unexpected = set(model._keys_to_ignore_on_load_unexpected or ()) | guards
         if checkpoint_files:
-            ties = model.all_tied_weights_keys
-            check_files(checkpoint_files, model, _renamer(model), complete=_is_saved_class(model), ties=ties)
+            check_files(
+                checkpoint_files,
+                model,
+                _renamer(model),
+                complete=_is_saved_class(model),
+                ties=model.all_tied_weights_keys,
+                unsaved=model._keys_to_ignore_on_save or (),
+            )
         return model
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
+        # Saved under the model's own names. The older names that some architectures keep on disk may join weights that
+        # are modules here (Nomic BERT's q, k and v), and codes of different widths cannot be joined.
+        model._weight_conversions = []  # type: ignore[assignment]  # a plain attribute
         if self.pre_quantized:
             _refuse_unloaded(model)
             _restore_scales(model)
@@ -128,19 +137,17 @@ def calibration_batches(model: PreTrainedModel, config: LosslessCompressionConfi
         rows = sample_rows(load_rows(config.dataset, config.split), config.num_samples, config.seed)
         processor = config.processor if config.processor is not None else task.load_processor(str(model.name_or_path))
         batches = list(make_batches(rows, task, processor, model, config.batch_size))
-    if any("labels" not in batch for batch in batches if isinstance(batch, dict)):
-        batches = with_own_targets(model, batches, task_of(model, config.task))
-    return batches
+    return with_own_targets(model, batches, config.task)
 
 
 def plans_for(model: PreTrainedModel, layer_plans: dict[str, LayerPlan]) -> dict[str, LayerPlan]:
     """A saved plan under this model's names, which lack or have the base model's prefix where the saved ones do not.
 
-    A head that the plan names and this model does not have (AutoModel of a classifier's checkpoint) is passed over, but
-    not where the model is of the very class that was saved.
+    A head that the plan names and this model does not have (AutoModel of a classifier's checkpoint), or a pooler, is
+    passed over, but not where the model is of the very class that was saved.
 
     Raises:
-        PlanError: A layer of the base model, or of a model of the saved class, is not there.
+        PlanError: A layer of a model of the saved class is not there, or none of another class.
     """
     names = {name for name, _ in model.named_modules()}
     prefix = f"{model.base_model_prefix}."
@@ -148,18 +155,19 @@ def plans_for(model: PreTrainedModel, layer_plans: dict[str, LayerPlan]) -> dict
     def local(name: str) -> str | None:
         return next((form for form in (name, prefix + name, name.removeprefix(prefix)) if form in names), None)
 
-    found = {}
+    found, missing = {}, []
     for name, layer_plan in layer_plans.items():
         own_name = local(name)
         if own_name is None:
-            if _is_saved_class(model) or name.startswith(prefix):
-                raise PlanError(
-                    f"the plan names the layer {name!r}, which {type(model).__name__} does not have. "
-                    f"Load the checkpoint with the class that saved it: {model.config.architectures}."
-                )
+            missing.append(name)
             continue
         tied = tuple(form for form in map(local, layer_plan.tied) if form is not None)
         found[own_name] = layer_plan.model_copy(update={"tied": tied})
+    if missing and (_is_saved_class(model) or not found):
+        raise PlanError(
+            f"the plan names the layer {missing[0]!r}, which {type(model).__name__} does not have. "
+            f"Load the checkpoint with the class that saved it: {model.config.architectures}."
+        )
     return found
 
 

@@ -87,18 +87,27 @@ _DECODER = {"eos_token_id": 2, "bos_token_id": 1, "pad_token_id": 0}
 _GPT2 = hf.GPT2Config(vocab_size=VOCABULARY, n_embd=32, n_layer=2, n_head=2, n_positions=32, **_DECODER)
 
 
-def _llama(tied: bool) -> hf.LlamaConfig:
-    return hf.LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=32,
-        tie_word_embeddings=tied,
-        **_DECODER,
-    )
+_LLAMA = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 32,
+    **_DECODER,
+}
+_BART = {
+    "vocab_size": VOCABULARY,
+    "d_model": 32,
+    "encoder_layers": 1,
+    "decoder_layers": 1,
+    "encoder_attention_heads": 2,
+    "decoder_attention_heads": 2,
+    "encoder_ffn_dim": 48,
+    "decoder_ffn_dim": 48,
+    "max_position_embeddings": 32,
+}
 
 
 TINY_MODELS = {
@@ -133,6 +142,12 @@ TINY_MODELS = {
         hf.AutoModelForSequenceClassification,
         hf.MPNetForSequenceClassification,
         hf.MPNetConfig(**_ENCODER),
+        _text,
+    ),
+    "nomic-bert": TinyModel(  # on the Hub its q, k and v are one tensor, and its base model has no pooler
+        hf.AutoModelForSequenceClassification,
+        hf.NomicBertForSequenceClassification,
+        hf.NomicBertConfig(**_ENCODER),
         _text,
     ),
     "vit": TinyModel(
@@ -179,8 +194,16 @@ TINY_MODELS = {
         _image,
     ),
     "gpt2": TinyModel(hf.AutoModelForCausalLM, hf.GPT2LMHeadModel, _GPT2, _language),
-    "llama": TinyModel(hf.AutoModelForCausalLM, hf.LlamaForCausalLM, _llama(tied=False), _language),
-    "llama-tied": TinyModel(hf.AutoModelForCausalLM, hf.LlamaForCausalLM, _llama(tied=True), _language),
+    "llama": TinyModel(hf.AutoModelForCausalLM, hf.LlamaForCausalLM, hf.LlamaConfig(**_LLAMA), _language),
+    "llama-tied": TinyModel(
+        hf.AutoModelForCausalLM, hf.LlamaForCausalLM, hf.LlamaConfig(**_LLAMA, tie_word_embeddings=True), _language
+    ),
+    "mixtral": TinyModel(  # on the Hub every expert's matrices are tensors of their own
+        hf.AutoModelForCausalLM,
+        hf.MixtralForCausalLM,
+        hf.MixtralConfig(**_LLAMA, num_local_experts=2, output_router_logits=True),
+        _language,
+    ),
     "t5": TinyModel(
         hf.AutoModelForSeq2SeqLM,
         hf.T5ForConditionalGeneration,
@@ -198,17 +221,13 @@ TINY_MODELS = {
     "bart": TinyModel(
         hf.AutoModelForSeq2SeqLM,
         hf.BartForConditionalGeneration,
-        hf.BartConfig(
-            vocab_size=VOCABULARY,
-            d_model=32,
-            encoder_layers=1,
-            decoder_layers=1,
-            encoder_attention_heads=2,
-            decoder_attention_heads=2,
-            encoder_ffn_dim=48,
-            decoder_ffn_dim=48,
-            max_position_embeddings=32,
-        ),
+        hf.BartConfig(**_BART),
+        _translation,
+    ),
+    "marian": TinyModel(  # computes its positions anew and does not save them
+        hf.AutoModelForSeq2SeqLM,
+        hf.MarianMTModel,
+        hf.MarianConfig(**_BART, pad_token_id=0, decoder_start_token_id=0),
         _translation,
     ),
 }

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,9 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
 
 from hf_lossless.calibration.loss import Batch, model_device, to_device
-from hf_lossless.errors import DataError
+from hf_lossless.errors import ConfigurationError, DataError, reason
 from hf_lossless.tasks.base import Task
+from hf_lossless.tasks.registry import TASKS, task_of
 
 _FORMATS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
 
@@ -35,40 +37,82 @@ def load_rows(dataset: Any, split: str | None = None) -> datasets.Dataset:
     elif isinstance(dataset, list):
         if not all(isinstance(row, Mapping) for row in dataset):
             raise DataError("dataset is a list, but not of dicts. Give a dict of column names to values for each row.")
-        rows = datasets.Dataset.from_list([dict(row) for row in dataset])
-    if isinstance(rows, datasets.DatasetDict):
-        if split is None and len(rows) == 1:
-            split = next(iter(rows))
-        if split not in rows:
+        try:
+            rows = datasets.Dataset.from_list([dict(row) for row in dataset])
+        except (ValueError, TypeError, OverflowError) as error:
             raise DataError(
-                f"split={split!r} is not in the data set, which has {', '.join(rows)}. Name one with split=."
-            )
-        rows = rows[split]
+                f"the rows of the list do not have one type for each column: {reason(error)}. Give every row the same "
+                "columns, with values of the same type."
+            ) from error
+    if isinstance(rows, datasets.DatasetDict):
+        rows = _one_split(rows, split)
     if not isinstance(rows, datasets.Dataset):
         raise DataError(
             f"dataset is a {type(dataset).__name__}. Give a datasets.Dataset, a DatasetDict with split=, a list of "
             "dicts, a json, jsonl, csv or parquet path, a Hub id, or ready batches of tensors."
         )
     if not len(rows):
-        raise DataError("the data set is empty: it has 0 rows. Calibration and evaluation need at least one.")
+        raise _empty(dataset)
     return rows
+
+
+def _one_split(splits: datasets.DatasetDict, split: str | None) -> datasets.Dataset:
+    if split is None and len(splits) == 1:
+        return next(iter(splits.values()))
+    if split not in splits:
+        what = "the data set has several splits" if split is None else f"split={split!r} is not in the data set"
+        raise DataError(f"{what}: there are {', '.join(splits)}. Name one of them with split= (--split).")
+    return splits[split]
+
+
+def _empty(dataset: Any) -> DataError:
+    name = repr(os.fspath(dataset)) if isinstance(dataset, str | os.PathLike) else f"(a {type(dataset).__name__})"
+    return DataError(
+        f"the data set {name} is empty: it has 0 rows. Give rows of the model's task; calibration and evaluation need "
+        "at least one."
+    )
 
 
 def _load(name: str, split: str | None) -> datasets.Dataset | datasets.DatasetDict:
     path = Path(name)
-    try:
-        if path.is_dir():
-            return datasets.load_from_disk(name)
-        if path.suffix in _FORMATS:
-            if not path.is_file():
-                raise DataError(f"the data file {name} does not exist. Check the path.")
-            return datasets.load_dataset(_FORMATS[path.suffix], data_files=name, split="train")
-        return datasets.load_dataset(name, split=split)
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+    kind = _FORMATS.get(path.suffix.lower())
+    if kind is not None:
+        if not path.is_file():
+            raise DataError(f"the data file {name!r} does not exist. Check the path.")
+        if split not in (None, "train"):
+            raise DataError(f"split={split!r} is not in {name!r}: a file has no splits. Leave split= (--split) out.")
+        if not path.stat().st_size:
+            raise _empty(name)
+    elif path.is_file():
         raise DataError(
-            f"the data set {name!r} cannot be read: {error}. "
+            f"the data file {name!r} is of no kind that can be read: its name must end in {', '.join(_FORMATS)}. "
+            "Convert it, or rename it."
+        )
+    try:
+        with _only_our_message():
+            if kind is not None:
+                return datasets.load_dataset(kind, data_files=name, split="train")
+            if path.is_dir():
+                return datasets.load_from_disk(name)
+            return datasets.load_dataset(name, split=split)
+    except (OSError, ValueError, TypeError, datasets.exceptions.DatasetsError) as error:
+        if kind is not None and "corresponds to no data" in str(error):
+            raise _empty(name) from error
+        raise DataError(
+            f"the data set {name!r} cannot be read: {reason(error)}. "
             "Give a json, jsonl, csv or parquet file, a folder written by save_to_disk, or a Hub id."
         ) from error
+
+
+@contextmanager
+def _only_our_message() -> Iterator[None]:
+    """Keeps datasets from logging an error that is about to be raised as well."""
+    verbosity = datasets.logging.get_verbosity()
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
+    try:
+        yield
+    finally:
+        datasets.logging.set_verbosity(verbosity)
 
 
 def sample_rows(rows: datasets.Dataset, num_samples: int, seed: int) -> datasets.Dataset:
@@ -87,6 +131,9 @@ def make_batches(
     Raises:
         DataError: The rows do not have the task's columns, or hold what it cannot use.
     """
+    for column, feature in rows.features.items():
+        if isinstance(feature, datasets.Image):  # the task decodes images, and can say which one is broken
+            rows = rows.cast_column(column, datasets.Image(decode=False))
     order = list(range(len(rows)))
     if task.length(rows[0]) is not None:
         lengths = [task.length(row) for row in rows]
@@ -104,7 +151,7 @@ def ready_batches(dataset: Any) -> list[Batch] | None:
     if isinstance(dataset, DataLoader):
         batches = list(dataset)
         if not batches:
-            raise DataError("the data set is empty: the DataLoader gives no batch.")
+            raise DataError("the data set is empty: the DataLoader gives no batch. Give at least one.")
         return batches
     if isinstance(dataset, Sequence) and not isinstance(dataset, str) and dataset and _holds_tensors(dataset[0]):
         return list(dataset)
@@ -117,14 +164,35 @@ def _holds_tensors(batch: Any) -> bool:
     return isinstance(batch, tuple | list) and any(isinstance(value, Tensor) for value in batch)
 
 
-def with_own_targets(model: PreTrainedModel, batches: Iterable[Batch], task: Task) -> list[Batch]:
-    """Batches without labels get the model's own predictions as labels; one forward pass over those."""
+def with_own_targets(model: PreTrainedModel, batches: Iterable[Batch], task_name: str | None = None) -> list[Batch]:
+    """Batches without labels get the model's own predictions as labels; one forward pass over those.
+
+    Args:
+        model: What predicts.
+        batches: Mappings that lack "labels", among others that are passed on as they are.
+        task_name: The model's task; None: by its class.
+
+    Raises:
+        DataError: There are no labels, and the model's task has no predictions that could stand in for them.
+    """
     device = model_device(model)
     labelled = []
     for batch in batches:
         if isinstance(batch, Mapping) and "labels" not in batch:
+            task = _predicting_task(model, task_name, batch)
             with torch.no_grad():
                 logits = model(**to_device(batch, device)).logits
             batch = {**batch, "labels": task.predict(logits).cpu()}
         labelled.append(batch)
     return labelled
+
+
+def _predicting_task(model: PreTrainedModel, name: str | None, batch: Mapping[str, Any]) -> Task:
+    try:
+        return task_of(model, name)
+    except ConfigurationError as error:
+        raise DataError(
+            f'the batches have no "labels" (found {", ".join(batch)}), and nothing can stand in for them: '
+            f"{type(model).__name__} does none of the tasks {', '.join(TASKS)}. "
+            'Add "labels" to every batch.'
+        ) from error

@@ -20,22 +20,22 @@ from scipy.stats import norm
 
 @cache
 def laplace_clip(bits: int) -> float:
-    """Optimal alpha / b for a Laplace density of scale b = E|x - E x|.
+    """Optimal alpha / b for a Laplace density of scale b = E|x - E x|; ACIQ prints 2.83, 3.89 and 5.03.
 
     Example:
-        >>> [round(laplace_clip(bits), 2) for bits in (2, 3, 4)]
-        [2.83, 3.89, 5.03]
+        >>> [round(laplace_clip(bits), 3) for bits in (2, 3, 4)]
+        [2.831, 3.897, 5.029]
     """
     return float(lambertw(3 * 4.0**bits).real)
 
 
 @cache
 def gaussian_clip(bits: int) -> float:
-    """Optimal alpha / sigma for a Gaussian density of standard deviation sigma.
+    """Optimal alpha / sigma for a Gaussian density of standard deviation sigma; ACIQ prints 1.71, 2.15 and 2.55.
 
     Example:
-        >>> [round(gaussian_clip(bits), 2) for bits in (2, 3, 4)]
-        [1.71, 2.15, 2.55]
+        >>> [round(gaussian_clip(bits), 3) for bits in (2, 3, 4)]
+        [1.711, 2.152, 2.559]
     """
 
     def mse_derivative(alpha: float) -> float:

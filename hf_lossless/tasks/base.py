@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from hf_lossless.errors import DataError
+from hf_lossless.errors import ConfigurationError, DataError
 
 Row = Mapping[str, Any]
 
@@ -18,7 +18,7 @@ class Task(ABC):
 
     Attributes:
         name: The Hub's pipeline tag.
-        head: Last part of the class names of models that do this task.
+        head: What the class names of models that do this task have after the architecture's name.
         metric_name: Name of the metric, as it is reported.
     """
 
@@ -81,12 +81,23 @@ def class_labels(rows: Sequence[Row], model: PreTrainedModel) -> Tensor | None:
     """Class indices [rows], or None where the rows have no label column.
 
     A label is an index below the model's number of labels, or one of its label names.
+
+    Raises:
+        DataError: A label is neither.
+        ConfigurationError: The model does not choose one label of several.
     """
+    num_labels = int(model.config.num_labels or 0)
+    problem_type = getattr(model.config, "problem_type", None)
+    if num_labels < 2 or problem_type not in (None, "single_label_classification"):
+        raise ConfigurationError(
+            f"{type(model).__name__} does not choose one label of several (num_labels={num_labels}, "
+            f"problem_type={problem_type!r}): regression and several labels at once are not among the tasks here. "
+            "Give ready batches with the labels that the model expects as dataset."
+        )
     column = next((name for name in LABEL_COLUMNS if name in rows[0]), None)
     if column is None:
         return None
     label2id = model.config.label2id or {}
-    num_labels = int(model.config.num_labels or 0)
     labels = []
     for row in rows:
         label = row[column]

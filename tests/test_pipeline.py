@@ -1,0 +1,424 @@
+"""`compress` on plain modules: targets, honest sizes, errors that leave the model alone."""
+
+import copy
+import itertools
+import re
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from hf_lossless import LosslessCompressionConfig, compress, pipeline
+from hf_lossless.calibration.loss import batch_loss
+from hf_lossless.calibration.statistics import calibrate
+from hf_lossless.candidates.proposal import propose
+from hf_lossless.config import LosslessCheckpointConfig
+from hf_lossless.errors import (
+    CalibrationError,
+    ConfigurationError,
+    DataError,
+    LosslessError,
+    UnreachableTargetError,
+)
+from hf_lossless.layers import find_layers
+from hf_lossless.modules import CompressedModule
+from hf_lossless.pipeline import CompressionResult, tensor_bytes
+from hf_lossless.plan import KEPT_BITS, CompressionPlan, LayerPlan, json_bytes
+from hf_lossless.theories import llc
+
+FEATURES, CLASSES = 32, 4
+
+
+def network(seed: int = 0) -> nn.Sequential:
+    torch.manual_seed(seed)
+    return nn.Sequential(
+        nn.Linear(FEATURES, 96), nn.ReLU(), nn.LayerNorm(96), nn.Linear(96, 64), nn.ReLU(), nn.Linear(64, CLASSES)
+    )
+
+
+def batches_of(*sizes: int, seed: int = 0) -> list[tuple[Tensor, Tensor]]:
+    generator = torch.Generator().manual_seed(seed)
+    return [
+        (torch.randn(rows, FEATURES, generator=generator), torch.randint(0, CLASSES, (rows,), generator=generator))
+        for rows in sizes
+    ]
+
+
+BATCHES = batches_of(8, 5)
+
+
+def stored_bytes(model: nn.Module) -> int:
+    return sum(tensor.nbytes for tensor in model.state_dict().values())
+
+
+def state_of(model: nn.Module) -> dict[str, Tensor]:
+    return {name: value.clone() for name, value in model.state_dict().items()}
+
+
+def assert_unchanged(model: nn.Module, state: dict[str, Tensor]) -> None:
+    assert not any(isinstance(module, CompressedModule) for module in model.modules())
+    assert model.state_dict().keys() == state.keys()
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+    assert all(parameter.grad is None and parameter.requires_grad for parameter in model.parameters())
+    assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+def assert_honest(result: CompressionResult, original_bytes: int) -> None:
+    """Sizes are those of the tensors and of the plan as written."""
+    entry = LosslessCheckpointConfig.of(result.plan).to_dict()
+    assert result.plan.original_bytes == original_bytes
+    assert result.plan.tensor_bytes == tensor_bytes(result.model) == stored_bytes(result.model)
+    assert result.size_bytes == stored_bytes(result.model) + json_bytes(entry)
+    assert result.ratio == original_bytes / result.size_bytes
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"group_size": None},
+        {"group_size": 24, "symmetric": False},
+        {"bits": (1, 5, 16), "activation_noise": True},
+        {"bits": (3,)},
+    ],
+    ids=lambda settings: "-".join(settings) or "default",
+)
+@pytest.mark.parametrize("ratio", [1.5, 2.5, 3.5])
+def test_ratio(ratio, settings):
+    model = network()
+    original_bytes = stored_bytes(model)
+    result = compress(model, BATCHES, LosslessCompressionConfig(ratio=ratio, **settings))
+    assert_honest(result, original_bytes)
+    assert result.ratio >= ratio
+    assert result.size_bytes <= original_bytes / ratio
+    assert torch.isfinite(result.model(BATCHES[0][0])).all()
+
+
+@pytest.mark.parametrize("max_bytes", [12_000, 20_000, 30_000, 10**9])
+def test_max_bytes(max_bytes):
+    model = network()
+    original_bytes = stored_bytes(model)
+    result = compress(model, BATCHES, LosslessCompressionConfig(max_bytes=max_bytes))
+    assert_honest(result, original_bytes)
+    assert result.size_bytes <= max_bytes
+    if max_bytes == 10**9:
+        assert {layer.kind for layer in result.plan.layers.values()} <= {"kept", "grid"}
+        assert result.plan.predicted_loss_change == result.frontier.predicted_loss_change[-1]
+
+
+def every_plan(bits: tuple[int, ...]) -> list[CompressionPlan]:
+    """All combinations of widths of the network's layers."""
+    model = network().eval()
+    layers = find_layers(model)
+    calibration = calibrate(model, BATCHES, layers, batch_loss)
+    candidates = {layer.name: propose(layer, calibration.layers[layer.name], bits, 16, True) for layer in layers}
+    predictions = llc.predict(model, BATCHES, layers, calibration, candidates, batch_loss, seed=0)
+    groups = []
+    for name, group in candidates.items():
+        rows = []
+        for candidate, change in zip(group, predictions[name], strict=True):
+            kind = "kept" if candidate.grid is None else "grid"
+            change = float(f"{change:.4g}")
+            cost = candidate.cost_bytes
+            rows.append(LayerPlan(kind=kind, grid=candidate.grid, cost_bytes=cost, predicted_loss_change=change))
+        groups.append(rows)
+    weights = sum(layer.weight.nbytes for layer in layers)
+    sizes = {"other_bytes": stored_bytes(model) - weights, "original_bytes": stored_bytes(model)}
+    return [
+        CompressionPlan(theory="llc", layers=dict(zip(candidates, choice, strict=True)), **sizes)
+        for choice in itertools.product(*groups)
+    ]
+
+
+def test_the_plan_is_the_best_of_all_that_fit():
+    bits = (2, 4, 8, 16)
+    plans = [(LosslessCheckpointConfig.of(plan).size_bytes, plan) for plan in every_plan(bits)]
+    assert len(plans) == 4**3
+    for max_bytes in (8_000, 9_500, 12_000, 16_000, 25_000):
+        result = compress(network(), BATCHES, LosslessCompressionConfig(max_bytes=max_bytes, bits=bits, group_size=16))
+        best = min(plan.predicted_loss_change for size, plan in plans if size <= max_bytes)
+        assert result.plan.predicted_loss_change == pytest.approx(best, rel=1e-9)
+        assert result.plan in [plan for _, plan in plans]
+    for loss_budget in (1e-4, 1e-3, 1e-2, 0.1):
+        config = LosslessCompressionConfig(loss_budget=loss_budget, bits=bits, group_size=16)
+        smallest = min(plan.tensor_bytes for _, plan in plans if plan.predicted_loss_change <= loss_budget)
+        assert compress(network(), BATCHES, config).plan.tensor_bytes == smallest
+
+
+def test_loss_budget():
+    model = network()
+    original_bytes = stored_bytes(model)
+    sizes = []
+    for budget in (1e-5, 0.05, 1e6):
+        result = compress(copy.deepcopy(model), BATCHES, LosslessCompressionConfig(loss_budget=budget))
+        assert_honest(result, original_bytes)
+        assert result.plan.predicted_loss_change <= budget
+        sizes.append(result.plan.tensor_bytes)
+    assert sizes == sorted(sizes, reverse=True)
+    assert sizes[-1] == result.frontier.cost_bytes[0] + result.plan.other_bytes
+
+
+def test_more_bytes_never_predict_more_loss():
+    losses = [
+        compress(network(), BATCHES, LosslessCompressionConfig(max_bytes=limit)).plan.predicted_loss_change
+        for limit in (10_000, 14_000, 20_000, 40_000)
+    ]
+    assert losses == sorted(losses, reverse=True)
+
+
+def test_result_fields():
+    model = network().train()
+    config = LosslessCompressionConfig(ratio=3, bits=(2, 4, 8, 16), group_size=16, activation_noise=True)
+    result = compress(model, iter(BATCHES), config)
+    assert result.model is model and not model.training
+    plan = result.plan
+    assert plan.theory == "llc" and plan.activations == "float" and plan.activation_noise
+    assert list(plan.layers) == ["0", "3", "5"] == list(result.calibration.layers)
+    for name, layer in plan.layers.items():
+        module = model.get_submodule(name)
+        assert layer.bits in (2, 4, 8, KEPT_BITS)
+        assert isinstance(module, CompressedModule) == (layer.kind == "grid")
+        if layer.grid is not None:
+            assert layer.grid.group_size == 16 and layer.grid.symmetric
+            assert layer.cost_bytes == module.codes.nbytes + module.scales.nbytes
+        else:
+            assert layer.cost_bytes == module.weight.nbytes
+    reference = network().eval()
+    assert result.calibration.num_examples == 13
+    losses = [batch_loss(reference, batch).item() for batch in BATCHES]
+    assert result.calibration.loss == pytest.approx((8 * losses[0] + 5 * losses[1]) / 13)
+    untouched = [name for name, _ in model.named_parameters()]
+    assert untouched == ["0.bias", "2.weight", "2.bias", "3.bias", "5.bias"]
+
+
+def test_the_frontier_falls_and_holds_the_plan():
+    result = compress(network(), BATCHES, LosslessCompressionConfig(ratio=3))
+    points = list(zip(result.frontier.cost_bytes, result.frontier.predicted_loss_change, strict=True))
+    for (cost, loss), (more_cost, less_loss) in itertools.pairwise(points):
+        assert more_cost > cost and less_loss < loss
+    chosen = (result.plan.tensor_bytes - result.plan.other_bytes, result.plan.predicted_loss_change)
+    assert any(cost == chosen[0] and loss == pytest.approx(chosen[1]) for cost, loss in points)
+
+
+def test_the_same_seed_gives_the_same_plan():
+    plans = [
+        compress(network(), BATCHES, LosslessCompressionConfig(ratio=3, seed=seed, activation_noise=True)).plan
+        for seed in (0, 0, 1)
+    ]
+    assert plans[0] == plans[1]
+    assert plans[0] != plans[2]
+
+
+def test_compressing_under_no_grad():
+    with torch.no_grad():
+        inside = compress(network(), BATCHES, LosslessCompressionConfig(ratio=3))
+    assert inside.plan == compress(network(), BATCHES, LosslessCompressionConfig(ratio=3)).plan
+
+
+def test_half_precision_counts_its_own_bytes():
+    model = network().to(torch.bfloat16)
+    batches = [(inputs.to(torch.bfloat16), targets) for inputs, targets in BATCHES]
+    original_bytes = stored_bytes(model)
+    result = compress(model, batches, LosslessCompressionConfig(ratio=2))
+    assert_honest(result, original_bytes)
+    assert original_bytes * 2 == stored_bytes(network()) and result.ratio >= 2
+    assert result.model(batches[0][0]).dtype == torch.bfloat16
+
+
+def test_eight_bits_keep_the_outputs():
+    model, inputs = network().eval(), BATCHES[0][0]
+    outputs = model(inputs).detach()
+    compress(model, BATCHES, LosslessCompressionConfig(ratio=2.5, bits=(8,)))
+    assert (model(inputs) - outputs).norm() < 0.02 * outputs.norm()
+
+
+def test_modules_to_not_convert():
+    model = network()
+    result = compress(model, BATCHES, LosslessCompressionConfig(ratio=2, modules_to_not_convert=["5"]))
+    assert list(result.plan.layers) == ["0", "3"] and type(model[5]) is nn.Linear
+    assert_honest(result, stored_bytes(network()))
+
+
+def test_keep_head():
+    class WithHead(nn.Module):
+        base_model_prefix = "body"
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.body, self.head = network()[:4], nn.Linear(64, CLASSES)
+
+        def forward(self, inputs: Tensor) -> Tensor:
+            return self.head(self.body(inputs))
+
+    result = compress(WithHead(), BATCHES, LosslessCompressionConfig(ratio=2, keep_head=True))
+    assert list(result.plan.layers) == ["body.0", "body.3"]
+    message = "keep_head=True, but Sequential does not say which part of it is the base model. Name the head in"
+    with pytest.raises(ConfigurationError, match=message):
+        compress(network(), BATCHES, LosslessCompressionConfig(ratio=2, keep_head=True))
+
+
+class Tied(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embedding, self.body, self.head = nn.Embedding(60, 48), nn.Linear(48, 48), nn.Linear(48, 60)
+        self.head.weight = self.embedding.weight
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.head(torch.tanh(self.body(self.embedding(ids).mean(1))))
+
+
+def test_a_tied_weight_is_stored_and_counted_once():
+    model = Tied()
+    batch = (torch.randint(0, 60, (6, 3)), torch.randint(0, 60, (6,)))
+    original_bytes = 4 * (60 * 48 + 48 * 48 + 48 + 60)
+    result = compress(model, [batch], LosslessCompressionConfig(ratio=4, bits=(2, 3, 4)))
+    assert_honest(result, original_bytes)
+    assert result.plan.layers["embedding"].tied == ("head",)
+    torch.testing.assert_close(model.head.weight, model.embedding.weight)
+
+
+def test_a_layer_that_never_runs_is_kept():
+    class Idle(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.used, self.idle = network(), nn.Linear(8, 8)
+
+        def forward(self, inputs: Tensor) -> Tensor:
+            return self.used(inputs)
+
+    plan = compress(Idle(), BATCHES, LosslessCompressionConfig(ratio=3, bits=(2, 4))).plan
+    assert plan.layers["idle"].kind == "kept" and plan.layers["idle"].predicted_loss_change == 0
+    assert {layer.bits for name, layer in plan.layers.items() if name != "idle"} <= {2, 4}
+
+
+def test_a_loss_of_ones_own():
+    """An autoencoder: the batch is one tensor."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(FEATURES, 48), nn.Tanh(), nn.Linear(48, FEATURES))
+    data = [torch.randn(6, FEATURES), torch.randn(2, FEATURES)]
+
+    def loss(model: nn.Module, batch: Tensor) -> Tensor:
+        return (model(batch) - batch).square().mean()
+
+    expected = loss(model, torch.cat(data)).item()
+    result = compress(model, data, LosslessCompressionConfig(ratio=2.5), loss=loss)
+    assert result.calibration.loss == pytest.approx(expected, rel=1e-6)
+    assert result.calibration.num_examples == 8
+    assert result.ratio >= 2.5
+
+
+# Errors leave the model as it was.
+
+
+def refused(model: nn.Module, batches, config: LosslessCompressionConfig, error: type[LosslessError], message: str):
+    state = state_of(model)
+    with pytest.raises(error, match=message) as caught:
+        compress(model, batches, config)
+    assert_unchanged(model, state)
+    return str(caught.value)
+
+
+def test_an_unreachable_ratio_says_what_can_be_reached():
+    message = refused(
+        network(), BATCHES, LosslessCompressionConfig(ratio=50), UnreachableTargetError, "ratio=50 cannot be reached: "
+    )
+    found = re.search(r"smallest plan takes (\d+) bytes of the original's (\d+), a ratio of (\d+\.\d+)\. Ask", message)
+    smallest, original, ratio = int(found[1]), int(found[2]), float(found[3])
+    assert original == stored_bytes(network()) and ratio == pytest.approx(original / smallest, abs=0.01)
+    assert "add narrower widths than bits=(2, 3, 4, 8, 16)" in message
+    reached = compress(network(), BATCHES, LosslessCompressionConfig(max_bytes=smallest))
+    assert reached.size_bytes == smallest
+    message = refused(
+        network(), BATCHES, LosslessCompressionConfig(max_bytes=smallest - 1), UnreachableTargetError, "cannot be"
+    )
+    assert message.startswith(f"max_bytes={smallest - 1} cannot be reached: the smallest plan takes {smallest} bytes")
+
+
+def test_an_unreachable_loss_says_what_can_be_reached():
+    config = LosslessCompressionConfig(loss_budget=1e-9, bits=(1,))
+    message = refused(
+        network(), BATCHES, config, UnreachableTargetError, r"loss_budget=1e-09 cannot be met: the least predicted"
+    )
+    least = float(re.search(r"bits=\(1,\) is (\S+)\. Allow more, or add wider widths \(16 keeps", message)[1])
+    compress(network(), BATCHES, LosslessCompressionConfig(loss_budget=least * 1.001, bits=(1,)))
+
+
+def test_no_batches():
+    refused(network(), [], LosslessCompressionConfig(ratio=2), DataError, "no calibration batches. Give at least one")
+
+
+def test_compressed_already():
+    model = network()
+    compress(model, BATCHES, LosslessCompressionConfig(ratio=3))
+    state = state_of(model)
+    message = "this Sequential is compressed already. Load the original checkpoint and compress that"
+    with pytest.raises(ConfigurationError, match=message):
+        compress(model, BATCHES, LosslessCompressionConfig(ratio=4))
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+
+
+def test_nothing_to_compress():
+    config = LosslessCompressionConfig(ratio=2)
+    refused(nn.Sequential(nn.LayerNorm(FEATURES)), BATCHES, config, ConfigurationError, "Sequential has no layer that")
+    config = LosslessCompressionConfig(ratio=2, modules_to_not_convert=["*"])
+    refused(network(), BATCHES, config, ConfigurationError, "beside modules_to_not_convert. Leave fewer modules out")
+
+
+def test_an_exclusion_that_matches_nothing():
+    config = LosslessCompressionConfig(ratio=2, modules_to_not_convert=["pooler"])
+    refused(network(), BATCHES, config, ConfigurationError, "modules_to_not_convert names 'pooler', but the model")
+
+
+def test_a_broken_batch():
+    broken = (torch.full((2, FEATURES), torch.nan), torch.tensor([0, 1]))
+    config = LosslessCompressionConfig(ratio=2)
+    refused(network(), [*BATCHES, broken], config, CalibrationError, "loss of calibration batch 3 of 3 is nan")
+
+
+def test_a_broken_weight():
+    model = network()
+    model[3].weight.data[0, 0] = torch.inf
+    model[3].weight.data[1:] = 0
+    batches = [(inputs, torch.zeros_like(targets)) for inputs, targets in BATCHES]
+
+    def loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+        return model[0](batch[0]).square().mean() + 0 * model[5](torch.zeros(1, 64)).sum()
+
+    with pytest.raises(CalibrationError, match="the weight of layer '3' holds NaN or infinity"):
+        # A layer that does not run cannot break the loss, but is refused all the same.
+        compress(model, batches, LosslessCompressionConfig(ratio=2), loss=loss)
+    assert not any(isinstance(module, CompressedModule) for module in model.modules())
+
+
+def test_an_error_while_predicting_leaves_the_model_alone(monkeypatch):
+    def fail(*arguments: object) -> None:
+        raise CalibrationError("stop")
+
+    monkeypatch.setitem(pipeline._THEORIES, "llc", fail)
+    refused(network(), BATCHES, LosslessCompressionConfig(ratio=2), CalibrationError, "stop")
+
+
+def test_an_error_of_the_loss_under_noise_leaves_the_model_alone():
+    model, calls = network(), []
+    state = state_of(model)
+
+    def loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+        calls.append(1)
+        if len(calls) == 6:  # after calibration, with noise in the weights
+            raise RuntimeError("stop")
+        return batch_loss(model, batch)
+
+    with pytest.raises(RuntimeError, match="stop"):
+        compress(model, BATCHES, LosslessCompressionConfig(ratio=2), loss=loss)
+    assert_unchanged(model, state)
+
+
+def test_tensor_bytes():
+    assert tensor_bytes(nn.Linear(3, 4)) == 4 * (12 + 4)
+    assert tensor_bytes(nn.BatchNorm1d(5)) == 4 * 5 * 4 + 8  # weight, bias, mean, variance, and a counter of 8 bytes
+    assert tensor_bytes(Tied()) == 4 * (60 * 48 + 48 * 48 + 48 + 60)
+    model = nn.Linear(2, 2, bias=False)
+    model.register_buffer("unsaved", torch.zeros(100), persistent=False)
+    model.register_buffer("empty", torch.zeros(0))
+    assert tensor_bytes(model) == 16

@@ -1,0 +1,192 @@
+"""What is written down comes back, and nothing else is read."""
+
+import copy
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
+from hf_lossless.errors import PlanError
+from hf_lossless.plan import KEPT_BITS, CompressionPlan, Grid, LayerPlan, json_bytes
+
+GRIDS = st.builds(
+    Grid,
+    bits=st.integers(1, 8),
+    group_size=st.none() | st.integers(1, 10**9),
+    symmetric=st.booleans(),
+    rounding=st.sampled_from(["nearest", "down", "up"]),
+    scale_dtype=st.sampled_from(["float16", "float32"]),
+)
+COMMON = {
+    "cost_bytes": st.integers(0, 2**48),
+    "predicted_loss_change": st.floats(allow_nan=False, allow_infinity=False),
+    "tied": st.lists(st.text(max_size=8), max_size=3).map(tuple),
+}
+LAYERS = st.builds(LayerPlan, kind=st.just("kept"), **COMMON) | st.builds(
+    LayerPlan, kind=st.just("grid"), grid=GRIDS, **COMMON
+)
+PLANS = st.builds(
+    CompressionPlan,
+    theory=st.text(max_size=8),
+    layers=st.dictionaries(st.text(max_size=12), LAYERS, max_size=4),
+    other_bytes=st.integers(0, 2**48),
+    original_bytes=st.integers(0, 2**48),
+    activation_noise=st.booleans(),
+)
+
+
+def stored() -> dict:
+    return {
+        "theory": "llc",
+        "layers": {
+            "body.0": {"kind": "grid", "grid": {"bits": 3}, "cost_bytes": 40, "predicted_loss_change": 0.25},
+            "head": {"kind": "kept", "cost_bytes": 80, "predicted_loss_change": 0.0, "tied": ["embedding"]},
+        },
+        "other_bytes": 7,
+        "original_bytes": 1000,
+        "activations": "float",
+    }
+
+
+def test_what_is_stored_is_read():
+    plan = CompressionPlan.from_dict(stored())
+    assert plan.layers["body.0"].grid == Grid(bits=3, group_size=None, symmetric=True, rounding="nearest")
+    assert [layer.bits for layer in plan.layers.values()] == [3, KEPT_BITS]
+    assert plan.layers["head"].tied == ("embedding",)
+    assert plan.tensor_bytes == 127 and plan.predicted_loss_change == 0.25
+    assert plan.to_dict() == stored()
+
+
+@given(PLANS)
+def test_round_trip(plan):
+    text = json.dumps(plan.to_dict(), allow_nan=False)
+    assert CompressionPlan.from_dict(json.loads(text)) == plan
+    assert list(CompressionPlan.from_dict(json.loads(text)).layers) == list(plan.layers)
+    assert CompressionPlan.from_dict(plan.to_dict()) == plan
+
+
+def test_only_what_is_not_a_default_is_written():
+    layer = LayerPlan(kind="grid", grid=Grid(bits=4), cost_bytes=1, predicted_loss_change=0.0)
+    plan = CompressionPlan(theory="llc", layers={"a": layer}, other_bytes=0, original_bytes=9)
+    written = {"kind": "grid", "grid": {"bits": 4}, "cost_bytes": 1, "predicted_loss_change": 0.0}
+    assert plan.to_dict() == {
+        "theory": "llc",
+        "layers": {"a": written},
+        "other_bytes": 0,
+        "original_bytes": 9,
+        "activations": "float",  # said always: it is a promise about the run time
+    }
+
+
+def changed(path: str, value: object) -> dict:
+    """The stored plan with one field set; `...` takes it away."""
+    values = copy.deepcopy(stored())
+    *parents, field = path.split("/")
+    place = values
+    for parent in parents:
+        place = place[parent]
+    if value is ...:
+        del place[field]
+    else:
+        place[field] = value
+    return values
+
+
+GRID, LAYER = "layers/body.0/grid/", "layers/body.0/"
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        (GRID + "bits", 0, r"at layers\.body\.0\.grid\.bits: .*greater than or equal to 1 \(got 0\)"),
+        (GRID + "bits", 9, r"at layers\.body\.0\.grid\.bits: .*less than or equal to 8 \(got 9\)"),
+        (GRID + "bits", 4.0, r"bits: Input should be a valid integer \(got 4\.0\)"),
+        (GRID + "bits", "4", r"bits: Input should be a valid integer \(got '4'\)"),
+        (GRID + "bits", True, r"bits: Input should be a valid integer \(got True\)"),
+        (GRID + "bits", ..., r"grid\.bits: Field required"),
+        (GRID + "group_size", 0, r"group_size: .*greater than or equal to 1 \(got 0\)"),
+        (GRID + "group_size", "64", r"group_size: .*valid integer \(got '64'\)"),
+        (GRID + "symmetric", 1, r"symmetric: .*valid boolean \(got 1\)"),
+        (GRID + "rounding", "sideways", r"rounding: .*'nearest', 'down' or 'up' \(got 'sideways'\)"),
+        (GRID + "scale_dtype", "bfloat16", r"scale_dtype: .*'float16' or 'float32' \(got 'bfloat16'\)"),
+        (GRID + "clip", 1, r"grid\.clip: Extra inputs are not permitted \(got 1\)"),
+        (LAYER + "kind", "low_rank", r"at layers\.body\.0\.kind: .*'kept' or 'grid' \(got 'low_rank'\)"),
+        (LAYER + "kind", "kept", r"kind 'kept' cannot have a grid"),
+        (LAYER + "grid", None, r"kind 'grid' needs a grid"),
+        (LAYER + "cost_bytes", -1, r"cost_bytes: .*greater than or equal to 0 \(got -1\)"),
+        (LAYER + "cost_bytes", 1.5, r"cost_bytes: .*valid integer \(got 1\.5\)"),
+        (LAYER + "predicted_loss_change", "0", r"predicted_loss_change: .*valid number \(got '0'\)"),
+        (LAYER + "predicted_loss_change", float("nan"), r"predicted_loss_change: .*finite number \(got nan\)"),
+        (LAYER + "predicted_loss_change", float("inf"), r"predicted_loss_change: .*finite number \(got inf\)"),
+        (LAYER + "tied", "head", r"tied: .*valid array \(got 'head'\)"),
+        (LAYER + "rank", 4, r"layers\.body\.0\.rank: Extra inputs are not permitted \(got 4\)"),
+        ("theory", ..., r"at theory: Field required"),
+        ("theory", None, r"at theory: .*valid string \(got None\)"),
+        ("layers", [], r"at layers: .*\(got \[\]\)"),
+        ("other_bytes", -3, r"at other_bytes: .*greater than or equal to 0 \(got -3\)"),
+        ("original_bytes", "big", r"at original_bytes: .*valid integer \(got 'big'\)"),
+        ("activations", "int8", r"at activations: Input should be 'float' \(got 'int8'\)"),
+        ("activation_noise", "yes", r"at activation_noise: .*valid boolean"),
+        ("certificate", {}, r"at certificate: Extra inputs are not permitted"),
+    ],
+)
+def test_a_malformed_plan(path, value, message):
+    with pytest.raises(
+        PlanError, match=f"the compression plan is malformed {message}" if message[:3] == "at " else message
+    ):
+        CompressionPlan.from_dict(changed(path, value))
+
+
+@pytest.mark.parametrize("values", [None, [], "plan", 3], ids=str)
+def test_no_plan_at_all(values):
+    with pytest.raises(PlanError, match=r"malformed at its top: .*Take config\.json again from where"):
+        CompressionPlan.from_dict(values)
+
+
+@pytest.mark.parametrize("values", [{1, 2}, {"layers": object()}, b"plan"], ids=["set", "object", "bytes"])
+def test_what_json_cannot_hold(values):
+    with pytest.raises(PlanError, match="not made of JSON values: .*not JSON serializable"):
+        CompressionPlan.from_dict(values)
+
+
+def test_a_message_is_short_whatever_the_plan():
+    values = changed("theory", ...)
+    values["layers"] = {f"layer.{i}": stored()["layers"]["head"] for i in range(1000)}
+    with pytest.raises(PlanError, match="Field required") as caught:
+        CompressionPlan.from_dict(values)
+    assert len(str(caught.value)) < 1000
+
+
+def test_records_are_frozen():
+    plan = CompressionPlan.from_dict(stored())
+    for record, field in [(plan, "theory"), (plan.layers["head"], "cost_bytes"), (plan.layers["body.0"].grid, "bits")]:
+        with pytest.raises(ValidationError, match="frozen"):
+            setattr(record, field, getattr(record, field))
+
+
+def test_records_convert_nothing():
+    with pytest.raises(ValidationError, match="valid integer"):
+        Grid(bits="4")
+    with pytest.raises(ValidationError, match="Extra inputs"):
+        Grid(bits=4, rank=2)
+    with pytest.raises(ValidationError, match="needs a grid"):
+        LayerPlan(kind="grid", cost_bytes=1, predicted_loss_change=0.0)
+
+
+@pytest.mark.parametrize(
+    ("group_size", "in_features", "groups"),
+    [(None, 7, 1), (1, 7, 7), (3, 7, 3), (7, 7, 1), (64, 7, 1), (3, 6, 2)],
+)
+def test_num_groups(group_size, in_features, groups):
+    assert Grid(bits=4, group_size=group_size).num_groups(in_features) == groups
+
+
+@given(PLANS)
+def test_json_bytes_are_those_of_the_entry(plan):
+    """What config.json grows by, laid out as transformers does, but for the comma and the line's end."""
+    values = plan.to_dict()
+    without = json.dumps({"architectures": ["A"]}, indent=2, sort_keys=True)
+    entry = json.dumps({"architectures": ["A"], "quantization_config": values}, indent=2, sort_keys=True)
+    assert json_bytes(values) == len(entry.encode()) - len(without.encode()) - len(",\n")
