@@ -10,21 +10,19 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter, WeightRenaming, build_glob_alternation, rename_source_key
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING, register_quantizer
 from transformers.quantizers.base import HfQuantizer
 
 from hf_lossless.apply import apply_plan
-from hf_lossless.calibration.data import load_rows, make_batches, ready_batches, sample_rows, with_own_targets
-from hf_lossless.calibration.loss import Batch
+from hf_lossless.calibration.data import calibration_batches
 from hf_lossless.checkpoint import check_files, guard_names, state_dict_with_guards
 from hf_lossless.config import QUANT_METHOD, LosslessCheckpointConfig, LosslessCompressionConfig
-from hf_lossless.errors import CheckpointError, ConfigurationError, PlanError
-from hf_lossless.modules import CompressedModule, Tied
-from hf_lossless.pipeline import CompressionResult, compress, tensor_bytes
-from hf_lossless.plan import CompressionPlan, LayerPlan
-from hf_lossless.tasks.registry import task_of
+from hf_lossless.errors import CheckpointError, ConfigurationError
+from hf_lossless.hf_plan import is_saved_class, plan_of, plans_for, with_present_bytes
+from hf_lossless.hf_weights import compute_in_float32, forget_compressed_ties, name_in_model, restore_scales
+from hf_lossless.modules import CompressedModule
+from hf_lossless.pipeline import CompressionResult, compress
+from hf_lossless.plan import CompressionPlan
 
 
 class LosslessHfQuantizer(HfQuantizer):
@@ -68,7 +66,7 @@ class LosslessHfQuantizer(HfQuantizer):
         saved_layers = self.quantization_config.plan.layers
         apply_plan(model, plans_for(model, saved_layers))
         forget_compressed_ties(model)
-        _compute_in_float32(model)
+        compute_in_float32(model)
         # Transformers knows a guard by the name it had when saved, which may have a prefix that this model has not.
         saved_guards = {f"{name}.weight" for name, layer_plan in saved_layers.items() if layer_plan.grid is not None}
         guards = {f"^{re.escape(name)}$" for name in guard_names(model) | saved_guards}
@@ -77,8 +75,8 @@ class LosslessHfQuantizer(HfQuantizer):
             check_files(
                 checkpoint_files,
                 model,
-                _renamer(model),
-                complete=_is_saved_class(model),
+                name_in_model(model),
+                complete=is_saved_class(model),
                 ties=model.all_tied_weights_keys,
                 unsaved=model._keys_to_ignore_on_save or (),
             )
@@ -90,7 +88,7 @@ class LosslessHfQuantizer(HfQuantizer):
         model._weight_conversions = []  # type: ignore[assignment]  # a plain attribute
         if self.pre_quantized:
             _refuse_unloaded(model)
-            _restore_scales(model)
+            restore_scales(model)
             self._describe(model, plan_of(model, self.quantization_config.plan))
             return model
         _refuse_meta(model)
@@ -122,143 +120,6 @@ class LosslessHfQuantizer(HfQuantizer):
     def is_qat_trainable(self) -> bool:
         """Yes, or else transformers' Trainer would refuse the model even for `evaluate()`. Codes are never trained."""
         return True
-
-
-def calibration_batches(model: PreTrainedModel, config: LosslessCompressionConfig) -> list[Batch]:
-    """The batches that a configuration means: its own, or made of its rows by the model's task.
-
-    Raises:
-        DataError: The rows cannot be used.
-        ConfigurationError: The task is not known.
-    """
-    batches = ready_batches(config.dataset)
-    if batches is None:
-        task = task_of(model, config.task)
-        rows = sample_rows(load_rows(config.dataset, config.split), config.num_samples, config.seed)
-        processor = config.processor if config.processor is not None else task.load_processor(str(model.name_or_path))
-        batches = list(make_batches(rows, task, processor, model, config.batch_size))
-    return with_own_targets(model, batches, config.task)
-
-
-def plans_for(model: PreTrainedModel, layer_plans: dict[str, LayerPlan]) -> dict[str, LayerPlan]:
-    """A saved plan under this model's names, which lack or have the base model's prefix where the saved ones do not.
-
-    A head that the plan names and this model does not have (AutoModel of a classifier's checkpoint), or a pooler, is
-    passed over, but not where the model is of the very class that was saved.
-
-    Raises:
-        PlanError: A layer of a model of the saved class is not there, or none of another class.
-    """
-    names = {name for name, _ in model.named_modules()}
-    prefix = f"{model.base_model_prefix}."
-
-    def local(name: str) -> str | None:
-        return next((form for form in (name, prefix + name, name.removeprefix(prefix)) if form in names), None)
-
-    found, missing = {}, []
-    for name, layer_plan in layer_plans.items():
-        own_name = local(name)
-        if own_name is None:
-            missing.append(name)
-            continue
-        tied = tuple(form for form in map(local, layer_plan.tied) if form is not None)
-        found[own_name] = layer_plan.model_copy(update={"tied": tied})
-    if missing and (_is_saved_class(model) or not found):
-        raise PlanError(
-            f"the plan names the layer {missing[0]!r}, which {type(model).__name__} does not have. "
-            f"Load the checkpoint with the class that saved it: {model.config.architectures}."
-        )
-    return found
-
-
-def plan_of(model: PreTrainedModel, saved: CompressionPlan) -> CompressionPlan:
-    """A saved plan as it stands in a loaded model: under the model's names, with its bytes.
-
-    A model that took only a part of what was saved (AutoModel of a classifier's checkpoint) can so be saved in turn.
-    Its `original_bytes` are those of that part, in the dtype it was loaded in.
-    """
-    plan = with_present_bytes(model, saved.model_copy(update={"layers": plans_for(model, saved.layers)}))
-    if _is_saved_class(model):
-        return plan
-    original_bytes = plan.tensor_bytes
-    for name, layer_plan in plan.layers.items():
-        module = model.get_submodule(name)
-        if isinstance(module, CompressedModule):
-            original_bytes += module.weight_shape.numel() * module.dtype.itemsize - layer_plan.cost_bytes
-    return plan.model_copy(update={"original_bytes": original_bytes})
-
-
-def with_present_bytes(model: PreTrainedModel, plan: CompressionPlan) -> CompressionPlan:
-    """A plan of this model with the bytes of its tensors as they are now; a cast changes what is not compressed."""
-    layers = {
-        name: layer_plan
-        if layer_plan.grid is not None
-        else layer_plan.model_copy(update={"cost_bytes": model.get_submodule(name).weight.nbytes})
-        for name, layer_plan in plan.layers.items()
-    }
-    other_bytes = tensor_bytes(model) - sum(layer_plan.cost_bytes for layer_plan in layers.values())
-    return plan.model_copy(update={"layers": layers, "other_bytes": other_bytes})
-
-
-def forget_compressed_ties(model: PreTrainedModel) -> None:
-    """Takes what is compressed out of the model's lists of tied weights.
-
-    Transformers ties by parameter name, and a compressed module has no parameter of that name; the sharing is done by
-    `modules.Tied` now. The class attribute is shadowed on the instance, so that a later `tie_weights()` keeps to it.
-    """
-    gone = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, CompressedModule | Tied)}
-    for prefix, submodel in model.named_modules():
-        if not isinstance(submodel, PreTrainedModel):
-            continue
-        dotted = f"{prefix}." if prefix else ""
-        ties = submodel.all_tied_weights_keys
-        kept = {target: source for target, source in ties.items() if not {dotted + target, dotted + source} & gone}
-        if kept != ties:
-            submodel._tied_weights_keys = dict(kept)
-            submodel.all_tied_weights_keys = kept
-
-
-def _compute_in_float32(model: PreTrainedModel) -> None:
-    """Where transformers loads a weight in float32 whatever dtype is asked (T5's `wo` in float16), so does its layer.
-
-    On meta the weight still has the dtype that was asked.
-    """
-    asked = model.config.dtype
-    assert isinstance(asked, torch.dtype)
-    in_float32 = list(model._get_dtype_plan(asked))
-    if not in_float32:
-        return
-    patterns, _, _ = build_glob_alternation(in_float32)
-    for name, module in model.named_modules():
-        if isinstance(module, CompressedModule) and patterns.search(f"{name}.weight"):
-            module.dtype = torch.float32
-
-
-def _restore_scales(model: PreTrainedModel) -> None:
-    """The scales of such layers were loaded in float32 as well; they go back to the dtype they are stored in."""
-    for module in model.modules():
-        if isinstance(module, CompressedModule):
-            scale_dtype = getattr(torch, module.grid.scale_dtype)
-            module.scales = module.scales.to(scale_dtype)
-            module.zeros = None if module.zeros is None else module.zeros.to(scale_dtype)
-
-
-def _is_saved_class(model: PreTrainedModel) -> bool:
-    return type(model).__name__ in (model.config.architectures or ())
-
-
-def _renamer(model: PreTrainedModel) -> Any:
-    """From names on disk, which for some architectures are those of older releases, to module names."""
-    mapping = get_model_conversion_mapping(model)
-    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
-    converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
-    expected = model.state_dict()
-
-    def rename(name: str) -> str:
-        renamed, _ = rename_source_key(name, renamings, converters, model.base_model_prefix, expected)
-        return renamed if renamed in expected or name not in expected else name
-
-    return rename
 
 
 def _refuse_unloaded(model: PreTrainedModel) -> None:

@@ -3,6 +3,7 @@
 calibrate -> propose -> predict -> frontier -> choose -> apply
 """
 
+import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -127,10 +128,11 @@ def compress(
 
 def tensor_bytes(model: nn.Module) -> int:
     """Bytes of all tensors that a checkpoint of the model holds; shared ones once."""
+    unsaved = getattr(model, "_keys_to_ignore_on_save", None) or ()
     storages = {
         (tensor.untyped_storage().data_ptr(), tensor.storage_offset(), tensor.shape): tensor.nbytes
-        for tensor in model.state_dict().values()
-        if tensor.numel()
+        for name, tensor in model.state_dict().items()
+        if tensor.numel() and name not in unsaved
     }
     return sum(storages.values())
 
@@ -153,15 +155,15 @@ def _layers_to_compress(model: nn.Module, config: LosslessCompressionConfig) -> 
 
 
 def _head_modules(model: nn.Module) -> list[str]:
-    """The children of a Hugging Face model that lie outside its base model."""
-    base = getattr(model, "base_model_prefix", None)
-    children = [name for name, _ in model.named_children()]
-    if base not in children:
+    """The children of a Hugging Face model that lie outside its base model; none where it is a base model."""
+    base = getattr(model, "base_model", None)
+    children = list(model.named_children())
+    if base is None or (base is model and any(name == "lm_head" for name, _ in children)):
         raise ConfigurationError(
             f"keep_head=True, but {type(model).__name__} does not say which part of it is the base model. "
             "Name the head in modules_to_not_convert instead."
         )
-    return [name for name in children if name != base]
+    return [] if base is model else [name for name, child in children if child is not base]
 
 
 def _propose(layer: Layer, calibration: Calibration, config: LosslessCompressionConfig) -> list[Candidate]:
@@ -207,9 +209,10 @@ def _choose(
         point = point - 1 if point else None
     least_bytes = LosslessCheckpointConfig.of(smallest).size_bytes
     asked = f"ratio={config.ratio:g}" if config.ratio is not None else f"max_bytes={config.max_bytes}"
+    best_ratio = math.floor(100 * original_bytes / least_bytes) / 100  # rounded up, it could not be reached
     raise UnreachableTargetError(
         f"{asked} cannot be reached: the smallest plan takes {least_bytes} bytes of the original's {original_bytes}, "
-        f"a ratio of {original_bytes / least_bytes:.2f}. Ask for at most that, add narrower widths than "
+        f"a ratio of {best_ratio:.2f}. Ask for at most that, add narrower widths than "
         f"bits={config.bits}, or leave fewer modules out."
     )
 

@@ -28,10 +28,10 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 import hf_lossless
 from hf_lossless import LosslessCompressionConfig, knapsack
+from hf_lossless.calibration.data import calibration_batches
 from hf_lossless.calibration.loss import batch_loss
 from hf_lossless.calibration.statistics import calibrate
 from hf_lossless.evaluation import evaluate
-from hf_lossless.hf_quantizer import calibration_batches
 from hf_lossless.layers import find_layers
 from hf_lossless.packing import pack, unpack
 from hf_lossless.tasks.registry import task_named

@@ -147,7 +147,7 @@ def test_no_plan_at_all(values):
 
 @pytest.mark.parametrize("values", [{1, 2}, {"layers": object()}, b"plan"], ids=["set", "object", "bytes"])
 def test_what_json_cannot_hold(values):
-    with pytest.raises(PlanError, match="not made of JSON values: .*not JSON serializable"):
+    with pytest.raises(PlanError, match=r"not made of JSON values: .*not JSON serializable"):
         CompressionPlan.from_dict(values)
 
 

@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
 
 from hf_lossless.calibration.loss import Batch, model_device, to_device
+from hf_lossless.config import LosslessCompressionConfig
 from hf_lossless.errors import ConfigurationError, DataError, reason
 from hf_lossless.tasks.base import Task
 from hf_lossless.tasks.registry import TASKS, task_of
@@ -196,3 +197,19 @@ def _predicting_task(model: PreTrainedModel, name: str | None, batch: Mapping[st
             f"{type(model).__name__} does none of the tasks {', '.join(TASKS)}. "
             'Add "labels" to every batch.'
         ) from error
+
+
+def calibration_batches(model: PreTrainedModel, config: LosslessCompressionConfig) -> list[Batch]:
+    """The batches that a configuration means: its own, or made of its rows by the model's task.
+
+    Raises:
+        DataError: The rows cannot be used.
+        ConfigurationError: The task is not known.
+    """
+    batches = ready_batches(config.dataset)
+    if batches is None:
+        task = task_of(model, config.task)
+        rows = sample_rows(load_rows(config.dataset, config.split), config.num_samples, config.seed)
+        processor = config.processor if config.processor is not None else task.load_processor(str(model.name_or_path))
+        batches = list(make_batches(rows, task, processor, model, config.batch_size))
+    return with_own_targets(model, batches, config.task)

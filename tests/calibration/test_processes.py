@@ -145,7 +145,9 @@ def test_alone():
 def test_fewer_processes_in_accelerate_than_in_torch(monkeypatch):
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 4)
-    with pytest.raises(CalibrationError, match=r"set up for 1 process\(es\), torch.distributed runs 4.*PartialState\(cpu"):
+    with pytest.raises(
+        CalibrationError, match=r"set up for 1 process\(es\), torch.distributed runs 4.*PartialState\(cpu"
+    ):
         own_share([])
 
 

@@ -1,6 +1,6 @@
 """Step and error of quantised activations against samples that are truly quantised.
 
-Tolerances: ACIQ takes the error as uniform inside the range, and what lies outside as clipped to the range's end and not
+Tolerances: ACIQ takes the error as uniform inside the range, and what lies outside as clipped to the range's end, not
 to the middle of its last bin. At few bits that is off by as much as TOLERANCE says.
 """
 

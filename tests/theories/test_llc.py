@@ -247,7 +247,7 @@ def test_input_slope_of_a_linear_loss_is_its_derivative(bits):
 @pytest.mark.parametrize("sign", [1.0, -1.0], ids=["rising", "falling"])
 def test_the_noise_opposes_the_gradient(sign):
     """Lines 10 to 15: a step of noise lowers a linear loss whatever the gradient's sign."""
-    model, batches, layer = linear_model()
+    model, batches, _ = linear_model()
     layers, calibration, candidates = prepared(
         model, batches, (3,), None, lambda model, batch: sign * linear_loss(model, batch)
     )

@@ -1,0 +1,258 @@
+"""Every command of the README's table, in one process; test_readme.py runs them as a shell does."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pytest
+import torch
+from rich.console import Console
+from safetensors.torch import load_file
+from tiny_checkpoints import save_text_model, text_rows, without
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModelForImageClassification,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+)
+
+from hf_lossless import cli
+from hf_lossless.checkpoint import read_entry
+from hf_lossless.modules import CompressedModule
+from hf_lossless.plan import CompressionPlan
+
+ASSETS = Path(__file__).parents[1].parent / "shared/assets"
+HEAD = "classifier"
+Run = Callable[..., str]
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    """Runs `hf-lossless ARGUMENTS`, which must end well, and gives what it writes to stdout."""
+
+    def run(*arguments: object) -> str:
+        monkeypatch.setattr(sys, "argv", ["hf-lossless", *map(str, arguments)])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as exit:
+            cli.main()
+        printed = capsys.readouterr()
+        assert exit.value.code == 0, printed.err
+        return printed.out
+
+    return run
+
+
+@pytest.fixture
+def plan_with(run: Run, text_folder: Path, text_file: Path, tmp_path: Path) -> Callable[..., CompressionPlan]:
+    """The plan that `hf-lossless compress` with these options saves."""
+
+    def plan_with(*options: object, data: Path = text_file) -> CompressionPlan:
+        out = tmp_path / f"small-{len(list(tmp_path.iterdir()))}"
+        run("compress", text_folder, "--data", data, "--out", out, *options)
+        return read_entry(out).plan
+
+    return plan_with
+
+
+def test_text_from_compress_to_inspect(run: Run, text_folder: Path, text_file: Path, tmp_path: Path) -> None:
+    out = tmp_path / "new/small"
+    said = run("compress", text_folder, "--data", text_file, "--out", out, "--ratio", 3)
+
+    assert {path.name for path in out.iterdir()} >= {"config.json", "model.safetensors", "tokenizer.json"}
+    assert [path.name for path in out.parent.iterdir()] == ["small"]
+    assert len(AutoTokenizer.from_pretrained(out)) == len(AutoTokenizer.from_pretrained(text_folder))
+    model = AutoModelForSequenceClassification.from_pretrained(out)
+    assert any(isinstance(module, CompressedModule) for module in model.modules())
+    assert f"{read_entry(out).size_bytes:,} bytes" in said and "hf-lossless evaluate" in said
+
+    alone = json.loads(run("evaluate", out, "--data", text_file, "--json"))
+    beside = json.loads(run("evaluate", out, "--data", text_file, "--against", text_folder, "--json"))
+    keys = {"loss", "accuracy", "num_examples", "size_bytes", "ratio"}
+    assert alone.keys() == keys
+    assert beside.keys() == keys | {"original"} and beside["original"].keys() == keys
+    assert {key: beside[key] for key in keys} == alone
+    assert beside["original"]["ratio"] == 1.0
+    assert alone["ratio"] == beside["original"]["size_bytes"] / alone["size_bytes"] >= 3
+    assert alone["num_examples"] == len(text_rows())
+    assert 0 <= alone["accuracy"] <= 1
+
+    inspected = json.loads(run("inspect", out, "--json"))
+    assert inspected["size_bytes"] == alone["size_bytes"] and inspected["ratio"] == alone["ratio"]
+    layer = inspected["layers"][HEAD]
+    assert layer.keys() == {"kind", "bits", "group_size", "rank", "cost_bytes", "predicted_loss_change"}
+    assert {name for name, module in model.named_modules() if isinstance(module, CompressedModule)} == {
+        name for name, layer in inspected["layers"].items() if layer["kind"] == "grid"
+    }
+
+
+def test_images_from_compress_to_inspect(run: Run, image_folder: Path, image_file: Path, tmp_path: Path) -> None:
+    out = tmp_path / "small"
+    run("compress", image_folder, "--data", image_file, "--out", out, "--ratio", 3, "--task", "image-classification")
+    assert AutoImageProcessor.from_pretrained(out, backend="pil").to_dict() == (
+        AutoImageProcessor.from_pretrained(image_folder, backend="pil").to_dict()
+    )
+    assert AutoModelForImageClassification.from_pretrained(out).config.quantization_config.plan == read_entry(out).plan
+    evaluated = json.loads(run("evaluate", out, "--data", image_file, "--against", image_folder, "--json"))
+    assert evaluated["ratio"] >= 3
+    assert json.loads(run("inspect", out, "--json"))["ratio"] == evaluated["ratio"]
+
+
+def test_size_bytes_are_those_of_the_folder(run: Run, text_folder: Path, text_file: Path, tmp_path: Path) -> None:
+    run("compress", text_folder, "--data", text_file, "--out", tmp_path / "small", "--ratio", 3)
+    tensors = sum(tensor.nbytes for tensor in load_file(tmp_path / "small/model.safetensors").values())
+    text = (tmp_path / "small/config.json").read_text()
+    original = AutoConfig.from_pretrained(text_folder)
+    original.save_pretrained(tmp_path / "original")
+    plan = len(text) - len((tmp_path / "original/config.json").read_text())
+    said = json.loads(run("inspect", tmp_path / "small", "--json"))
+    # The plan's text and the rest of config.json share a comma.
+    assert said["size_bytes"] == pytest.approx(tensors + plan, abs=50)
+    assert said["original_bytes"] == sum(
+        tensor.nbytes for tensor in load_file(text_folder / "model.safetensors").values()
+    )
+
+
+def test_tables_lose_nothing_on_a_narrow_terminal(
+    run: Run, text_folder: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run("compress", text_folder, "--data", text_file, "--out", tmp_path / "small", "--ratio", 3)
+    monkeypatch.setattr(cli, "_console", Console(width=60))
+    plan = read_entry(tmp_path / "small").plan
+    said = run("inspect", tmp_path / "small")
+    columns = [[cell.strip() for cell in line.split("│")[1:-1]] for line in said.splitlines() if "│" in line]
+    names = "".join(cells[0] for cells in columns)
+    for name, layer in plan.layers.items():
+        assert name in names
+        assert f"{layer.cost_bytes:,}" in said
+    assert "predicted" in said and "everything else" in said
+
+    said = run("evaluate", tmp_path / "small", "--data", text_file, "--against", text_folder)
+    assert all(word in said for word in ("compressed", "original", "bytes", "ratio", "loss", "accuracy", "rows"))
+
+
+def test_bits(plan_with: Callable[..., CompressionPlan]) -> None:
+    assert {layer.bits for layer in plan_with("--ratio", 2, "--bits", "5").layers.values()} == {5}
+    kept = plan_with("--ratio", 0.9, "--bits", "16")
+    assert {layer.kind for layer in kept.layers.values()} == {"kept"}
+    assert kept.tensor_bytes == kept.original_bytes
+
+
+def test_group_size(plan_with: Callable[..., CompressionPlan]) -> None:
+    query = "bert.encoder.layer.0.attention.self.query"
+    assert plan_with("--ratio", 2, "--bits", "4", "--group-size", 16).layers[query].grid.group_size == 16
+    assert plan_with("--ratio", 2, "--bits", "4", "--group-size", 0).layers[query].grid.group_size is None
+
+
+def test_asymmetric(plan_with: Callable[..., CompressionPlan]) -> None:
+    for options, symmetric in (((), True), (("--asymmetric",), False)):
+        plan = plan_with("--ratio", 2, "--bits", "4", *options)
+        assert {layer.grid.symmetric for layer in plan.layers.values()} == {symmetric}
+
+
+def test_skip_and_keep_head(plan_with: Callable[..., CompressionPlan]) -> None:
+    everything = plan_with("--ratio", 2).layers.keys()
+    assert HEAD in everything
+    assert plan_with("--ratio", 2, "--keep-head").layers.keys() == everything - {HEAD}
+    left = plan_with("--ratio", 2, "--skip", "bert.embeddings", "--skip", "query").layers.keys()
+    assert (
+        left == {name for name in everything if "embeddings" not in name and not name.endswith("query")} != everything
+    )
+
+
+def test_targets(plan_with: Callable[..., CompressionPlan], text_folder: Path) -> None:
+    smaller, larger = plan_with("--max-bytes", 16_000), plan_with("--max-bytes", 30_000)
+    assert smaller.tensor_bytes < 16_000 and larger.tensor_bytes < 30_000
+    assert smaller.predicted_loss_change >= larger.predicted_loss_change
+    none, some = plan_with("--loss-budget", 0), plan_with("--loss-budget", 0.01)
+    assert none.predicted_loss_change == 0 and 0 <= some.predicted_loss_change <= 0.01
+    assert none.tensor_bytes >= some.tensor_bytes
+
+
+def test_the_same_seed_gives_the_same_plan(plan_with: Callable[..., CompressionPlan]) -> None:
+    options = ("--ratio", 2, "--bits", "2,3", "--samples", 4)
+    first = plan_with(*options, "--seed", 1)
+    assert plan_with(*options, "--seed", 1) == first
+    assert plan_with(*options, "--seed", 2) != first
+
+
+def test_activation_noise(plan_with: Callable[..., CompressionPlan]) -> None:
+    without, counted = (plan_with("--ratio", 2, "--bits", "3", *options) for options in ((), ("--activation-noise",)))
+    assert not without.activation_noise and counted.activation_noise
+    assert counted.predicted_loss_change > without.predicted_loss_change
+
+
+def test_samples(
+    plan_with: Callable[..., CompressionPlan], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    seen = []
+    monkeypatch.setattr(
+        "hf_lossless.hf_quantizer.make_batches",
+        lambda rows, *arguments: seen.append(len(rows)) or cli_make_batches(rows, *arguments),
+    )
+    plan_with("--ratio", 2, "--samples", 5)
+    plan_with("--ratio", 2)
+    assert seen == [5, len(text_rows())]
+
+
+def cli_make_batches(*arguments: Any) -> Any:
+    from hf_lossless.calibration.data import make_batches
+
+    return make_batches(*arguments)
+
+
+def test_a_split_of_a_saved_data_set(
+    plan_with: Callable[..., CompressionPlan], tmp_path: Path, text_file: Path
+) -> None:
+    splits = {"train": text_rows(seed=1), "validation": text_rows()}
+    saved = datasets.DatasetDict({name: datasets.Dataset.from_list(rows) for name, rows in splits.items()})
+    saved.save_to_disk(tmp_path / "data")
+    plan = plan_with("--ratio", 2, "--split", "validation", data=tmp_path / "data")
+    assert plan == plan_with("--ratio", 2) != plan_with("--ratio", 2, "--split", "train", data=tmp_path / "data")
+
+
+def test_rows_without_labels_are_calibrated_on_the_models_predictions(
+    plan_with: Callable[..., CompressionPlan], text_folder: Path, tmp_path: Path
+) -> None:
+    rows = without(text_rows(), "label")
+    model, tokenizer = (
+        kind.from_pretrained(text_folder) for kind in (AutoModelForSequenceClassification, AutoTokenizer)
+    )
+    with torch.no_grad():
+        predictions = [model(**tokenizer(row["text"], return_tensors="pt")).logits.argmax().item() for row in rows]
+    labelled = [{**row, "label": label} for row, label in zip(rows, predictions, strict=True)]
+    for name, table in (("bare", rows), ("labelled", labelled)):
+        datasets.Dataset.from_list(table).to_csv(tmp_path / f"{name}.csv")
+    assert plan_with("--ratio", 2, data=tmp_path / "bare.csv") == plan_with(
+        "--ratio", 2, data=tmp_path / "labelled.csv"
+    )
+
+
+def test_an_empty_output_folder_is_taken(run: Run, text_folder: Path, text_file: Path, tmp_path: Path) -> None:
+    (tmp_path / "small").mkdir()
+    run("compress", text_folder, "--data", text_file, "--out", tmp_path / "small", "--ratio", 2)
+    assert read_entry(tmp_path / "small").plan.layers
+
+
+def test_python_m() -> None:
+    result = subprocess.run([sys.executable, "-m", "hf_lossless", "--help"], capture_output=True, text=True, check=True)
+    for command in ("demo", "compress", "evaluate", "inspect"):
+        assert command in result.stdout
+    assert result.stderr == ""
+
+
+@pytest.mark.slow
+def test_minilm_is_six_times_smaller_and_no_worse(run: Run, tmp_path: Path) -> None:
+    model = ASSETS / "minilm-sst2"
+    if not model.is_dir():
+        pytest.skip(f"the real models are not here ({ASSETS})")
+    out = tmp_path / "small"
+    run("compress", model, "--data", model / "validation.jsonl", "--out", out, "--ratio", 6)
+    held_out = json.loads(run("evaluate", out, "--data", model / "test.jsonl", "--against", model, "--json"))
+    assert held_out["ratio"] >= 6
+    assert held_out["loss"] <= held_out["original"]["loss"] + 0.01
+    assert held_out["accuracy"] >= held_out["original"]["accuracy"] - 0.01
