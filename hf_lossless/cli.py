@@ -89,7 +89,8 @@ def compress(
         _console.print(
             f"{out}: {result.size_bytes:,} bytes, {result.ratio:.2f} times smaller; "
             f"predicted change of the loss {result.plan.predicted_loss_change:+.4f}. "
-            "Judge it on rows it has not seen: hf-lossless evaluate"
+            "Judge it on rows it has not seen: hf-lossless evaluate",
+            soft_wrap=True,
         )
 
 

@@ -61,7 +61,9 @@ def run_demo(out: Path, console: Console) -> None:
     console.print(plan_table(result.plan))
     console.print("on digits that neither training nor calibration saw:")
     console.print(comparison_table(evaluations, result.plan.original_bytes))
-    console.print(f"The reloaded model's outputs equal the saved one's, bit for bit. Everything is in {out}")
+    console.print(
+        f"The reloaded model's outputs equal the saved one's, bit for bit. Everything is in {out}", soft_wrap=True
+    )
 
 
 @contextmanager

@@ -80,10 +80,14 @@ def dequantise(codes: Tensor, scales: Tensor, zeros: Tensor | None, grid: Grid) 
         zeros: [out, groups], or None for a symmetric grid.
         grid: The grid they were made with.
     """
-    in_features = codes.shape[1]
     values = codes.float()
-    values -= _zero_points(zeros, in_features, grid)
-    values *= per_weight(scales, in_features, grid)
+    start = 0
+    for block in _group_blocks(
+        values, grid
+    ):  # in place: spreading the scales over all weights would cost as much again
+        groups = slice(start, start := start + block.shape[1])
+        block -= _symmetric_zero(grid) if zeros is None else zeros[:, groups, None].float()
+        block *= scales[:, groups, None].float()
     return values
 
 
@@ -125,7 +129,7 @@ def _group_blocks(matrix: Tensor, grid: Grid) -> Iterable[Tensor]:
     size = grid.group_size or in_features
     full = in_features // size * size
     if full:
-        yield matrix[:, :full].reshape(len(matrix), -1, size)
+        yield matrix[:, :full].view(len(matrix), -1, size)
     if full < in_features:
         yield matrix[:, full:].unsqueeze(1)
 
