@@ -241,7 +241,11 @@ def test_modules_to_not_convert():
 
 def test_keep_head():
     class WithHead(nn.Module):
-        base_model_prefix = "body"
+        """With what every Hugging Face model has: `base_model`, all of it but the head."""
+
+        @property
+        def base_model(self) -> nn.Module:
+            return self.body
 
         def __init__(self) -> None:
             super().__init__()
