@@ -58,7 +58,7 @@ class Layer:
 
     @property
     def matrix(self) -> Tensor:
-        """The weight as `W [out, in]`, a view that shares its memory."""
+        """The weight as `W [out, in]`: a view of its memory, or a copy where a kernel lies in another order."""
         return as_matrix(self.weight, self.kind)
 
 
@@ -100,7 +100,7 @@ def find_layers(model: nn.Module, exclude: Iterable[str] = ()) -> list[Layer]:
         >>> [(layer.name, tuple(layer.matrix.shape)) for layer in find_layers(model, exclude=["2"])]
         [('0', (8, 4))]
     """
-    names = [name for name, _ in model.named_modules()]
+    names = [name for name, _ in model.named_modules(remove_duplicate=False)]
     excluded = set()
     for pattern in exclude:
         matched = {name for name in names if _matches(name, pattern)}

@@ -8,20 +8,21 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from torch import nn
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from hf_lossless import knapsack
 from hf_lossless.apply import apply_plan
 from hf_lossless.calibration.loss import Batch, LossFunction, batch_loss
-from hf_lossless.calibration.processes import process_state
+from hf_lossless.calibration.processes import own_share, process_state
 from hf_lossless.calibration.statistics import Calibration, calibrate
 from hf_lossless.candidates.proposal import Candidate, propose
 from hf_lossless.config import LosslessCheckpointConfig, LosslessCompressionConfig
-from hf_lossless.errors import ConfigurationError, DataError, UnreachableTargetError
+from hf_lossless.errors import CalibrationError, ConfigurationError, DataError
 from hf_lossless.layers import Layer, find_layers
 from hf_lossless.modules import CompressedModule
 from hf_lossless.plan import CompressionPlan, LayerPlan
+from hf_lossless.target import choose_plan
 from hf_lossless.theories import llc
 
 _THEORIES = {"llc": llc.predict}
@@ -90,22 +91,16 @@ def compress(
     layers = _layers_to_compress(model, config)
     original_bytes = tensor_bytes(model)
     other_bytes = original_bytes - sum(layer.weight.nbytes for layer in layers)
-    model.eval()
-    with _progress(len(batches), "calibrating") as advance:
-        calibration = calibrate(model, batches, layers, loss, advance)
-    candidates = {layer.name: _propose(layer, calibration, config) for layer in layers}
-    with _progress(sum(map(len, candidates.values())), "predicting") as advance:
-        predict = _THEORIES[config.theory]
-        predictions = predict(
-            model, batches, layers, calibration, candidates, loss, config.seed, config.activation_noise, advance
-        )
-    options = {
-        layer.name: [
-            _layer_plan(layer, candidate, change)
-            for candidate, change in zip(candidates[layer.name], predictions[layer.name], strict=True)
-        ]
-        for layer in layers
-    }
+    with _evaluation_mode(model):
+        with _progress(len(own_share(batches)), "calibrating") as advance:
+            calibration = calibrate(model, batches, layers, loss, advance)
+        candidates = {layer.name: _propose(layer, calibration, config) for layer in layers}
+        with _progress(sum(map(len, candidates.values())), "predicting") as advance:
+            predict = _THEORIES[config.theory]
+            predictions = predict(
+                model, batches, layers, calibration, candidates, loss, config.seed, config.activation_noise, advance
+            )
+    options = {layer.name: _options(layer, candidates[layer.name], predictions[layer.name]) for layer in layers}
     frontier = knapsack.frontier(
         costs=[[option.cost_bytes for option in group] for group in options.values()],
         losses=[[option.predicted_loss_change for option in group] for group in options.values()],
@@ -121,8 +116,9 @@ def compress(
             activation_noise=config.activation_noise,
         )
 
-    plan = _choose(frontier, plan_at, config, original_bytes)
+    plan = choose_plan(frontier, plan_at, config)
     apply_plan(model, plan.layers)
+    model.eval()
     return CompressionResult(model, plan, frontier, calibration, LosslessCheckpointConfig.of(plan).size_bytes)
 
 
@@ -132,7 +128,7 @@ def tensor_bytes(model: nn.Module) -> int:
     storages = {
         (tensor.untyped_storage().data_ptr(), tensor.storage_offset(), tensor.shape): tensor.nbytes
         for name, tensor in model.state_dict().items()
-        if tensor.numel() and name not in unsaved
+        if isinstance(tensor, Tensor) and tensor.numel() and name not in unsaved
     }
     return sum(storages.values())
 
@@ -170,55 +166,43 @@ def _propose(layer: Layer, calibration: Calibration, config: LosslessCompression
     return propose(layer, calibration.layers[layer.name], config.bits, config.group_size, config.symmetric)
 
 
-def _layer_plan(layer: Layer, candidate: Candidate, predicted_loss_change: float) -> LayerPlan:
-    return LayerPlan(
-        kind="kept" if candidate.grid is None else "grid",
-        grid=candidate.grid,
-        cost_bytes=candidate.cost_bytes,
-        predicted_loss_change=float(f"{predicted_loss_change:.4g}"),  # what follows is noise, and costs bytes
-        tied=layer.tied,
-    )
+def _options(layer: Layer, candidates: list[Candidate], predictions: list[float]) -> list[LayerPlan]:
+    """What the knapsack may choose from; a width whose noise makes the loss infinite is none of it."""
+    options = [
+        LayerPlan(
+            kind="kept" if candidate.grid is None else "grid",
+            grid=candidate.grid,
+            cost_bytes=candidate.cost_bytes,
+            predicted_loss_change=float(f"{prediction:.4g}"),  # what follows is noise, and costs bytes
+            tied=layer.tied,
+        )
+        for candidate, prediction in zip(candidates, predictions, strict=True)
+        if math.isfinite(prediction)
+    ]
+    if not options:
+        widths = [candidate.grid.bits for candidate in candidates if candidate.grid is not None]
+        raise CalibrationError(
+            f"the loss is not finite when layer {layer.name!r} is rounded to any of {widths} bits. "
+            "Add wider widths (16 keeps a layer), or keep this layer out with modules_to_not_convert."
+        )
+    return options
 
 
-def _choose(
-    frontier: knapsack.Frontier,
-    plan_at: Callable[[int], CompressionPlan],
-    config: LosslessCompressionConfig,
-    original_bytes: int,
-) -> CompressionPlan:
-    """The plan of the frontier that meets the target; a byte target counts the plan's own text too."""
-    if config.loss_budget is not None:
-        point = frontier.within_loss(config.loss_budget)
-        if point is None:
-            least = frontier.predicted_loss_change[-1]
-            raise UnreachableTargetError(
-                f"loss_budget={config.loss_budget:g} cannot be met: the least predicted loss change of any plan with "
-                f"bits={config.bits} is {least:.4g}. Allow more, or add wider widths (16 keeps a layer)."
-            )
-        return plan_at(point)
-
-    max_bytes = config.max_bytes if config.max_bytes is not None else int(original_bytes / (config.ratio or 1))
-    smallest = plan_at(0)
-    text_bytes = LosslessCheckpointConfig.of(smallest).size_bytes - smallest.tensor_bytes
-    point = frontier.within_bytes(max_bytes - smallest.other_bytes - text_bytes)
-    # Plans differ by a few characters in their text: step down until the whole fits.
-    while point is not None:
-        plan = plan_at(point)
-        if LosslessCheckpointConfig.of(plan).size_bytes <= max_bytes:
-            return plan
-        point = point - 1 if point else None
-    least_bytes = LosslessCheckpointConfig.of(smallest).size_bytes
-    asked = f"ratio={config.ratio:g}" if config.ratio is not None else f"max_bytes={config.max_bytes}"
-    best_ratio = math.floor(100 * original_bytes / least_bytes) / 100  # rounded up, it could not be reached
-    raise UnreachableTargetError(
-        f"{asked} cannot be reached: the smallest plan takes {least_bytes} bytes of the original's {original_bytes}, "
-        f"a ratio of {best_ratio:.2f}. Ask for at most that, add narrower widths than "
-        f"bits={config.bits}, or leave fewer modules out."
-    )
+@contextmanager
+def _evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Dropout off and batch norms frozen; every module's mode comes back afterwards."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
 
 
 @contextmanager
 def _progress(total: int, what: str) -> Iterator[Callable[[], object]]:
     """A progress bar with the time left, on the main process only."""
-    with tqdm(total=total, desc=what, disable=not process_state().is_main_process) as bar:
+    silent = {} if process_state().is_main_process else {"disable": True}  # None would override TQDM_DISABLE
+    with tqdm(total=total, desc=what, **silent) as bar:
         yield bar.update

@@ -137,6 +137,6 @@ class CompressionPlan(_Record):
 
 
 def json_bytes(values: dict[str, Any]) -> int:
-    """Bytes that `values` take as the entry `quantization_config` of a config.json, as transformers lays it out."""
+    """Bytes by which `values` lengthen a config.json, as the entry "quantization_config" laid out by transformers."""
     text = json.dumps({"quantization_config": values}, indent=2, sort_keys=True)
-    return len(text.encode()) - len("{\n\n}")
+    return len(text.encode()) - len("{\n\n}") + len(",\n")

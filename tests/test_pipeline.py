@@ -426,3 +426,39 @@ def test_tensor_bytes():
     model.register_buffer("unsaved", torch.zeros(100), persistent=False)
     model.register_buffer("empty", torch.zeros(0))
     assert tensor_bytes(model) == 16
+
+
+def finite_below(limit: float):
+    """A loss that overflows when the first layer's weights grow beyond `limit`, as float16 would."""
+
+    def loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+        value = batch_loss(model, batch)
+        return value if model[0].weight.abs().max() < limit else value * torch.inf
+
+    return loss
+
+
+def test_a_width_whose_noise_overflows_is_not_chosen():
+    model = network()
+    largest = model[0].weight.abs().max().item()
+    config = LosslessCompressionConfig(ratio=3, bits=(2, 8))
+    result = compress(model, BATCHES, config, loss=finite_below(1.5 * largest))
+    assert result.plan.layers["0"].bits == 8
+
+
+def test_no_width_without_overflow():
+    model = network()
+    loss = finite_below(1.0001 * model[0].weight.abs().max().item())
+    with pytest.raises(CalibrationError, match=r"layer '0' is rounded to any of \[2\] bits.*16 keeps"):
+        compress(model, BATCHES, LosslessCompressionConfig(ratio=3, bits=(2,)), loss=loss)
+
+
+def test_modes_come_back_after_an_error():
+    model = network().train()
+    model[2].eval()
+    before = [module.training for module in model.modules()]
+    with pytest.raises(UnreachableTargetError):
+        compress(model, BATCHES, LosslessCompressionConfig(ratio=1000))
+    assert [module.training for module in model.modules()] == before
+    compress(model, BATCHES, LosslessCompressionConfig(ratio=3))
+    assert not any(module.training for module in model.modules())

@@ -21,6 +21,7 @@ The paper's P is never negative, though its aim is a loss that falls: the absolu
 bound on how far the loss may move, and as such it is used here.
 """
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -65,11 +66,16 @@ def predicted_loss_change(
         weight_step: scale_weight; 0 for a layer that is kept.
         weight_noise: ||d|| / sqrt(size(d)).
 
+    Returns:
+        The prediction; infinity where a measured loss is not finite.
+
     Example:
         >>> round(predicted_loss_change(input_change=0.02, input_step=0.1, input_noise=0.03,
         ...                             weight_change=-0.04, weight_step=0.2, weight_noise=0.05), 6)
         0.016
     """
+    if not (math.isfinite(input_change) and math.isfinite(weight_change)):
+        return math.inf
     slope = abs(input_change) / input_step if input_step else 0.0
     prediction = slope * input_noise
     fluctuation = abs(weight_change)
@@ -110,13 +116,13 @@ def predict(
     for position, layer in enumerate(layers):
         statistics = calibration.layers[layer.name]
         noises = [_activation_noise(statistics, candidate, activation_noise) for candidate in candidates[layer.name]]
+        layer_seed = seeded_number(seed, position)  # the same |random| at every width: only the steps differ
         shares = []
         for candidate, noise in zip(candidates[layer.name], noises, strict=True):
-            width_seed = seeded_number(seed, position, 0 if candidate.grid is None else candidate.grid.bits)
             shares.append(
                 (
-                    _loss_under_input_noise(model, batches, loss, layer, statistics, noise, width_seed),
-                    _loss_under_weight_noise(model, batches, loss, layer, statistics, candidate, width_seed),
+                    _loss_under_input_noise(model, batches, loss, layer, statistics, noise, layer_seed),
+                    _loss_under_weight_noise(model, batches, loss, layer, statistics, candidate, layer_seed),
                 )
             )
             advance()

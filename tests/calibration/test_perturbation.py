@@ -1,5 +1,7 @@
 """Noise goes where it should and leaves nothing behind."""
 
+import math
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -13,7 +15,6 @@ from hf_lossless.calibration.perturbation import (
     seeded_number,
     weight_noise,
 )
-from hf_lossless.errors import CalibrationError
 from hf_lossless.layers import Layer, find_layers
 
 MODULES = {
@@ -207,5 +208,4 @@ def test_mean_loss_needs_no_gradient():
 
 def test_a_loss_that_is_not_finite():
     batches = [(torch.zeros(2, 4), torch.tensor([0, 1])), (torch.full((2, 4), torch.inf), torch.tensor([0, 1]))]
-    with pytest.raises(CalibrationError, match="loss of calibration batch 2 of 2 is nan"):
-        mean_loss_share(nn.Linear(4, 3), batches, batch_loss)
+    assert math.isnan(mean_loss_share(nn.Linear(4, 3), batches, batch_loss))

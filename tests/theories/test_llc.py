@@ -109,7 +109,7 @@ def reference(model: Model, batches, calibration, candidates, seed: int, activat
                 table[name].append(0.0)
                 continue
             bits, prediction = candidate.grid.bits, 0.0
-            seed_of_width = llc.seeded_number(seed, position, bits)
+            seed_of_layer = llc.seeded_number(seed, position)
             if activations and statistics.inputs is not None:
                 noise = activation_noise_of(statistics.inputs, bits)  # line 7
                 generator = torch.Generator()
@@ -121,13 +121,13 @@ def reference(model: Model, batches, calibration, candidates, seed: int, activat
                 handle = module.register_forward_pre_hook(hook)
                 noisy = loss_of(
                     model,
-                    lambda index, g=generator, s=seed_of_width: g.manual_seed(llc.seeded_number(s, index)),
+                    lambda index, g=generator, s=seed_of_layer: g.manual_seed(llc.seeded_number(s, index)),
                 )
                 handle.remove()
                 prediction += abs(clean - noisy) / noise.step * noise.rms  # lines 8 and 17
             weight = module.weight.data.clone()
             quantised = quantise(weight, candidate.grid)
-            generator = torch.Generator().manual_seed(seed_of_width)
+            generator = torch.Generator().manual_seed(seed_of_layer)
             sign = -1 if statistics.weight_gradient.mean >= 0 else 1
             scales = quantised.scales.float().abs()
             random = torch.randn(weight.shape, generator=generator).abs()
@@ -224,7 +224,7 @@ def test_weight_slope_of_a_linear_loss_is_its_derivative(bits):
     layers, calibration, candidates = prepared(model, batches, (bits,), None, linear_loss)
     ((prediction,),) = predict(model, batches, layers, calibration, candidates, linear_loss, 0).values()
     (candidate,) = candidates[layer.name]
-    random = torch.randn(1, 16, generator=torch.Generator().manual_seed(llc.seeded_number(0, 0, bits))).abs()
+    random = torch.randn(1, 16, generator=torch.Generator().manual_seed(llc.seeded_number(0, 0))).abs()
     derivative = (batches[0][0].mean(0) * random).sum().item()  # of the loss along |random|
     assert prediction == pytest.approx(derivative * candidate.noise, rel=1e-4)
 
@@ -238,7 +238,7 @@ def test_input_slope_of_a_linear_loss_is_its_derivative(bits):
     # A grid with no noise of its own: only the input's term is left.
     candidates = {layer.name: [Candidate(Grid(bits=bits), cost_bytes=1)]}
     ((prediction,),) = predict(model, batches, layers, calibration, candidates, linear_loss, 0, True).values()
-    seed = llc.seeded_number(llc.seeded_number(0, 0, bits), 0)
+    seed = llc.seeded_number(llc.seeded_number(0, 0), 0)
     random = torch.randn(5, 16, generator=torch.Generator().manual_seed(seed)).abs()
     derivative = abs((random.double() @ model[0].weight.T).mean().item())
     assert prediction == pytest.approx(derivative * activation_noise_of(inputs, bits).rms, rel=1e-5)

@@ -1,0 +1,179 @@
+"""From what a user calls a data set to batches."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pytest
+import torch
+from tiny_checkpoints import image_rows, text_rows, tokenizer, without
+from tiny_models import IMAGE, TINY_MODELS
+from torch import Tensor
+from torch.utils.data import DataLoader
+from transformers import BatchEncoding, DataCollatorWithPadding, PreTrainedModel, ViTImageProcessorPil
+
+from hf_lossless import DataError, LosslessCompressionConfig
+from hf_lossless.calibration.data import (
+    calibration_batches,
+    load_rows,
+    make_batches,
+    ready_batches,
+    sample_rows,
+    with_own_targets,
+)
+from hf_lossless.tasks.registry import TASKS
+
+TEXT, IMAGES = TASKS["text-classification"], TASKS["image-classification"]
+ROWS = text_rows()
+TABLE = datasets.Dataset.from_list(ROWS)
+TOKENIZER = tokenizer()
+
+
+@pytest.fixture(scope="module")
+def bert() -> PreTrainedModel:
+    return TINY_MODELS["bert"].build()
+
+
+# Rows
+
+
+def written(name: str, method: str, **options: Any) -> Callable[[Path], str]:
+    def write(folder: Path) -> str:
+        getattr(TABLE, method)(folder / name, **options)
+        return str(folder / name)
+
+    return write
+
+
+@pytest.mark.parametrize(
+    "give",
+    [
+        written("rows.jsonl", "to_json"),
+        written("rows.json", "to_json", lines=False),
+        written("rows.JSONL", "to_json"),
+        written("rows.csv", "to_csv"),
+        written("rows.parquet", "to_parquet"),
+        written("rows", "save_to_disk"),
+        lambda folder: Path(written("rows.jsonl", "to_json")(folder)),
+        lambda folder: ROWS,
+        lambda folder: TABLE,
+        lambda folder: datasets.DatasetDict({"anything": TABLE}),
+    ],
+    ids=["jsonl", "json", "JSONL", "csv", "parquet", "saved", "Path", "list", "Dataset", "one-split"],
+)
+def test_every_form_gives_the_same_rows(give: Callable[[Path], Any], tmp_path: Path) -> None:
+    assert load_rows(give(tmp_path)).to_list() == ROWS
+
+
+def test_splits(tmp_path: Path) -> None:
+    splits = datasets.DatasetDict({"train": TABLE.select([0]), "test": TABLE.select([1, 2])})
+    splits.save_to_disk(tmp_path / "saved")
+    for given in (splits, str(tmp_path / "saved")):
+        assert load_rows(given, "test").to_list() == ROWS[1:3]
+        with pytest.raises(DataError, match=r"has several splits: there are train, test"):
+            load_rows(given)
+    TABLE.to_csv(tmp_path / "rows.csv")
+    assert load_rows(str(tmp_path / "rows.csv"), "train").to_list() == ROWS  # as datasets calls it
+
+
+def test_reading_leaves_the_verbosity_of_datasets_as_it_was(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = datasets.logging.get_verbosity()
+    (tmp_path / "rows.csv").write_text("a,b\n1,2,3,4\n5\n6,7,8,9,10\n")
+    with pytest.raises(DataError, match=r"rows\.csv' cannot be read"):
+        load_rows(str(tmp_path / "rows.csv"))
+    assert datasets.logging.get_verbosity() == before
+    assert "Failed to read" not in capsys.readouterr().err
+
+
+# Samples
+
+
+def test_samples_are_drawn_once_each_by_the_seed() -> None:
+    first = sample_rows(TABLE, 5, seed=1).to_list()
+    assert len(first) == 5
+    assert len({row["text"] for row in first}) == 5 and all(row in ROWS for row in first)
+    assert sample_rows(TABLE, 5, seed=1).to_list() == first
+    assert sample_rows(TABLE, 5, seed=2).to_list() != first
+
+
+@pytest.mark.parametrize("count", [len(ROWS), len(ROWS) + 1])
+def test_all_rows_are_taken_where_there_are_not_more(count: int) -> None:
+    assert sample_rows(TABLE, count, seed=1).to_list() == ROWS
+
+
+# Batches
+
+
+def test_rows_of_like_length_share_a_batch(bert: PreTrainedModel) -> None:
+    batches = list(make_batches(TABLE, TEXT, TOKENIZER, bert, 5))
+    assert [len(batch["labels"]) for batch in batches] == [5, 5, 2]
+    lengths = [batch["attention_mask"].sum(1) for batch in batches]
+    assert all(before.max() <= after.min() for before, after in zip(lengths, lengths[1:], strict=False))
+    assert sum(int(batch["labels"].sum()) for batch in batches) == sum(row["label"] for row in ROWS)
+
+
+def test_images_keep_their_order() -> None:
+    processor = ViTImageProcessorPil(size={"height": IMAGE, "width": IMAGE})
+    rows = image_rows(3)
+    batches = list(make_batches(datasets.Dataset.from_list(rows), IMAGES, processor, TINY_MODELS["vit"].build(), 2))
+    expected = processor([row["image"] for row in rows], return_tensors="pt")["pixel_values"]
+    assert torch.equal(torch.cat([batch["pixel_values"] for batch in batches]), expected)
+
+
+def test_batches_are_made_one_at_a_time(bert: PreTrainedModel) -> None:
+    rows = datasets.Dataset.from_list([*ROWS[:4], {**ROWS[4], "text": "w5 " * 50, "label": 99}])
+    batches = make_batches(rows, TEXT, TOKENIZER, bert, 4)
+    assert len(next(batches)["labels"]) == 4
+    with pytest.raises(DataError, match="label 99"):
+        next(batches)
+
+
+# Ready batches
+
+
+def test_ready_batches_are_taken_as_they_are() -> None:
+    batch = {"input_ids": torch.ones(2, 3, dtype=torch.long)}
+    pair = (torch.ones(2, 3), torch.ones(2))
+    for given in ([batch], (batch, batch), [pair], [BatchEncoding(batch)]):
+        assert ready_batches(given) == list(given)
+    for rows in (ROWS, [], [{"text": "w5", "label": torch.tensor(1)}], TABLE, "rows.jsonl", None):
+        assert ready_batches(rows) is None
+
+
+def test_a_data_loader() -> None:
+    loader = DataLoader([{"pixels": torch.tensor([float(index)])} for index in range(5)], batch_size=2)
+    assert [batch["pixels"].flatten().tolist() for batch in ready_batches(loader)] == [[0, 1], [2, 3], [4]]
+
+
+# Labels
+
+
+def test_predictions_stand_in_for_missing_labels(bert: PreTrainedModel) -> None:
+    tiny = TINY_MODELS["bert"]
+    bare, labelled = tiny.inputs(), tiny.batch()
+    first, second = with_own_targets(bert, [bare, labelled])
+    with torch.no_grad():
+        assert torch.equal(first["labels"], bert(**bare).logits.argmax(-1))
+    assert second is labelled
+    assert "labels" not in bare
+
+
+def test_a_configurations_batches(bert: PreTrainedModel, text_folder: Path) -> None:
+    model = TEXT.load_model(str(text_folder))
+    for processor in (None, TOKENIZER):
+        config = LosslessCompressionConfig(ROWS, ratio=2, num_samples=7, batch_size=3, processor=processor)
+        batches = calibration_batches(model, config)
+        assert [len(batch["labels"]) for batch in batches] == [3, 3, 1]
+    unlabelled = LosslessCompressionConfig(without(ROWS, "label"), ratio=2)
+    [batch] = calibration_batches(model, unlabelled)
+    with torch.no_grad():
+        logits: Tensor = model(**{name: value for name, value in batch.items() if name != "labels"}).logits
+    assert torch.equal(batch["labels"], logits.argmax(-1))
+
+
+def test_a_loader_of_batch_encodings_without_labels(bert: PreTrainedModel) -> None:
+    rows = [TOKENIZER(row["text"]) for row in ROWS]
+    loader = DataLoader(rows, batch_size=6, collate_fn=DataCollatorWithPadding(TOKENIZER))
+    batches = calibration_batches(bert, LosslessCompressionConfig(loader, ratio=2))
+    assert [batch["labels"].shape for batch in batches] == [(6,), (6,)]

@@ -1,0 +1,87 @@
+"""The two configurations; what they refuse is in test_errors.py."""
+
+import copy
+import json
+
+import pytest
+from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AutoQuantizationConfig
+
+from hf_lossless import CompressionPlan, Grid, LayerPlan, LosslessCheckpointConfig, LosslessCompressionConfig
+from hf_lossless.config import FORMAT_VERSION, QUANT_METHOD
+
+PLAN = CompressionPlan(
+    theory="llc",
+    layers={
+        "head": LayerPlan(kind="kept", cost_bytes=8, predicted_loss_change=0.0),
+        "body": LayerPlan(
+            kind="grid", grid=Grid(bits=3, group_size=64), cost_bytes=5, predicted_loss_change=0.25, tied=("tail",)
+        ),
+    },
+    other_bytes=7,
+    original_bytes=100,
+)
+
+
+def test_a_target_of_each_kind() -> None:
+    assert LosslessCompressionConfig(ratio=1.5).ratio == 1.5
+    assert LosslessCompressionConfig(max_bytes=10).max_bytes == 10
+    assert LosslessCompressionConfig(loss_budget=0).loss_budget == 0
+
+
+@pytest.mark.parametrize(
+    ("given", "widths"), [((8, 2, 2), (2, 8)), ({4}, (4,)), (range(1, 4), (1, 2, 3)), (5, (5,)), (iter([16]), (16,))]
+)
+def test_widths(given: object, widths: tuple[int, ...]) -> None:
+    assert LosslessCompressionConfig(ratio=2, bits=given).bits == widths
+
+
+def test_modules_to_leave_alone() -> None:
+    for given in ("classifier", ["classifier"], ("classifier",)):
+        assert LosslessCompressionConfig(ratio=2, modules_to_not_convert=given).modules_to_not_convert == (
+            "classifier",
+        )
+    assert LosslessCompressionConfig(ratio=2, modules_to_not_convert=None).modules_to_not_convert == ()
+
+
+def test_a_copy_shares_the_data() -> None:
+    """Auto classes copy their arguments; neither a generator nor a large data set should be."""
+    rows = (row for row in ())
+    config = LosslessCompressionConfig(rows, ratio=2)
+    twin = copy.deepcopy({"one": config, "two": config})
+    assert twin["one"] is twin["two"] is not config
+    assert twin["one"].dataset is rows
+    assert twin["one"].to_dict() == config.to_dict()
+
+
+def test_settings_are_json_without_the_data() -> None:
+    settings = LosslessCompressionConfig([{"text": "good"}], ratio=2, processor=object()).to_dict()
+    assert json.loads(json.dumps(settings)) == settings
+    assert settings["quant_method"] == QUANT_METHOD and settings["bits"] == [2, 3, 4, 8, 16]
+    assert not {"dataset", "processor"} & settings.keys()
+
+
+def test_an_entry_comes_back_from_json() -> None:
+    entry = LosslessCheckpointConfig.of(PLAN)
+    values = json.loads(json.dumps(entry.to_dict()))
+    assert values.keys() == {"quant_method", "format_version", "plan"}
+    assert values["format_version"] == FORMAT_VERSION
+    again = AutoQuantizationConfig.from_dict(values)
+    assert isinstance(again, LosslessCheckpointConfig)
+    assert again.plan == PLAN and again.to_dict() == entry.to_dict()
+
+
+def test_size_bytes_are_tensors_and_text() -> None:
+    entry = LosslessCheckpointConfig.of(PLAN)
+    text = json.dumps({"quantization_config": entry.to_dict()}, indent=2, sort_keys=True)
+    assert entry.size_bytes == 8 + 5 + 7 + len(text.encode()) - len("{\n\n}")
+
+
+def test_unused_arguments_are_handed_back() -> None:
+    entry, unused = LosslessCheckpointConfig.from_dict(
+        LosslessCheckpointConfig.of(PLAN).to_dict(), return_unused_kwargs=True, device="cpu"
+    )
+    assert entry.plan == PLAN and unused == {"device": "cpu"}
+
+
+def test_transformers_knows_the_method() -> None:
+    assert AUTO_QUANTIZATION_CONFIG_MAPPING[QUANT_METHOD] is LosslessCheckpointConfig

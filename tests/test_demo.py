@@ -1,0 +1,102 @@
+"""The demo from beginning to end; all the tests share one run."""
+
+import io
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+from transformers import AutoModelForImageClassification
+
+from hf_lossless import demo
+from hf_lossless.checkpoint import read_entry
+from hf_lossless.errors import CheckpointError
+from hf_lossless.evaluation import Evaluation, evaluate
+from hf_lossless.tasks.image_classification import ImageClassification
+
+MARGIN = 0.01
+"""Nats that the held-out loss may rise by; its standard error on 541 digits is about 0.003."""
+
+
+@dataclass(frozen=True)
+class DemoRun:
+    folder: Path
+    said: str
+
+
+@pytest.fixture(scope="module")
+def demo_run(tmp_path_factory: pytest.TempPathFactory) -> DemoRun:
+    console = Console(file=io.StringIO(), width=120)
+    folder = tmp_path_factory.mktemp("demo") / "out"
+    demo.run_demo(folder, console)
+    return DemoRun(folder, console.file.getvalue())
+
+
+def test_files(demo_run: DemoRun) -> None:
+    assert {path.name for path in demo_run.folder.iterdir()} == {"original", "compressed", "frontier.png"}
+    assert [path.name for path in demo_run.folder.parent.iterdir()] == ["out"]
+    for name in ("original", "compressed"):
+        files = {path.name for path in (demo_run.folder / name).iterdir()}
+        assert files == {"config.json", "model.safetensors", "preprocessor_config.json"}
+    assert (demo_run.folder / "frontier.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
+
+
+def test_sizes(demo_run: DemoRun) -> None:
+    entry = read_entry(demo_run.folder / "compressed")
+    assert entry.plan.original_bytes / entry.size_bytes >= 6
+    on_disk = {
+        name: (demo_run.folder / name / "model.safetensors").stat().st_size for name in ("original", "compressed")
+    }
+    assert on_disk["original"] / on_disk["compressed"] > 5  # headers are not counted in the ratio
+    assert f"{entry.size_bytes:,}" in demo_run.said
+
+
+def test_a_reload_computes_the_same_bits(demo_run: DemoRun) -> None:
+    models = [AutoModelForImageClassification.from_pretrained(demo_run.folder / "compressed") for _ in range(2)]
+    pixels = torch.randn(8, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        first, second = (model(pixel_values=pixels).logits for model in models)
+    assert torch.equal(first, second)
+    assert "outputs equal the saved one's, bit for bit" in demo_run.said
+
+
+def test_a_reload_that_differs_is_an_error(demo_run: DemoRun) -> None:
+    one, other = (AutoModelForImageClassification.from_pretrained(demo_run.folder / "original") for _ in range(2))
+    batch = {"pixel_values": torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))}
+    demo._refuse_difference(one, other, batch)
+    other.classifier.bias.data += 0.5
+    with pytest.raises(CheckpointError, match=r"outputs differ from the saved one's by up to 0\.5\. Please report"):
+        demo._refuse_difference(one, other, batch)
+
+
+def test_the_held_out_loss_did_not_rise(demo_run: DemoRun) -> None:
+    train, calibration, held_out = demo._digits()
+    assert (len(train), len(calibration), len(held_out)) == (1000, 256, 541)
+    task = ImageClassification()
+    evaluations: dict[str, Evaluation] = {}
+    for name in ("original", "compressed"):
+        folder = str(demo_run.folder / name)
+        evaluations[name] = evaluate(task.load_model(folder), held_out, task, task.load_processor(folder))
+        assert f"{evaluations[name].loss:.4f}" in demo_run.said
+    assert evaluations["compressed"].loss <= evaluations["original"].loss + MARGIN
+    assert evaluations["original"].metric > 0.94
+    assert evaluations["compressed"].metric >= evaluations["original"].metric - 0.02
+
+
+def test_digits_are_disjoint() -> None:
+    splits = demo._digits()
+    images = [[image["image"].tobytes() for image in split] for split in splits]
+    everything = [image for split in images for image in split]
+    assert len(everything) == 1797
+    assert len(set(everything)) >= 1790  # a few digits are written alike
+
+
+def test_numbers_that_are_shown_are_numbers(demo_run: DemoRun) -> None:
+    rows = re.findall(
+        r"│ (original|compressed) +│ +([\d,]+) │ +([\d.]+) │ +([\d.]+) │ +([\d.]+) │ +541 │", demo_run.said
+    )
+    assert [row[0] for row in rows] == ["original", "compressed"]
+    assert json.loads(rows[0][2]) == 1.0
