@@ -180,29 +180,42 @@ def bench_main_job(assets: Path, ratio: float = 6.0) -> dict[str, Any]:
 
 
 _LOAD = """
-import resource, sys, time
+import re, sys, time
 import torch, hf_lossless
 from transformers import AutoModelForSequenceClassification, BertForSequenceClassification
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+def kib(what):
+    return int(re.search(what + r":\\s+(\\d+)", open("/proc/self/status").read())[1])
+
+open("/proc/self/clear_refs", "w").write("5")  # the peak starts anew, after the imports
+before = kib("VmRSS")
 start = time.perf_counter()
 model = AutoModelForSequenceClassification.from_pretrained(sys.argv[1])
-print(time.perf_counter() - start, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
+seconds = time.perf_counter() - start
+loaded = kib("VmHWM") - before
+with torch.no_grad():
+    model(input_ids=torch.arange(1000, 1032)[None])
+print(seconds, loaded * 1024, (kib("VmHWM") - before) * 1024)
 """
 
 
 def _reloads(folders: dict[str, str], repeats: int = 5) -> dict[str, Any]:
-    """Seconds and growth of peak memory of `from_pretrained`, each in a process of its own, in turn."""
-    measured: dict[str, list[tuple[float, float]]] = {name: [] for name in folders}
+    """Seconds and growth of peak memory of `from_pretrained`, and of the peak after one forward pass of 32 tokens.
+
+    Each load has a process of its own; the folders take turns. Linux only.
+    """
+    measured: dict[str, list[tuple[float, ...]]] = {name: [] for name in folders}
     for _ in range(repeats):
         for name, folder in folders.items():
             output = subprocess.run(
                 [sys.executable, "-c", _LOAD, folder], capture_output=True, text=True, check=True
             ).stdout.split()
-            measured[name].append((float(output[-2]), float(output[-1])))
+            measured[name].append(tuple(map(float, output[-3:])))
     return {
         name: {
             "seconds": statistics.median(run[0] for run in runs),
             "peak_memory_growth_bytes": int(statistics.median(run[1] for run in runs)),
+            "peak_memory_growth_with_a_forward_pass_bytes": int(statistics.median(run[2] for run in runs)),
         }
         for name, runs in measured.items()
     }

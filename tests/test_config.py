@@ -72,8 +72,12 @@ def test_an_entry_comes_back_from_json() -> None:
 
 def test_size_bytes_are_tensors_and_text() -> None:
     entry = LosslessCheckpointConfig.of(PLAN)
-    text = json.dumps({"quantization_config": entry.to_dict()}, indent=2, sort_keys=True)
-    assert entry.size_bytes == 8 + 5 + 7 + len(text.encode()) - len("{\n\n}")
+    others = {"architectures": ["BertModel"], "vocab_size": 5}
+    with_entry, without = (
+        json.dumps(values, indent=2, sort_keys=True)
+        for values in (others | {"quantization_config": entry.to_dict()}, others)
+    )
+    assert entry.size_bytes == 8 + 5 + 7 + len(with_entry) - len(without)
 
 
 def test_unused_arguments_are_handed_back() -> None:

@@ -252,6 +252,12 @@ BAD_DATA: dict[str, tuple[Any, dict[str, Any], type[LosslessError], str]] = {
     ),
     "unknown split": (SPLITS, {"split": "dev"}, DataError, r"split='dev' is not in .* are train, test\. Name one"),
     "no split named": (SPLITS, {}, DataError, r"has several splits: there are train, test\. Name one of them with spl"),
+    "a split of a list": (
+        ROWS,
+        {"split": "dev"},
+        DataError,
+        r"split='dev', but dataset is a list and has no splits\. Le",
+    ),
     "list of texts": (["good", "bad"], {}, DataError, r"a list, but not of dicts\. Give a dict"),
     "generator": ((row for row in ROWS), {}, DataError, r"dataset is a generator\. Give a datasets\.Dataset"),
     "mixed types": (rows_with(text=5), {}, DataError, r"do not have one type for each column: .* Give every row"),

@@ -47,6 +47,8 @@ def load_rows(dataset: Any, split: str | None = None) -> datasets.Dataset:
             ) from error
     if isinstance(rows, datasets.DatasetDict):
         rows = _one_split(rows, split)
+    elif split is not None and not isinstance(dataset, str | os.PathLike) and str(getattr(rows, "split", "")) != split:
+        raise DataError(f"split={split!r}, but dataset is a {type(dataset).__name__} and has no splits. Leave it out.")
     if not isinstance(rows, datasets.Dataset):
         raise DataError(
             f"dataset is a {type(dataset).__name__}. Give a datasets.Dataset, a DatasetDict with split=, a list of "
@@ -54,7 +56,7 @@ def load_rows(dataset: Any, split: str | None = None) -> datasets.Dataset:
         )
     if not len(rows):
         raise _empty(dataset)
-    return rows
+    return rows.with_format(None)  # plain values, though tensors or arrays were asked for
 
 
 def _one_split(splits: datasets.DatasetDict, split: str | None) -> datasets.Dataset:

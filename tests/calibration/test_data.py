@@ -1,6 +1,7 @@
 """From what a user calls a data set to batches."""
 
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -58,12 +59,13 @@ def written(name: str, method: str, **options: Any) -> Callable[[Path], str]:
         lambda folder: Path(written("rows.jsonl", "to_json")(folder)),
         lambda folder: ROWS,
         lambda folder: TABLE,
+        lambda folder: TABLE.with_format("torch"),
         lambda folder: datasets.DatasetDict({"anything": TABLE}),
     ],
-    ids=["jsonl", "json", "JSONL", "csv", "parquet", "saved", "Path", "list", "Dataset", "one-split"],
+    ids=["jsonl", "json", "JSONL", "csv", "parquet", "saved", "Path", "list", "Dataset", "torch", "one-split"],
 )
 def test_every_form_gives_the_same_rows(give: Callable[[Path], Any], tmp_path: Path) -> None:
-    assert load_rows(give(tmp_path)).to_list() == ROWS
+    assert list(load_rows(give(tmp_path))) == ROWS
 
 
 def test_splits(tmp_path: Path) -> None:
@@ -74,7 +76,8 @@ def test_splits(tmp_path: Path) -> None:
         with pytest.raises(DataError, match=r"has several splits: there are train, test"):
             load_rows(given)
     TABLE.to_csv(tmp_path / "rows.csv")
-    assert load_rows(str(tmp_path / "rows.csv"), "train").to_list() == ROWS  # as datasets calls it
+    rows = load_rows(str(tmp_path / "rows.csv"), "train")  # as datasets calls it
+    assert rows.to_list() == load_rows(rows, "train").to_list() == ROWS
 
 
 def test_reading_leaves_the_verbosity_of_datasets_as_it_was(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -109,7 +112,7 @@ def test_rows_of_like_length_share_a_batch(bert: PreTrainedModel) -> None:
     batches = list(make_batches(TABLE, TEXT, TOKENIZER, bert, 5))
     assert [len(batch["labels"]) for batch in batches] == [5, 5, 2]
     lengths = [batch["attention_mask"].sum(1) for batch in batches]
-    assert all(before.max() <= after.min() for before, after in zip(lengths, lengths[1:], strict=False))
+    assert all(before.max() <= after.min() for before, after in pairwise(lengths))
     assert sum(int(batch["labels"].sum()) for batch in batches) == sum(row["label"] for row in ROWS)
 
 
