@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
+from transformers.utils.generic import find_labels
 
 from hf_lossless.calibration.loss import Batch, model_device, to_device
 from hf_lossless.config import LosslessCompressionConfig
@@ -172,16 +173,19 @@ def with_own_targets(model: PreTrainedModel, batches: Iterable[Batch], task_name
 
     Args:
         model: What predicts.
-        batches: Mappings that lack "labels", among others that are passed on as they are.
+        batches: Mappings without any argument that the model takes as a label, among others that are passed on as they
+            are.
         task_name: The model's task; None: by its class.
 
     Raises:
         DataError: There are no labels, and the model's task has no predictions that could stand in for them.
     """
     device = model_device(model)
+    # "labels", or "start_positions" and "end_positions"
+    label_names = set(find_labels(type(model)))  # type: ignore[no-untyped-call]
     labelled = []
     for batch in batches:
-        if isinstance(batch, Mapping) and "labels" not in batch:
+        if isinstance(batch, Mapping) and label_names and label_names.isdisjoint(batch):
             task = _predicting_task(model, task_name, batch)
             with torch.no_grad():
                 logits = model(**to_device(batch, device)).logits

@@ -12,7 +12,14 @@ from tiny_checkpoints import image_rows, text_rows, tokenizer, without
 from tiny_models import IMAGE, TINY_MODELS
 from torch import Tensor
 from torch.utils.data import DataLoader
-from transformers import BatchEncoding, DataCollatorWithPadding, PreTrainedModel, ViTImageProcessorPil
+from transformers import (
+    BatchEncoding,
+    BertConfig,
+    BertForQuestionAnswering,
+    DataCollatorWithPadding,
+    PreTrainedModel,
+    ViTImageProcessorPil,
+)
 
 from hf_lossless import DataError, LosslessCompressionConfig
 from hf_lossless.calibration.data import (
@@ -180,3 +187,15 @@ def test_a_loader_of_batch_encodings_without_labels(bert: PreTrainedModel) -> No
     loader = DataLoader(rows, batch_size=6, collate_fn=DataCollatorWithPadding(TOKENIZER))
     batches = calibration_batches(bert, LosslessCompressionConfig(loader, ratio=2))
     assert [batch["labels"].shape for batch in batches] == [(6,), (6,)]
+
+
+def test_labels_of_other_names_stay():
+    config = BertConfig(
+        vocab_size=20, hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8, num_labels=2
+    )
+    batch = {
+        "input_ids": torch.tensor([[5, 6, 7]]),
+        "start_positions": torch.tensor([0]),
+        "end_positions": torch.tensor([1]),
+    }
+    assert with_own_targets(BertForQuestionAnswering(config), [batch]) == [batch]
