@@ -61,6 +61,11 @@ class Layer:
         """The weight as `W [out, in]`: a view of its memory, or a copy where a kernel lies in another order."""
         return as_matrix(self.weight, self.kind)
 
+    @property
+    def packed_rows(self) -> int:
+        """Rows in which codes are packed: one for each embedding, so that rows can be looked up alone; else one."""
+        return self.matrix.shape[0] if self.kind == "embedding" else 1
+
 
 def as_matrix(weight: Tensor, kind: LayerKind) -> Tensor:
     """A weight, or its gradient, as `[out, in]`."""

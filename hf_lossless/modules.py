@@ -50,7 +50,7 @@ class CompressedModule(nn.Module):
         out_features, in_features = self.matrix_shape = tuple(layer.matrix.shape)
         self.dtype = weight.dtype
         self.training = layer.module.training
-        rows = out_features if layer.kind == "embedding" else 1
+        rows = layer.packed_rows
         width = packed_width(out_features * in_features // rows, grid.bits)
         per_group = (out_features, grid.num_groups(in_features))
         scale_dtype = getattr(torch, grid.scale_dtype)

@@ -175,8 +175,26 @@ def bench_main_job(assets: Path, ratio: float = 6.0) -> dict[str, Any]:
             name: {"loss": judged.loss, "accuracy": judged.metric, "rows": judged.num_examples}
             for name, judged in held_out.items()
         },
+        "forward_milliseconds": _forwards(model, compressed),
         "reload": reloads,
     }
+
+
+def _forwards(original: torch.nn.Module, compressed: torch.nn.Module) -> dict[str, Any]:
+    """Median time of a forward pass, the two models in turn; a compressed layer unpacks its weight at each call."""
+    results = {}
+    for rows, tokens in ((1, 16), (8, 32), (32, 32)):
+        inputs = torch.randint(1000, 30000, (rows, tokens), generator=torch.Generator().manual_seed(0))
+        times: dict[str, list[float]] = {"original": [], "compressed": []}
+        for _ in range(30):
+            for name, model in (("original", original), ("compressed", compressed)):
+                start = time.perf_counter()
+                with torch.no_grad():
+                    model(input_ids=inputs)
+                times[name].append(1000 * (time.perf_counter() - start))
+        medians = {name: statistics.median(values[5:]) for name, values in times.items()}
+        results[f"{rows} x {tokens} tokens"] = {**medians, "ratio": medians["compressed"] / medians["original"]}
+    return results
 
 
 _LOAD = """

@@ -212,3 +212,9 @@ def test_one_module_under_two_names():
 
 def test_without_layers():
     assert find_layers(nn.Sequential(nn.ReLU(), nn.LayerNorm(3))) == []
+
+
+def test_packed_rows():
+    """An embedding's rows are looked up alone; all else is packed in one piece."""
+    model = nn.Sequential(nn.Embedding(9, 4), nn.Linear(4, 5), nn.Conv2d(2, 3, 3))
+    assert [layer.packed_rows for layer in find_layers(model)] == [9, 1, 1]

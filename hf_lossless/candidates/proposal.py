@@ -32,11 +32,6 @@ class Candidate:
     scales: Tensor | None = None
 
 
-def packed_rows(layer: Layer) -> int:
-    """Rows in which a layer's codes are packed: one for each embedding, so that rows can be looked up alone."""
-    return layer.matrix.shape[0] if layer.kind == "embedding" else 1
-
-
 def propose(
     layer: Layer, statistics: LayerStatistics, bits: tuple[int, ...], group_size: int | None, symmetric: bool
 ) -> list[Candidate]:
@@ -79,7 +74,7 @@ def propose(
         candidates.append(
             Candidate(
                 grid=quantised.grid,
-                cost_bytes=stored_bytes(out_features, in_features, quantised.grid, rows=packed_rows(layer)),
+                cost_bytes=stored_bytes(out_features, in_features, quantised.grid, rows=layer.packed_rows),
                 step=quantised.scales.float().square().mean().sqrt().item(),
                 noise=error.square().mean().sqrt().item(),
                 scales=quantised.scales,

@@ -7,7 +7,7 @@ from transformers.pytorch_utils import Conv1D
 
 from hf_lossless.apply import apply_plan
 from hf_lossless.calibration.statistics import LayerStatistics, Moments
-from hf_lossless.candidates.proposal import Candidate, packed_rows, propose
+from hf_lossless.candidates.proposal import Candidate, propose
 from hf_lossless.candidates.uniform import dequantise, quantise
 from hf_lossless.errors import CalibrationError
 from hf_lossless.layers import Layer, find_layers
@@ -109,8 +109,3 @@ def test_a_weight_that_is_not_finite(value):
     message = "weight of layer 'layer' holds NaN or infinity.*finite weights, or keep this layer out with modules_to"
     with pytest.raises(CalibrationError, match=message):
         propose(layer, statistics(), (4, 16), None, True)
-
-
-def test_packed_rows():
-    assert packed_rows(layer_of("embedding")) == 9
-    assert packed_rows(layer_of("linear")) == packed_rows(layer_of("conv2d")) == 1
