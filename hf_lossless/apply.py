@@ -13,7 +13,7 @@ from hf_lossless.candidates.uniform import quantise
 from hf_lossless.errors import PlanError
 from hf_lossless.layers import Layer, kind_of
 from hf_lossless.modules import COMPRESSED, TIED, CompressedModule
-from hf_lossless.plan import LayerPlan
+from hf_lossless.plan import Grid, LayerPlan
 
 
 def apply_plan(model: nn.Module, layer_plans: Mapping[str, LayerPlan]) -> nn.Module:
@@ -29,15 +29,25 @@ def apply_plan(model: nn.Module, layer_plans: Mapping[str, LayerPlan]) -> nn.Mod
     Raises:
         PlanError: A layer is not in the model, or cannot be compressed; nothing has been replaced then.
     """
-    layers = [(resolve(model, name, layer_plan), layer_plan) for name, layer_plan in layer_plans.items()]
-    for layer, layer_plan in layers:
-        if layer_plan.grid is None:
-            continue
-        compressed = COMPRESSED[layer.kind](layer, layer_plan.grid)
-        if not layer.weight.is_meta:
-            compressed.store(quantise(layer.matrix, layer_plan.grid))
+    layers = {name: resolve(model, name, layer_plan) for name, layer_plan in layer_plans.items()}
+    grids = {name: layer_plan.grid for name, layer_plan in layer_plans.items() if layer_plan.grid is not None}
+    replacements = [(layers[name], _compressed(layers[name], grid)) for name, grid in grids.items()]
+    for layer, compressed in replacements:
         _replace(model, layer, compressed)
     return model
+
+
+def _compressed(layer: Layer, grid: Grid) -> CompressedModule:
+    compressed = COMPRESSED[layer.kind](layer, grid)
+    if not layer.weight.is_meta:
+        quantised = quantise(layer.matrix, grid)
+        if quantised.grid != grid:
+            raise PlanError(
+                f"the plan stores the scales of layer {layer.name!r} as {grid.scale_dtype}, its weight needs "
+                f"{quantised.grid.scale_dtype}: the plan was made for other weights. Make one for these."
+            )
+        compressed.store(quantised)
+    return compressed
 
 
 def resolve(model: nn.Module, name: str, layer_plan: LayerPlan) -> Layer:

@@ -7,6 +7,7 @@ weights; the guard's shape [0] makes it stop.
 """
 
 import json
+import math
 import os
 import shutil
 import tempfile
@@ -18,9 +19,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from hf_lossless.config import LosslessCheckpointConfig
+from hf_lossless.config import QUANT_METHOD, LosslessCheckpointConfig
 from hf_lossless.errors import CheckpointError
 from hf_lossless.modules import CompressedModule
+from hf_lossless.plan import CompressionPlan
 
 _DTYPES = {
     torch.uint8: "U8",
@@ -33,7 +35,11 @@ _DTYPES = {
     torch.bfloat16: "BF16",
     torch.float32: "F32",
     torch.float64: "F64",
+    torch.complex64: "C64",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2",
 }
+_ITEM_BYTES = {name: dtype.itemsize for dtype, name in _DTYPES.items()}
 
 
 def state_dict_with_guards(model: nn.Module) -> dict[str, Tensor]:
@@ -110,6 +116,43 @@ def check_files(
         raise CheckpointError(f"the tensor {missing[0]!r}{more} is missing from the checkpoint. {_REMEDY}")
 
 
+def tensor_names(file: str | os.PathLike[str]) -> list[str]:
+    """Names of the tensors of a safetensors file."""
+    return [name for name, _, _ in _headers(file)]
+
+
+def stored_bytes_of(
+    files: Iterable[str | os.PathLike[str]],
+    wanted: Callable[[str], bool] = lambda name: True,
+) -> int:
+    """Bytes of the tensors in safetensors files, in their own dtype, by the files' headers.
+
+    Args:
+        files: All shards.
+        wanted: Whether a tensor, by its name on disk, counts.
+
+    Raises:
+        CheckpointError: A file is truncated or no safetensors file, or holds a dtype that torch does not have.
+    """
+    total = 0
+    for file in files:
+        for name, dtype, shape in _headers(file):
+            if wanted(name):
+                if dtype not in _ITEM_BYTES:
+                    raise CheckpointError(f"the tensor {name!r} in {os.fspath(file)} is of the unknown type {dtype}.")
+                total += math.prod(shape) * _ITEM_BYTES[dtype]
+    return total
+
+
+def refuse_other_bytes(plan: CompressionPlan, files: Iterable[str | os.PathLike[str]]) -> None:
+    """Raises CheckpointError where a plan's sizes are not those of the files that it came with."""
+    found = stored_bytes_of(files)
+    if found != plan.tensor_bytes:
+        raise CheckpointError(
+            f"the plan in config.json speaks of {plan.tensor_bytes} bytes of tensors, the files hold {found}. {_REMEDY}"
+        )
+
+
 _REMEDY = "Take the folder again from where it came from."
 
 
@@ -141,7 +184,7 @@ def read_entry(folder: str | os.PathLike[str]) -> LosslessCheckpointConfig:
     except ValueError as error:
         raise CheckpointError(f"{path} is not JSON: {error}. {_REMEDY}") from error
     entry = values.get("quantization_config") if isinstance(values, Mapping) else None
-    if not isinstance(entry, Mapping) or entry.get("quant_method") != "lossless":
+    if not isinstance(entry, Mapping) or entry.get("quant_method") != QUANT_METHOD:
         raise CheckpointError(
             f"{folder} holds no model compressed by hf_lossless. Compress one with: hf-lossless compress"
         )
@@ -157,7 +200,7 @@ def new_folder(target: str | os.PathLike[str]) -> Iterator[Path]:
     Raises:
         CheckpointError: `target` is there and is not an empty folder.
     """
-    target = Path(os.path.abspath(target))  # "." has no name to make a temporary one of
+    target = Path(os.path.realpath(target))  # "." has no name to make a temporary one of; a link stays a link
     refuse_occupied(target)
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
@@ -175,6 +218,11 @@ def refuse_occupied(target: str | os.PathLike[str]) -> None:
     target = Path(target)
     if target.exists() and not (target.is_dir() and not any(target.iterdir())):
         raise CheckpointError(f"the output folder {target} exists and is not empty. Remove it, or name another one.")
+    if os.path.ismount(os.path.realpath(target)):
+        raise CheckpointError(
+            f"the output folder {target} is a mount point, which a finished folder cannot take the place of. "
+            f"Name a folder inside it, say {target / 'model'}."
+        )
     above = next(folder for folder in Path(os.path.abspath(target)).parents if folder.exists())
     if not (above.is_dir() and os.access(above, os.W_OK)):
         raise CheckpointError(

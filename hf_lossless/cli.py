@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from hf_lossless.calibration.processes import process_state
-from hf_lossless.checkpoint import new_folder, read_entry, refuse_occupied
+from hf_lossless.checkpoint import new_folder, read_entry, refuse_occupied, refuse_other_bytes
 from hf_lossless.config import LosslessCheckpointConfig, LosslessCompressionConfig
 from hf_lossless.demo import run_demo
 from hf_lossless.errors import CheckpointError, ConfigurationError, LosslessError, reason
@@ -123,6 +123,7 @@ def inspect(
 ) -> None:
     """Show what a compressed checkpoint consists of."""
     config = read_entry(folder)
+    refuse_other_bytes(config.plan, sorted(folder.glob("*.safetensors")))
     values = inspection(config)
     if as_json:
         _print_json(values)

@@ -5,6 +5,7 @@ while the model is still on meta, so that the saved tensors load into them and a
 """
 
 import re
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -15,7 +16,14 @@ from transformers.quantizers.base import HfQuantizer
 
 from hf_lossless.apply import apply_plan
 from hf_lossless.calibration.data import calibration_batches
-from hf_lossless.checkpoint import check_files, guard_names, state_dict_with_guards
+from hf_lossless.checkpoint import (
+    check_files,
+    guard_names,
+    refuse_other_bytes,
+    state_dict_with_guards,
+    stored_bytes_of,
+    tensor_names,
+)
 from hf_lossless.config import QUANT_METHOD, LosslessCheckpointConfig, LosslessCompressionConfig
 from hf_lossless.errors import CheckpointError, ConfigurationError
 from hf_lossless.hf_plan import is_saved_class, plan_of, plans_for, with_present_bytes
@@ -38,6 +46,7 @@ class LosslessHfQuantizer(HfQuantizer):
     def __init__(self, quantization_config: Any, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
         self.result: CompressionResult | None = None
+        self._original_bytes: int | None = None
         if not self.pre_quantized and not isinstance(quantization_config, LosslessCompressionConfig):
             raise ConfigurationError(
                 f"quantization_config is a {type(quantization_config).__name__}. "
@@ -62,6 +71,7 @@ class LosslessHfQuantizer(HfQuantizer):
         self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **kwargs: Any
     ) -> PreTrainedModel:
         if not self.pre_quantized:
+            self._original_bytes = _bytes_on_disk(model, checkpoint_files or ())
             return model
         saved_layers = self.quantization_config.plan.layers
         apply_plan(model, plans_for(model, saved_layers))
@@ -80,6 +90,8 @@ class LosslessHfQuantizer(HfQuantizer):
                 ties=model.all_tied_weights_keys,
                 unsaved=model._keys_to_ignore_on_save or (),
             )
+            if is_saved_class(model):
+                refuse_other_bytes(self.quantization_config.plan, checkpoint_files)
         return model
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
@@ -94,7 +106,9 @@ class LosslessHfQuantizer(HfQuantizer):
         _refuse_meta(model)
         config = self.quantization_config
         with torch.enable_grad():  # the caller may be under no_grad
-            self.result = compress(model, calibration_batches(model, config), config)
+            self.result = compress(
+                model, calibration_batches(model, config), config, original_bytes=self._original_bytes
+            )
         forget_compressed_ties(model)
         self._describe(model, self.result.plan)
         return model
@@ -120,6 +134,22 @@ class LosslessHfQuantizer(HfQuantizer):
     def is_qat_trainable(self) -> bool:
         """Yes, or else transformers' Trainer would refuse the model even for `evaluate()`. Codes are never trained."""
         return True
+
+
+def _bytes_on_disk(model: PreTrainedModel, files: Sequence[str]) -> int | None:
+    """Bytes of a model's tensors in the checkpoint's own dtype, which may not be the one it is loaded in.
+
+    None where the checkpoint is not in safetensors files, or does not hold all of the model (a new head).
+    """
+    if not files or not all(file.endswith(".safetensors") for file in files):
+        return None
+    expected = model.state_dict()
+    rename = name_in_model(model)
+    found = {rename(name) for file in files for name in tensor_names(file)}
+    ties = model.all_tied_weights_keys
+    if any(name not in found and ties.get(name) not in found for name in expected):
+        return None
+    return stored_bytes_of(files, wanted=lambda name: rename(name) in expected)
 
 
 def _refuse_unloaded(model: PreTrainedModel) -> None:

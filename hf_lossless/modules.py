@@ -62,7 +62,6 @@ class CompressedModule(nn.Module):
 
     def store(self, quantised: QuantisedMatrix) -> None:
         """Takes in the codes, scales and zeros of a matrix."""
-        assert quantised.grid == self.grid
         self.codes.copy_(pack(quantised.codes.reshape(len(self.codes), -1), self.grid.bits))
         self.scales.copy_(quantised.scales)
         if self.zeros is not None and quantised.zeros is not None:

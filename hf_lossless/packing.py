@@ -13,9 +13,8 @@ still free at the top of the bytes hold the slots that are left, read from plane
 
 Slots and planes are contiguous, so a shift and a mask of whole arrays move a field of bits in all columns at once, in
 at most 8 moves. Planes of 2 + 1 bits for 3, or 4 + 2 + 1 for 7, would make every code from two or three fields; here
-most codes are one field, and 3 and 7 bits unpack 1.3 to 1.6 times as fast. The cost: up to 7 codes of padding a row.
-Working in blocks that fit the cache gained an eighth at best on 100 M codes, and took 10 to 40 times as long when other
-work kept the cores busy, because each of its many short operators waits for all threads.
+most codes are one field. The cost: up to 7 codes of padding a row. Blocks that fit the cache were tried and left out:
+each of their many short operators waits for all threads.
 """
 
 from collections.abc import Iterator

@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 from hf_lossless import knapsack
 from hf_lossless.apply import apply_plan
 from hf_lossless.calibration.loss import Batch, LossFunction, batch_loss
-from hf_lossless.calibration.processes import own_share, process_state
+from hf_lossless.calibration.processes import own_share, process_state, same_in_every_process
 from hf_lossless.calibration.statistics import Calibration, calibrate
 from hf_lossless.candidates.proposal import Candidate, propose
 from hf_lossless.config import LosslessCheckpointConfig, LosslessCompressionConfig
@@ -58,6 +58,7 @@ def compress(
     config: LosslessCompressionConfig,
     *,
     loss: LossFunction = batch_loss,
+    original_bytes: int | None = None,
 ) -> CompressionResult:
     """Compresses a model in place, to the target of `config`.
 
@@ -67,6 +68,8 @@ def compress(
             are kept in memory. Under several processes, the same in each.
         config: Target, widths, theory. Its dataset is not read here.
         loss: Mean loss of a model on a batch.
+        original_bytes: Bytes of the original's tensors, where the model was loaded in another dtype than its
+            checkpoint's; None: those of the model as it is.
 
     Returns:
         The compressed model, its plan, the frontier. An error leaves the model as it was.
@@ -85,12 +88,12 @@ def compress(
         >>> result.size_bytes <= 2000
         True
     """
-    batches = list(batches)
+    batches = same_in_every_process(list(batches))
     if not batches:
         raise DataError("there are no calibration batches. Give at least one.")
     layers = _layers_to_compress(model, config)
-    original_bytes = tensor_bytes(model)
-    other_bytes = original_bytes - sum(layer.weight.nbytes for layer in layers)
+    present_bytes = tensor_bytes(model)
+    other_bytes = present_bytes - sum(layer.weight.nbytes for layer in layers)
     with _evaluation_mode(model):
         with _progress(len(own_share(batches)), "calibrating") as advance:
             calibration = calibrate(model, batches, layers, loss, advance)
@@ -112,7 +115,7 @@ def compress(
             theory=config.theory,
             layers={name: group[choice] for (name, group), choice in chosen},
             other_bytes=other_bytes,
-            original_bytes=original_bytes,
+            original_bytes=present_bytes if original_bytes is None else original_bytes,
             activation_noise=config.activation_noise,
         )
 
@@ -138,14 +141,17 @@ def _layers_to_compress(model: nn.Module, config: LosslessCompressionConfig) -> 
         raise ConfigurationError(
             f"this {type(model).__name__} is compressed already. Load the original checkpoint and compress that."
         )
-    exclude = list(config.modules_to_not_convert)
+    layers = find_layers(model, config.modules_to_not_convert)
     if config.keep_head:
-        exclude += _head_modules(model)
-    layers = find_layers(model, exclude)
+        heads = set(_head_modules(model))
+        layers = [
+            layer for layer in layers if not any(name.split(".")[0] in heads for name in (layer.name, *layer.tied))
+        ]
     if not layers:
+        left_out = " beside modules_to_not_convert" if config.modules_to_not_convert else ""
         raise ConfigurationError(
             f"{type(model).__name__} has no layer that could be compressed (linear, convolution or embedding)"
-            f"{' beside modules_to_not_convert' if exclude else ''}. Leave fewer modules out."
+            f"{left_out}. Leave fewer modules out."
         )
     return layers
 

@@ -16,10 +16,12 @@ import torch
 import transformers as hf
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from safetensors import safe_open
+from safetensors.torch import load_file
 from tiny_models import TINY_MODELS, TinyModel
 from torch import Tensor
 
-from hf_lossless import LosslessCompressionConfig
+from hf_lossless import CheckpointError, LosslessCompressionConfig
+from hf_lossless.calibration.loss import batch_loss
 from hf_lossless.checkpoint import read_entry
 from hf_lossless.modules import CompressedModule, Tied, TiedEmbedding, TiedLinear
 from hf_lossless.packing import packed_width
@@ -506,3 +508,35 @@ def test_hooks_of_accelerate_are_kept():
         assert isinstance(module, CompressedModule | Tied)
         assert isinstance(module._hf_hook, AlignDevicesHook)
     assert logits(model, tiny.inputs()).shape[-1] == tiny.config.vocab_size
+
+
+def test_the_ratio_is_of_the_checkpoint_in_its_own_dtype(tmp_path):
+    tiny = TINY_MODELS["bert"]
+    tiny.build().to(torch.bfloat16).save_pretrained(tmp_path / "bf16")
+    tensors = load_file(tmp_path / "bf16" / "model.safetensors")
+    config = LosslessCompressionConfig(dataset=[tiny.batch()], loss_budget=1.0, bits=(2, 4))
+    model = tiny.auto_class.from_pretrained(tmp_path / "bf16", dtype=torch.float32, quantization_config=config)
+    assert model.config.quantization_config.plan.original_bytes == sum(tensor.nbytes for tensor in tensors.values())
+
+
+def test_the_loss_of_a_half_precision_classifier_is_computed_in_float32():
+    tiny = TINY_MODELS["bert"]
+    model = tiny.build().to(torch.bfloat16)
+    with torch.no_grad():
+        logits = model(**tiny.inputs()).logits
+        loss = batch_loss(model, {**tiny.inputs(), "labels": tiny.batch()["labels"]})
+    expected = torch.nn.functional.cross_entropy(logits.float(), tiny.batch()["labels"])
+    assert loss.dtype == torch.float32 and torch.equal(loss, expected)
+
+
+def test_a_plan_that_lies_about_its_bytes(tmp_path):
+    tiny = TINY_MODELS["bert"]
+    tiny.build().save_pretrained(tmp_path / "model")
+    config = LosslessCompressionConfig(dataset=[tiny.batch()], loss_budget=1.0, bits=(4,))
+    tiny.auto_class.from_pretrained(tmp_path / "model", quantization_config=config).save_pretrained(tmp_path / "small")
+    file = tmp_path / "small" / "config.json"
+    values = json.loads(file.read_text())
+    values["quantization_config"]["plan"]["other_bytes"] += 1
+    file.write_text(json.dumps(values))
+    with pytest.raises(CheckpointError, match=r"speaks of \d+ bytes of tensors, the files hold \d+"):
+        tiny.auto_class.from_pretrained(tmp_path / "small")

@@ -462,3 +462,16 @@ def test_modes_come_back_after_an_error():
     assert [module.training for module in model.modules()] == before
     compress(model, BATCHES, LosslessCompressionConfig(ratio=3))
     assert not any(module.training for module in model.modules())
+
+
+def test_pairs_are_for_classifiers():
+    """Cross-entropy over one score is 0 whatever the weights: such a model must bring its own loss."""
+    one_score = nn.Sequential(nn.Linear(FEATURES, 1))
+    pair = (torch.randn(4, FEATURES), torch.randn(4, 1))
+    for model, batch in ((one_score, pair), (network(), (pair[0], torch.randn(4, CLASSES)))):
+        with pytest.raises(DataError, match=r"judged by cross-entropy.*Pass the loss.* as loss="):
+            compress(model, [batch], LosslessCompressionConfig(ratio=2))
+    result = compress(
+        one_score, [pair], LosslessCompressionConfig(loss_budget=1), loss=lambda m, b: (m(b[0]) - b[1]).square().mean()
+    )
+    assert result.calibration.loss > 0

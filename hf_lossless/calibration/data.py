@@ -16,7 +16,7 @@ from transformers.utils.generic import find_labels
 from hf_lossless.calibration.loss import Batch, model_device, to_device
 from hf_lossless.config import LosslessCompressionConfig
 from hf_lossless.errors import ConfigurationError, DataError, reason
-from hf_lossless.tasks.base import Task
+from hf_lossless.tasks.base import LABEL_COLUMNS, Task
 from hf_lossless.tasks.registry import TASKS, task_of
 
 _FORMATS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
@@ -135,15 +135,41 @@ def make_batches(
     Raises:
         DataError: The rows do not have the task's columns, or hold what it cannot use.
     """
+    label_ids: dict[str, list[int]] = {}
     for column, feature in rows.features.items():
         if isinstance(feature, datasets.Image):  # the task decodes images, and can say which one is broken
             rows = rows.cast_column(column, datasets.Image(decode=False))
+        elif isinstance(feature, datasets.ClassLabel) and column in LABEL_COLUMNS:
+            label_ids[column] = _model_labels(column, feature.names, model)
     order = list(range(len(rows)))
     if task.length(rows[0]) is not None:
         lengths = [task.length(row) for row in rows]
         order.sort(key=lambda index: lengths[index] or 0)
     for start in range(0, len(order), batch_size):
-        yield task.encode([rows[index] for index in order[start : start + batch_size]], processor, model)
+        batch = [rows[index] for index in order[start : start + batch_size]]
+        for column, ids in label_ids.items():
+            for row in batch:
+                if isinstance(row[column], int) and 0 <= row[column] < len(ids):
+                    row[column] = ids[row[column]]
+        yield task.encode(batch, processor, model)
+
+
+def _model_labels(column: str, names: list[str], model: PreTrainedModel) -> list[int]:
+    """The model's index of each label name of a column: data and model may number the same labels differently.
+
+    Raises:
+        DataError: The model knows some of the names, but not all.
+    """
+    known = {str(name).lower(): int(index) for name, index in (model.config.label2id or {}).items()}
+    missing = [name for name in names if name.lower() not in known]
+    if not missing:
+        return [known[name.lower()] for name in names]
+    if len(missing) == len(names):  # LABEL_0 and the like: the numbers are all there is
+        return list(range(len(names)))
+    raise DataError(
+        f"the labels {missing} of column {column!r} are not among the model's ({', '.join(known)}), "
+        "though others are. Rename or drop them, or give labels as the model's numbers."
+    )
 
 
 def ready_batches(dataset: Any) -> list[Batch] | None:

@@ -1,7 +1,8 @@
 """The loss of a batch: what every theory differentiates or measures.
 
 A batch is either what a Hugging Face model takes as keyword arguments, with "labels" in it, or a pair
-`(inputs, targets)` for any other module. The loss is the mean over the batch's examples.
+`(inputs, targets)` for any other module. The loss is what the model returns, a mean over the batch. Batches are weighed
+by their rows; a language model's loss is a mean over tokens, and tokens of short batches then count for more.
 """
 
 from collections.abc import Callable, Mapping
@@ -29,21 +30,46 @@ def batch_loss(model: nn.Module, batch: Batch) -> Tensor:
         CalibrationError: The model returns no loss.
     """
     if isinstance(batch, Mapping):
-        loss: Tensor | None = getattr(model(**batch), "loss", None)
+        outputs = model(**batch)
+        loss: Tensor | None = getattr(outputs, "loss", None)
         if loss is None:
             raise CalibrationError(
                 f"{type(model).__name__} returned no loss for a batch with the keys {sorted(batch)}. "
                 'Add "labels" to the batches, load the model with a task head, or pass loss= to compress().'
             )
-        return loss
+        return _in_float32(loss, outputs, batch.get("labels"))
     if isinstance(batch, tuple | list) and len(batch) == 2:
-        inputs, targets = batch
-        outputs = model(inputs)
-        return F.cross_entropy(outputs, targets)
+        return _cross_entropy(model, *batch)
     raise DataError(
         f"a batch is a mapping of the model's arguments or a pair (inputs, targets), got {type(batch).__name__}. "
         "Give batches of one of these forms, or pass loss= to compress()."
     )
+
+
+def _cross_entropy(model: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
+    outputs = model(inputs)
+    classes = isinstance(outputs, Tensor) and outputs.ndim > 1 and outputs.shape[1] > 1
+    if not classes or targets.is_floating_point():
+        got = f"outputs {list(outputs.shape)}" if isinstance(outputs, Tensor) else f"a {type(outputs).__name__}"
+        raise DataError(
+            f"a pair (inputs, targets) is judged by cross-entropy, which needs scores [examples, classes] and whole "
+            f"numbers as targets; {type(model).__name__} gave {got} for targets of {targets.dtype}. "
+            "Pass the loss that the model was trained with as loss=."
+        )
+    return F.cross_entropy(outputs.float(), targets)
+
+
+def _in_float32(loss: Tensor, outputs: Any, labels: Any) -> Tensor:
+    """A classifier's loss from its scores in float32; in bfloat16 a loss near 1 has steps of 0.004.
+
+    Transformers' own losses for language models do this by themselves.
+    """
+    scores = getattr(outputs, "logits", None)
+    half = loss.dtype in (torch.float16, torch.bfloat16)
+    if half and isinstance(scores, Tensor) and scores.ndim == 2 and isinstance(labels, Tensor) and labels.ndim == 1:
+        if scores.shape[1] > 1 and not labels.is_floating_point():
+            return F.cross_entropy(scores.float(), labels)
+    return loss
 
 
 def num_examples(batch: Batch) -> int:

@@ -5,9 +5,12 @@ added up. Batches are dealt out by hand and not by `Accelerator.prepare`, which 
 and so biases sums.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from accelerate import PartialState
-from accelerate.utils import reduce
+from accelerate.utils import broadcast_object_list, reduce
 from torch import Tensor
 
 from hf_lossless.calibration.loss import Batch
@@ -35,6 +38,32 @@ def own_share(batches: list[Batch]) -> list[tuple[int, Batch]]:
     """This process's batches, each with its index in the whole list."""
     state = process_state()
     return list(enumerate(batches))[state.process_index :: state.num_processes]
+
+
+def same_in_every_process(batches: list[Batch]) -> list[Batch]:
+    """The first process's batches in all: a shuffling loader gives each process its own, and shares would overlap."""
+    if process_state().num_processes == 1:
+        return batches
+    shared = [batches]
+    broadcast_object_list(shared)
+    return shared[0]
+
+
+@contextmanager
+def failing_together() -> Iterator[None]:
+    """An error in one process is raised in all of them: the others would wait for its sums for ever."""
+    failure: Exception | None = None
+    try:
+        yield
+    except Exception as error:
+        failure = error
+    failures = sum_over_processes(torch.tensor([float(failure is not None)])).item()
+    if failure is not None:
+        raise failure
+    if failures:
+        raise CalibrationError(
+            f"{failures:.0f} other process(es) could not calibrate. Mend what their own messages name, and start again."
+        )
 
 
 def sum_over_processes(values: Tensor) -> Tensor:

@@ -14,7 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from hf_lossless.calibration.loss import Batch, LossFunction, model_device, num_examples, to_device
-from hf_lossless.calibration.processes import max_over_processes, own_share, sum_over_processes
+from hf_lossless.calibration.processes import (
+    failing_together,
+    max_over_processes,
+    own_share,
+    sum_over_processes,
+)
 from hf_lossless.errors import CalibrationError
 from hf_lossless.layers import Layer
 
@@ -145,18 +150,14 @@ def calibrate(
     sums = {layer.name: _Sums() for layer in layers}
     total_loss = torch.zeros(1, dtype=torch.float64)
     with torch.enable_grad(), _only_gradients_of(model, layers), _watched(model, layers, sums):
-        for index, batch in own_share(batches):
-            value = loss(model, to_device(batch, device))
-            check_finite(value, index, len(batches))
-            if not value.requires_grad:
-                raise CalibrationError(
-                    "the loss does not depend on any layer that could be compressed. "
-                    "Check that the model's forward is differentiable and that the layers are used in it."
-                )
-            share = num_examples(batch) / total_examples
-            (value * share).backward()  # type: ignore[no-untyped-call]
-            total_loss += share * value.detach().double().cpu()
-            advance()
+        with failing_together():
+            for index, batch in own_share(batches):
+                value = loss(model, to_device(batch, device))
+                _check(value, index, len(batches))
+                share = num_examples(batch) / total_examples
+                (value * share).backward()  # type: ignore[no-untyped-call]
+                total_loss += share * value.detach().double().cpu()
+                advance()
         gradients = {layer.name: sum_over_processes(_dense_gradient(layer.weight)) for layer in layers}
     for layer_sums in sums.values():
         layer_sums.totals = sum_over_processes(layer_sums.totals)
@@ -165,12 +166,17 @@ def calibrate(
     return Calibration(statistics, sum_over_processes(total_loss).item(), total_examples)
 
 
-def check_finite(loss: Tensor, index: int, num_batches: int) -> None:
-    """Refuses a loss that is NaN or infinite, naming the batch."""
+def _check(loss: Tensor, index: int, num_batches: int) -> None:
+    """Refuses a loss that is not finite, or has no gradient."""
     if not torch.isfinite(loss).all():
         raise CalibrationError(
             f"the loss of calibration batch {index + 1} of {num_batches} is {loss.item()}. "
             "Check that batch's rows and labels, and the model's dtype (float16 overflows where bfloat16 does not)."
+        )
+    if not loss.requires_grad:
+        raise CalibrationError(
+            "the loss does not depend on any layer that could be compressed. "
+            "Check that the model's forward is differentiable and that the layers are used in it."
         )
 
 

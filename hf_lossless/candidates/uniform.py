@@ -82,7 +82,7 @@ def dequantise(codes: Tensor, scales: Tensor, zeros: Tensor | None, grid: Grid) 
     """
     values = codes.float()
     start = 0
-    # In place, group by group: spreading the scales over all weights first would double the time.
+    # In place, group by group: spreading the scales over all weights first would be one more pass over a matrix.
     for block in _group_blocks(values, grid):
         groups = slice(start, start := start + block.shape[1])
         block -= _symmetric_zero(grid) if zeros is None else zeros[:, groups, None].float()

@@ -199,3 +199,24 @@ def test_labels_of_other_names_stay():
         "end_positions": torch.tensor([1]),
     }
     assert with_own_targets(BertForQuestionAnswering(config), [batch]) == [batch]
+
+
+def test_label_names_in_another_order(bert: PreTrainedModel):
+    """A ClassLabel column counts by its names where the model knows them, whatever numbers it gives them."""
+    names = [bert.config.id2label[index] for index in range(bert.config.num_labels)]
+    numbers = [row["label"] for row in ROWS]
+    features = datasets.Features({"text": datasets.Value("string"), "label": datasets.ClassLabel(names=names[::-1])})
+    turned = [{"text": row["text"], "label": len(names) - 1 - row["label"]} for row in ROWS]
+    table = datasets.Dataset.from_list(turned, features=features)
+    [batch] = make_batches(table, TEXT, TOKENIZER, bert, len(ROWS))
+    [expected] = make_batches(TABLE, TEXT, TOKENIZER, bert, len(ROWS))
+    assert batch["labels"].tolist() == expected["labels"].tolist()
+    assert sorted(batch["labels"].tolist()) == sorted(numbers)
+
+
+def test_label_names_of_which_the_model_knows_some(bert: PreTrainedModel):
+    names = [bert.config.id2label[0], "unheard of", "neither"]
+    features = datasets.Features({"text": datasets.Value("string"), "label": datasets.ClassLabel(names=names)})
+    table = datasets.Dataset.from_list([{"text": "a", "label": 1}], features=features)
+    with pytest.raises(DataError, match=r"\['unheard of', 'neither'\] of column 'label' are not among the model's"):
+        list(make_batches(table, TEXT, TOKENIZER, bert, 4))

@@ -17,12 +17,14 @@ from torch import Tensor, nn
 
 from hf_lossless import LosslessCompressionConfig, compress
 from hf_lossless.calibration.processes import (
+    failing_together,
     max_over_processes,
     own_share,
     process_state,
+    same_in_every_process,
     sum_over_processes,
 )
-from hf_lossless.errors import CalibrationError
+from hf_lossless.errors import CalibrationError, DataError
 
 SIZES = {"uneven": (6, 1, 4, 4, 2), "one-batch": (5,)}  # batches; with one only, the second process has none
 
@@ -73,7 +75,20 @@ def collectives() -> dict:
         "sum": sum_over_processes(values[:2]).tolist(),
         "max": max_over_processes(values).tolist(),
         "untouched": values.tolist(),
+        "batches": same_in_every_process([index, index + 1]),
+        "failure": _failure(index),
     }
+
+
+def _failure(index: int) -> str:
+    """What each process is told when only the second one fails."""
+    try:
+        with failing_together():
+            if index == 1:
+                raise DataError("a broken row")
+    except (DataError, CalibrationError) as error:
+        return str(error)
+    return ""
 
 
 def close(expected: dict) -> dict:
@@ -134,6 +149,17 @@ def test_collectives(two_processes):
         assert found["sum"] == [3, -7]
         assert found["max"] == [2, -3, 7]
     assert second["untouched"] == [2, -4, -torch.inf]
+
+
+def test_batches_are_those_of_the_first_process(two_processes):
+    """A shuffling loader gives each process its own."""
+    assert [found["collectives"]["batches"] for found in two_processes] == [[0, 1], [0, 1]]
+
+
+def test_an_error_in_one_process_is_raised_in_all(two_processes):
+    first, second = (found["collectives"]["failure"] for found in two_processes)
+    assert first.startswith("1 other process(es) could not calibrate")
+    assert second == "a broken row"
 
 
 def test_alone():

@@ -86,6 +86,11 @@ def prepared(model: nn.Module, batches, bits=BITS, group_size=4, loss=batch_loss
     return layers, calibration, candidates
 
 
+def opposing(gradient):
+    """Against the mean gradient, and negative where that is nothing but rounding."""
+    return 1 if gradient.mean < -1e-6 * gradient.variance**0.5 else -1
+
+
 def reference(model: Model, batches, calibration, candidates, seed: int, activations: bool) -> dict[str, list[float]]:
     """Algorithm 1: every layer, every width, one measurement of the loss for each noise."""
 
@@ -113,7 +118,7 @@ def reference(model: Model, batches, calibration, candidates, seed: int, activat
             if activations and statistics.inputs is not None:
                 noise = activation_noise_of(statistics.inputs, bits)  # line 7
                 generator = torch.Generator()
-                sign = -1 if statistics.inputs.gradient.mean >= 0 else 1
+                sign = opposing(statistics.inputs.gradient)
 
                 def hook(module, arguments, step=noise.step, sign=sign, generator=generator):
                     return arguments[0] + sign * step * torch.randn(arguments[0].shape, generator=generator).abs()
@@ -128,7 +133,7 @@ def reference(model: Model, batches, calibration, candidates, seed: int, activat
             weight = module.weight.data.clone()
             quantised = quantise(weight, candidate.grid)
             generator = torch.Generator().manual_seed(seed_of_layer)
-            sign = -1 if statistics.weight_gradient.mean >= 0 else 1
+            sign = opposing(statistics.weight_gradient)
             scales = quantised.scales.float().abs()
             random = torch.randn(weight.shape, generator=generator).abs()
             for row, column in itertools.product(*map(range, weight.shape)):
