@@ -40,6 +40,7 @@ _DTYPES = {
     torch.float8_e5m2: "F8_E5M2",
 }
 _ITEM_BYTES = {name: dtype.itemsize for dtype, name in _DTYPES.items()}
+_REMEDY = "Take the folder again from where it came from."
 
 
 def state_dict_with_guards(model: nn.Module) -> dict[str, Tensor]:
@@ -116,44 +117,30 @@ def check_files(
         raise CheckpointError(f"the tensor {missing[0]!r}{more} is missing from the checkpoint. {_REMEDY}")
 
 
-def tensor_names(file: str | os.PathLike[str]) -> list[str]:
-    """Names of the tensors of a safetensors file."""
-    return [name for name, _, _ in _headers(file)]
-
-
-def stored_bytes_of(
-    files: Iterable[str | os.PathLike[str]],
-    wanted: Callable[[str], bool] = lambda name: True,
-) -> int:
-    """Bytes of the tensors in safetensors files, in their own dtype, by the files' headers.
-
-    Args:
-        files: All shards.
-        wanted: Whether a tensor, by its name on disk, counts.
+def tensor_sizes(files: Iterable[str | os.PathLike[str]]) -> dict[str, int]:
+    """Bytes of each tensor in safetensors files, in its own dtype, by its name on disk; only headers are read.
 
     Raises:
         CheckpointError: A file is truncated or no safetensors file, or holds a dtype that torch does not have.
     """
-    total = 0
+    sizes = {}
     for file in files:
         for name, dtype, shape in _headers(file):
-            if wanted(name):
-                if dtype not in _ITEM_BYTES:
-                    raise CheckpointError(f"the tensor {name!r} in {os.fspath(file)} is of the unknown type {dtype}.")
-                total += math.prod(shape) * _ITEM_BYTES[dtype]
-    return total
+            if dtype not in _ITEM_BYTES:
+                raise CheckpointError(
+                    f"the tensor {name!r} in {os.fspath(file)} is of the unknown type {dtype}. {_REMEDY}"
+                )
+            sizes[name] = math.prod(shape) * _ITEM_BYTES[dtype]
+    return sizes
 
 
 def refuse_other_bytes(plan: CompressionPlan, files: Iterable[str | os.PathLike[str]]) -> None:
     """Raises CheckpointError where a plan's sizes are not those of the files that it came with."""
-    found = stored_bytes_of(files)
+    found = sum(tensor_sizes(files).values())
     if found != plan.tensor_bytes:
         raise CheckpointError(
             f"the plan in config.json speaks of {plan.tensor_bytes} bytes of tensors, the files hold {found}. {_REMEDY}"
         )
-
-
-_REMEDY = "Take the folder again from where it came from."
 
 
 def _headers(file: str | os.PathLike[str]) -> Iterator[tuple[str, str, tuple[int, ...]]]:

@@ -21,8 +21,7 @@ from hf_lossless.checkpoint import (
     guard_names,
     refuse_other_bytes,
     state_dict_with_guards,
-    stored_bytes_of,
-    tensor_names,
+    tensor_sizes,
 )
 from hf_lossless.config import QUANT_METHOD, LosslessCheckpointConfig, LosslessCompressionConfig
 from hf_lossless.errors import CheckpointError, ConfigurationError
@@ -145,11 +144,11 @@ def _bytes_on_disk(model: PreTrainedModel, files: Sequence[str]) -> int | None:
         return None
     expected = model.state_dict()
     rename = name_in_model(model)
-    found = {rename(name) for file in files for name in tensor_names(file)}
+    found = {rename(name): size for name, size in tensor_sizes(files).items()}
     ties = model.all_tied_weights_keys
     if any(name not in found and ties.get(name) not in found for name in expected):
         return None
-    return stored_bytes_of(files, wanted=lambda name: rename(name) in expected)
+    return sum(size for name, size in found.items() if name in expected)
 
 
 def _refuse_unloaded(model: PreTrainedModel) -> None:

@@ -12,7 +12,7 @@ from hf_lossless import LosslessCompressionConfig, compress, pipeline
 from hf_lossless.calibration.loss import batch_loss
 from hf_lossless.calibration.statistics import calibrate
 from hf_lossless.candidates.proposal import propose
-from hf_lossless.config import LosslessCheckpointConfig
+from hf_lossless.config import THEORIES, LosslessCheckpointConfig
 from hf_lossless.errors import (
     CalibrationError,
     ConfigurationError,
@@ -475,3 +475,7 @@ def test_pairs_are_for_classifiers():
         one_score, [pair], LosslessCompressionConfig(loss_budget=1), loss=lambda m, b: (m(b[0]) - b[1]).square().mean()
     )
     assert result.calibration.loss > 0
+
+
+def test_every_theory_that_the_configuration_allows_is_there():
+    assert tuple(pipeline._THEORIES) == THEORIES

@@ -62,13 +62,15 @@ def _cross_entropy(model: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
 def _in_float32(loss: Tensor, outputs: Any, labels: Any) -> Tensor:
     """A classifier's loss from its scores in float32; in bfloat16 a loss near 1 has steps of 0.004.
 
-    Transformers' own losses for language models do this by themselves.
+    Only where the model's loss is that cross-entropy, to within such steps. Transformers computes those of language
+    models in float32 already.
     """
     scores = getattr(outputs, "logits", None)
     half = loss.dtype in (torch.float16, torch.bfloat16)
     if half and isinstance(scores, Tensor) and scores.ndim == 2 and isinstance(labels, Tensor) and labels.ndim == 1:
         if scores.shape[1] > 1 and not labels.is_floating_point():
-            return F.cross_entropy(scores.float(), labels)
+            precise = F.cross_entropy(scores.float(), labels)
+            return precise if torch.isclose(precise, loss.float(), rtol=0.02, atol=0.01) else loss
     return loss
 
 

@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from hf_lossless.calibration.loss import batch_loss, model_device, num_examples, to_device
@@ -76,3 +76,14 @@ def test_to_device():
 def test_model_device():
     assert model_device(nn.Linear(2, 2, device="meta")) == torch.device("meta")
     assert model_device(nn.Identity()) == torch.device("cpu")
+
+
+def test_a_half_precision_loss_of_another_kind_stays():
+    """Only cross-entropy is computed anew in float32; a model's own loss is its own."""
+
+    class Hinge(nn.Module):
+        def forward(self, inputs: Tensor, labels: Tensor) -> SimpleNamespace:
+            return SimpleNamespace(logits=inputs, loss=F.multi_margin_loss(inputs, labels).bfloat16())
+
+    batch = {"inputs": torch.tensor([[3.0, -1.0], [0.5, 4.0]]), "labels": torch.tensor([1, 0])}
+    assert torch.equal(batch_loss(Hinge(), batch), F.multi_margin_loss(*batch.values()).bfloat16())

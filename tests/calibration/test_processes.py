@@ -92,10 +92,10 @@ def _failure(index: int) -> str:
 
 
 def close(expected: dict) -> dict:
-    """The same with numbers replaced by comparisons to 1e-6."""
+    """The same with numbers replaced by comparisons; below 1e-10, as a softmax head's mean gradient, is rounding."""
     if isinstance(expected, dict):
         return {key: close(value) for key, value in expected.items()}
-    return pytest.approx(expected, rel=1e-6, abs=1e-6) if isinstance(expected, float) else expected
+    return pytest.approx(expected, rel=1e-4, abs=1e-10) if isinstance(expected, float) else expected
 
 
 @pytest.fixture(scope="module")
