@@ -144,11 +144,13 @@ def _bytes_on_disk(model: PreTrainedModel, files: Sequence[str]) -> int | None:
         return None
     expected = model.state_dict()
     rename = name_in_model(model)
-    found = {rename(name): size for name, size in tensor_sizes(files).items()}
+    # Several tensors on disk may be parts of one in the model (Mixtral's experts), so names can come twice.
+    stored = [(rename(name), size) for name, size in tensor_sizes(files).items()]
+    found = {name for name, _ in stored}
     ties = model.all_tied_weights_keys
     if any(name not in found and ties.get(name) not in found for name in expected):
         return None
-    return sum(size for name, size in found.items() if name in expected)
+    return sum(size for name, size in stored if name in expected)
 
 
 def _refuse_unloaded(model: PreTrainedModel) -> None:
