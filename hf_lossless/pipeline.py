@@ -3,7 +3,6 @@
 calibrate -> propose -> predict -> frontier -> choose -> apply
 """
 
-import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ from hf_lossless.modules import CompressedModule
 from hf_lossless.plan import CompressionPlan, LayerPlan
 from hf_lossless.target import choose_plan
 from hf_lossless.theories import llc
+from hf_lossless.theories.problem import Prediction, Problem
 
 _THEORIES = {"llc": llc.predict}
 
@@ -99,9 +99,18 @@ def compress(
             calibration = calibrate(model, batches, layers, loss, advance)
         candidates = {layer.name: _propose(layer, calibration, config) for layer in layers}
         with _progress(sum(map(len, candidates.values())), "predicting") as advance:
-            predict = _THEORIES[config.theory]
-            predictions = predict(
-                model, batches, layers, calibration, candidates, loss, config.seed, config.activation_noise, advance
+            predictions = _THEORIES[config.theory](
+                Problem(
+                    model,
+                    batches,
+                    loss,
+                    layers,
+                    calibration,
+                    candidates,
+                    seed=config.seed,
+                    activation_noise=config.activation_noise,
+                    advance=advance,
+                )
             )
     options = {layer.name: _options(layer, candidates[layer.name], predictions[layer.name]) for layer in layers}
     frontier = knapsack.frontier(
@@ -172,18 +181,20 @@ def _propose(layer: Layer, calibration: Calibration, config: LosslessCompression
     return propose(layer, calibration.layers[layer.name], config.bits, config.group_size, config.symmetric)
 
 
-def _options(layer: Layer, candidates: list[Candidate], predictions: list[float]) -> list[LayerPlan]:
+def _options(layer: Layer, candidates: list[Candidate], predictions: list[Prediction]) -> list[LayerPlan]:
     """What the knapsack may choose from; a width whose noise makes the loss infinite is none of it."""
     options = [
         LayerPlan(
-            kind="kept" if candidate.grid is None else "grid",
+            kind=candidate.kind,
             grid=candidate.grid,
+            low_rank=candidate.low_rank,
             cost_bytes=candidate.cost_bytes,
-            predicted_loss_change=float(f"{prediction:.4g}"),  # what follows is noise, and costs bytes
+            predicted_loss_change=float(f"{prediction.loss_change:.4g}"),  # what follows is noise, and costs bytes
+            regime=prediction.regime,
             tied=layer.tied,
         )
         for candidate, prediction in zip(candidates, predictions, strict=True)
-        if math.isfinite(prediction)
+        if prediction.usable
     ]
     if not options:
         widths = [candidate.grid.bits for candidate in candidates if candidate.grid is not None]

@@ -17,6 +17,7 @@ KEPT_BITS = 16
 """The width that stands for "keep this layer as it came, in its own dtype"."""
 
 Rounding = Literal["nearest", "down", "up"]
+LayerPlanKind = Literal["kept", "grid", "low_rank", "sum"]
 
 
 class _Record(BaseModel):
@@ -48,33 +49,89 @@ class Grid(_Record):
         return 1 if self.group_size is None else -(-in_features // self.group_size)
 
 
+class LowRank(_Record):
+    """Two factors in place of a matrix: `W [out, in] ~ L [out, rank] @ R [rank, in]`.
+
+    Attributes:
+        rank: Columns of L and rows of R.
+        shape: (out, in).
+        left: The grid of L; None: in floating point, in the dtype that the layer computes in.
+        right: The grid of R; None: the same.
+    """
+
+    rank: Annotated[int, Field(ge=1)]
+    shape: tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]]
+    left: Grid | None = None
+    right: Grid | None = None
+
+    @model_validator(mode="after")
+    def _rank_fits(self) -> "LowRank":
+        if self.rank > min(self.shape):
+            raise ValueError(f"rank {self.rank} is above the sides {list(self.shape)} of the matrix")
+        return self
+
+    @property
+    def multiplications_share(self) -> float:
+        """Multiplications of `L (R x)` over those of `W x`: rank (out + in) / (out in)."""
+        out_features, in_features = self.shape
+        return self.rank * (out_features + in_features) / (out_features * in_features)
+
+
+class Regime(_Record):
+    """Whether LoD's first-order statistics decide the sign of a layer's loss change, or a measurement had to.
+
+    Attributes:
+        snr: Signal-to-noise ratio of the first-order change, `sqrt(k) |E[p] E[e]| / sqrt(V)` (LoD A.2.2).
+        verdict: "analytic" where the Chebyshev bound 1 / snr^2 is small enough, else "measured".
+    """
+
+    snr: Annotated[float, Field(ge=0, allow_inf_nan=False)]
+    verdict: Literal["analytic", "measured"]
+
+
 class LayerPlan(_Record):
     """How one layer is stored.
 
     Attributes:
-        kind: "kept": as it came. "grid": codes on a uniform grid.
-        grid: The grid, for kind "grid".
-        cost_bytes: Bytes of the layer's weight as stored: codes, scales and zeros, or the dense tensor.
+        kind: "kept": as it came. "grid": codes on a uniform grid. "low_rank": two factors. "sum": a grid plus two
+            factors for what the grid leaves.
+        grid: The grid, for the kinds "grid" and "sum".
+        low_rank: The factors, for the kinds "low_rank" and "sum".
+        cost_bytes: Bytes of the layer's weight as stored: codes, scales, zeros and factors, or the dense tensor.
         predicted_loss_change: Change of the mean loss that the theory predicts, in the loss's own unit (nats).
+        regime: LoD's verdict on what it predicted; None for other theories.
         tied: Names of other modules that share this weight and are stored with it.
     """
 
-    kind: Literal["kept", "grid"]
+    kind: LayerPlanKind
     grid: Grid | None = None
+    low_rank: LowRank | None = None
     cost_bytes: Annotated[int, Field(ge=0)]
     predicted_loss_change: Annotated[float, Field(allow_inf_nan=False)]
+    regime: Regime | None = None
     tied: tuple[str, ...] = ()
 
     @model_validator(mode="after")
-    def _kind_has_its_part(self) -> "LayerPlan":
-        if (self.kind == "grid") != (self.grid is not None):
-            raise ValueError(f"kind {self.kind!r} {'needs' if self.kind == 'grid' else 'cannot have'} a grid")
+    def _kind_has_its_parts(self) -> "LayerPlan":
+        wanted = kind_of_parts(self.grid, self.low_rank)
+        if self.kind != wanted:
+            raise ValueError(f"kind {self.kind!r} does not go with its parts, which make the kind {wanted!r}")
         return self
 
     @property
     def bits(self) -> int:
-        """Width of a stored weight; `KEPT_BITS` stands for a kept layer, whatever its dtype."""
-        return self.grid.bits if self.grid is not None else KEPT_BITS
+        """Width of a stored weight, the wider factor's without a grid; `KEPT_BITS` stands for floating point."""
+        if self.grid is not None:
+            return self.grid.bits
+        factors = () if self.low_rank is None else (self.low_rank.left, self.low_rank.right)
+        return max((KEPT_BITS if factor is None else factor.bits for factor in factors), default=KEPT_BITS)
+
+
+def kind_of_parts(grid: Grid | None, low_rank: LowRank | None) -> LayerPlanKind:
+    """The kind of a layer plan with these parts."""
+    if low_rank is None:
+        return "kept" if grid is None else "grid"
+    return "low_rank" if grid is None else "sum"
 
 
 class CompressionPlan(_Record):

@@ -25,6 +25,7 @@ from hf_lossless.modules import CompressedModule
 from hf_lossless.pipeline import CompressionResult, tensor_bytes
 from hf_lossless.plan import KEPT_BITS, CompressionPlan, LayerPlan, json_bytes
 from hf_lossless.theories import llc
+from hf_lossless.theories.problem import Problem
 
 FEATURES, CLASSES = 32, 4
 
@@ -112,13 +113,13 @@ def every_plan(bits: tuple[int, ...]) -> list[CompressionPlan]:
     layers = find_layers(model)
     calibration = calibrate(model, BATCHES, layers, batch_loss)
     candidates = {layer.name: propose(layer, calibration.layers[layer.name], bits, 16, True) for layer in layers}
-    predictions = llc.predict(model, BATCHES, layers, calibration, candidates, batch_loss, seed=0)
+    predictions = llc.predict(Problem(model, BATCHES, batch_loss, layers, calibration, candidates))
     groups = []
     for name, group in candidates.items():
         rows = []
         for candidate, change in zip(group, predictions[name], strict=True):
             kind = "kept" if candidate.grid is None else "grid"
-            change = float(f"{change:.4g}")
+            change = float(f"{change.loss_change:.4g}")
             cost = candidate.cost_bytes
             rows.append(LayerPlan(kind=kind, grid=candidate.grid, cost_bytes=cost, predicted_loss_change=change))
         groups.append(rows)

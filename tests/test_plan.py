@@ -112,9 +112,16 @@ GRID, LAYER = "layers/body.0/grid/", "layers/body.0/"
         (GRID + "rounding", "sideways", r"rounding: .*'nearest', 'down' or 'up' \(got 'sideways'\)"),
         (GRID + "scale_dtype", "bfloat16", r"scale_dtype: .*'float16' or 'float32' \(got 'bfloat16'\)"),
         (GRID + "clip", 1, r"grid\.clip: Extra inputs are not permitted \(got 1\)"),
-        (LAYER + "kind", "low_rank", r"at layers\.body\.0\.kind: .*'kept' or 'grid' \(got 'low_rank'\)"),
-        (LAYER + "kind", "kept", r"kind 'kept' cannot have a grid"),
-        (LAYER + "grid", None, r"kind 'grid' needs a grid"),
+        (LAYER + "kind", "sparse", r"at layers\.body\.0\.kind: .*'low_rank' or 'sum' \(got 'sparse'\)"),
+        (LAYER + "kind", "kept", r"kind 'kept' does not go with its parts, which make the kind 'grid'"),
+        (LAYER + "kind", "low_rank", r"kind 'low_rank' does not go with its parts"),
+        (LAYER + "grid", None, r"kind 'grid' does not go with its parts, which make the kind 'kept'"),
+        (LAYER + "low_rank", {"rank": 0, "shape": [8, 8]}, r"low_rank\.rank: .*greater than or equal to 1 \(got 0\)"),
+        (LAYER + "low_rank", {"rank": 9, "shape": [8, 12]}, r"rank 9 is above the sides \[8, 12\] of the matrix"),
+        (LAYER + "low_rank", {"rank": 2, "shape": [8, 0]}, r"low_rank\.shape\.1: .*greater than or equal to 1"),
+        (LAYER + "low_rank", {"rank": 2, "shape": [8, 8]}, r"kind 'grid' does not go with .* the kind 'sum'"),
+        (LAYER + "regime", {"snr": -1, "verdict": "analytic"}, r"regime\.snr: .*greater than or equal to 0"),
+        (LAYER + "regime", {"snr": 1, "verdict": "sure"}, r"regime\.verdict: .*'analytic' or 'measured'"),
         (LAYER + "cost_bytes", -1, r"cost_bytes: .*greater than or equal to 0 \(got -1\)"),
         (LAYER + "cost_bytes", 1.5, r"cost_bytes: .*valid integer \(got 1\.5\)"),
         (LAYER + "predicted_loss_change", "0", r"predicted_loss_change: .*valid number \(got '0'\)"),
@@ -171,7 +178,7 @@ def test_records_convert_nothing():
         Grid(bits="4")
     with pytest.raises(ValidationError, match="Extra inputs"):
         Grid(bits=4, rank=2)
-    with pytest.raises(ValidationError, match="needs a grid"):
+    with pytest.raises(ValidationError, match="does not go with its parts"):
         LayerPlan(kind="grid", cost_bytes=1, predicted_loss_change=0.0)
 
 

@@ -6,11 +6,12 @@ import torch
 from torch import Tensor
 
 from hf_lossless.calibration.statistics import LayerStatistics
+from hf_lossless.candidates.low_rank import Factors
 from hf_lossless.candidates.rounding import aligned_rounding
-from hf_lossless.candidates.uniform import dequantise, quantise, stored_bytes
+from hf_lossless.candidates.uniform import dequantise, on_grid, quantise, stored_bytes
 from hf_lossless.errors import CalibrationError
 from hf_lossless.layers import Layer
-from hf_lossless.plan import KEPT_BITS, Grid
+from hf_lossless.plan import KEPT_BITS, Grid, LayerPlanKind, LowRank, kind_of_parts
 
 
 @dataclass(frozen=True)
@@ -18,11 +19,13 @@ class Candidate:
     """One way to store one layer.
 
     Attributes:
-        grid: The grid; None keeps the layer as it came.
+        grid: The grid; None where there is none: the layer is kept, or has factors only.
         cost_bytes: Bytes of the weight stored this way.
         step: Root mean square of the grid's scales, the `scale_weight` of LLC Algorithm 1.
         noise: ||d|| / sqrt(size(d)) of the weight error d.
         scales: The grid's scales [out, groups].
+        low_rank: Rank and grids of the factors, where there are factors.
+        factors: Their values, before they are put on their grids.
     """
 
     grid: Grid | None
@@ -30,6 +33,28 @@ class Candidate:
     step: float = 0.0
     noise: float = 0.0
     scales: Tensor | None = None
+    low_rank: LowRank | None = None
+    factors: Factors | None = None
+
+    @property
+    def kind(self) -> LayerPlanKind:
+        """What a layer plan calls it."""
+        return kind_of_parts(self.grid, self.low_rank)
+
+    def error(self, matrix: Tensor) -> Tensor:
+        """The weight error `d = stored - W`, float32 [out, in], computed now.
+
+        Args:
+            matrix: The layer's W [out, in].
+        """
+        if self.kind == "kept":
+            return torch.zeros_like(matrix, dtype=torch.float32)
+        stored = torch.zeros_like(matrix, dtype=torch.float32)
+        if self.grid is not None:
+            stored += on_grid(matrix, self.grid)
+        if self.low_rank is not None and self.factors is not None:
+            stored += on_grid(self.factors.left, self.low_rank.left) @ on_grid(self.factors.right, self.low_rank.right)
+        return stored - matrix.detach().float()
 
 
 def propose(

@@ -90,6 +90,14 @@ def dequantise(codes: Tensor, scales: Tensor, zeros: Tensor | None, grid: Grid) 
     return values
 
 
+def on_grid(matrix: Tensor, grid: Grid | None) -> Tensor:
+    """A matrix as it is after it went to a grid and back, float32 [out, in]; None: as it is."""
+    if grid is None:
+        return matrix.detach().float()
+    quantised = quantise(matrix, grid)
+    return dequantise(quantised.codes, quantised.scales, quantised.zeros, quantised.grid)
+
+
 def per_weight(per_group: Tensor, in_features: int, grid: Grid) -> Tensor:
     """One number for each group, spread over its weights.
 

@@ -22,12 +22,10 @@ estimate of how far the loss may move either way, and as such it is used here.
 """
 
 import math
-from collections.abc import Callable
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from hf_lossless.calibration.loss import Batch, LossFunction
 from hf_lossless.calibration.perturbation import (
     input_noise,
     mean_loss_share,
@@ -36,12 +34,13 @@ from hf_lossless.calibration.perturbation import (
     weight_noise,
 )
 from hf_lossless.calibration.processes import sum_over_processes
-from hf_lossless.calibration.statistics import Calibration, LayerStatistics, Moments
+from hf_lossless.calibration.statistics import LayerStatistics, Moments
 from hf_lossless.candidates.activations import ActivationNoise
 from hf_lossless.candidates.activations import activation_noise as activation_noise_of
 from hf_lossless.candidates.proposal import Candidate
 from hf_lossless.candidates.uniform import per_weight
 from hf_lossless.layers import Layer
+from hf_lossless.theories.problem import Prediction, Problem
 
 ERROR_MAX = 1e-4
 """Below this fluctuation of the loss a weight's noise is not counted (LLC section 5.1)."""
@@ -84,59 +83,41 @@ def predicted_loss_change(
     return prediction
 
 
-def predict(
-    model: nn.Module,
-    batches: list[Batch],
-    layers: list[Layer],
-    calibration: Calibration,
-    candidates: dict[str, list[Candidate]],
-    loss: LossFunction,
-    seed: int,
-    activation_noise: bool = False,
-    advance: Callable[[], object] = lambda: None,
-) -> dict[str, list[float]]:
+def predict(problem: Problem) -> dict[str, list[Prediction]]:
     """Predicted loss change of every candidate, by layer; 0 for keeping a layer.
 
-    Args:
-        model: In evaluation mode; as before afterwards.
-        batches: All calibration batches.
-        layers: The layers.
-        calibration: Their statistics and f(M).
-        candidates: Candidates by layer name.
-        loss: Mean loss of a batch.
-        seed: Seed of the noise.
-        activation_noise: Whether the input of a layer counts as quantised to the width of its weight.
-        advance: Called after every measurement of a candidate.
-
     Returns:
-        As many numbers as there are candidates, the same in every process. Costs one forward pass for each layer and
-        width, and one more with `activation_noise`.
+        As many predictions as there are candidates, the same in every process. Costs one forward pass for each layer
+        and width, and one more with `activation_noise`.
     """
-    predictions: dict[str, list[float]] = {}
-    for position, layer in enumerate(layers):
-        statistics = calibration.layers[layer.name]
-        noises = [_activation_noise(statistics, candidate, activation_noise) for candidate in candidates[layer.name]]
-        layer_seed = seeded_number(seed, position)  # the same |random| at every width: only the steps differ
+    predictions: dict[str, list[Prediction]] = {}
+    for position, layer in enumerate(problem.layers):
+        statistics = problem.calibration.layers[layer.name]
+        candidates = problem.candidates[layer.name]
+        noises = [_activation_noise(statistics, candidate, problem.activation_noise) for candidate in candidates]
+        seed = seeded_number(problem.seed, position)  # the same |random| at every width: only the steps differ
         shares = []
-        for candidate, noise in zip(candidates[layer.name], noises, strict=True):
+        for candidate, noise in zip(candidates, noises, strict=True):
             shares.append(
                 (
-                    _loss_under_input_noise(model, batches, loss, layer, statistics, noise, layer_seed),
-                    _loss_under_weight_noise(model, batches, loss, layer, statistics, candidate, layer_seed),
+                    _loss_under_input_noise(problem, layer, statistics, noise, seed),
+                    _loss_under_weight_noise(problem, layer, statistics, candidate, seed),
                 )
             )
-            advance()
+            problem.advance()
         losses = sum_over_processes(torch.tensor(shares, dtype=torch.float64)).tolist()
         predictions[layer.name] = [
-            predicted_loss_change(
-                input_change=input_loss - calibration.loss,
-                input_step=noise.step,
-                input_noise=noise.rms,
-                weight_change=weight_loss - calibration.loss,
-                weight_step=candidate.step,
-                weight_noise=candidate.noise,
+            Prediction(
+                predicted_loss_change(
+                    input_change=input_loss - problem.calibration.loss,
+                    input_step=noise.step,
+                    input_noise=noise.rms,
+                    weight_change=weight_loss - problem.calibration.loss,
+                    weight_step=candidate.step,
+                    weight_noise=candidate.noise,
+                )
             )
-            for candidate, noise, (input_loss, weight_loss) in zip(candidates[layer.name], noises, losses, strict=True)
+            for candidate, noise, (input_loss, weight_loss) in zip(candidates, noises, losses, strict=True)
         ]
     return predictions
 
@@ -148,9 +129,7 @@ def _activation_noise(statistics: LayerStatistics, candidate: Candidate, counted
 
 
 def _loss_under_input_noise(
-    model: nn.Module,
-    batches: list[Batch],
-    loss: LossFunction,
+    problem: Problem,
     layer: Layer,
     statistics: LayerStatistics,
     noise: ActivationNoise,
@@ -165,16 +144,17 @@ def _loss_under_input_noise(
     def draw(values: Tensor) -> Tensor:
         return noise.step * one_sided_noise(values.shape, sign, generator).to(values)
 
-    with input_noise(model, layer, draw):
+    with input_noise(problem.model, layer, draw):
         return mean_loss_share(
-            model, batches, loss, before_batch=lambda index: generator.manual_seed(seeded_number(seed, index))
+            problem.model,
+            problem.batches,
+            problem.loss,
+            before_batch=lambda index: generator.manual_seed(seeded_number(seed, index)),
         )
 
 
 def _loss_under_weight_noise(
-    model: nn.Module,
-    batches: list[Batch],
-    loss: LossFunction,
+    problem: Problem,
     layer: Layer,
     statistics: LayerStatistics,
     candidate: Candidate,
@@ -188,7 +168,7 @@ def _loss_under_weight_noise(
     noise = one_sided_noise(matrix.shape, _opposing_sign(statistics.weight_gradient), generator).to(matrix.device)
     noise *= per_weight(candidate.scales, matrix.shape[1], candidate.grid).abs()
     with weight_noise(layer, noise):
-        return mean_loss_share(model, batches, loss)
+        return mean_loss_share(problem.model, problem.batches, problem.loss)
 
 
 def _opposing_sign(gradient: Moments) -> float:

@@ -18,6 +18,7 @@ from hf_lossless.layers import Layer, find_layers
 from hf_lossless.plan import Grid
 from hf_lossless.theories import llc
 from hf_lossless.theories.llc import ERROR_MAX, predict, predicted_loss_change
+from hf_lossless.theories.problem import Problem
 
 BITS = (2, 4, 16)
 
@@ -84,6 +85,12 @@ def prepared(model: nn.Module, batches, bits=BITS, group_size=4, loss=batch_loss
         layer.name: propose(layer, calibration.layers[layer.name], bits, group_size, True) for layer in layers
     }
     return layers, calibration, candidates
+
+
+def predicted(model, batches, layers, calibration, candidates, loss, seed, activation_noise=False, **keywords):
+    """The numbers alone."""
+    problem = Problem(model, batches, loss, layers, calibration, candidates, seed, activation_noise, **keywords)
+    return {name: [one.loss_change for one in group] for name, group in predict(problem).items()}
 
 
 def opposing(gradient):
@@ -155,7 +162,7 @@ def test_predict_equals_the_slow_loop(activations, group_size):
     model, batches = Model(), batches_of((5, 3))
     layers, calibration, candidates = prepared(model, batches, group_size=group_size)
     state = {name: value.clone() for name, value in model.state_dict().items()}
-    predictions = predict(model, batches, layers, calibration, candidates, batch_loss, 7, activations)
+    predictions = predicted(model, batches, layers, calibration, candidates, batch_loss, 7, activations)
     assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
     assert not any(module._forward_pre_hooks for module in model.modules())
     expected = reference(model, batches, calibration, candidates, 7, activations)
@@ -170,7 +177,7 @@ def test_activation_noise_adds_the_inputs_term():
     model, batches = Model(), batches_of((6,))
     layers, calibration, candidates = prepared(model, batches)
     without, with_noise = (
-        predict(model, batches, layers, calibration, candidates, batch_loss, 0, counted) for counted in (False, True)
+        predicted(model, batches, layers, calibration, candidates, batch_loss, 0, counted) for counted in (False, True)
     )
     assert with_noise["embedding"] == without["embedding"]  # token ids are no real numbers
     for name in ("body", "head"):
@@ -182,7 +189,7 @@ def test_the_seed_decides():
     model, batches = Model(), batches_of((6, 2))
     layers, calibration, candidates = prepared(model, batches)
     first, again, other = (
-        predict(model, batches, layers, calibration, candidates, batch_loss, seed, True) for seed in (0, 0, 1)
+        predicted(model, batches, layers, calibration, candidates, batch_loss, seed, True) for seed in (0, 0, 1)
     )
     assert first == again
     assert first != other
@@ -196,7 +203,7 @@ def test_a_layer_that_was_not_reached_costs_nothing_to_keep():
         return F.cross_entropy(model["used"](batch[0]), batch[1])
 
     layers, calibration, candidates = prepared(model, batches, bits=(2, 4), loss=loss)
-    predictions = predict(model, batches, layers, calibration, candidates, loss, 0)
+    predictions = predicted(model, batches, layers, calibration, candidates, loss, 0)
     assert predictions["idle"] == [0.0]
     assert len(predictions["used"]) == 2
 
@@ -204,7 +211,7 @@ def test_a_layer_that_was_not_reached_costs_nothing_to_keep():
 def test_advance_is_called_for_every_candidate():
     model, batches, calls = Model(), batches_of((4,)), []
     layers, calibration, candidates = prepared(model, batches)
-    predict(model, batches, layers, calibration, candidates, batch_loss, 0, advance=lambda: calls.append(1))
+    predicted(model, batches, layers, calibration, candidates, batch_loss, 0, advance=lambda: calls.append(1))
     assert len(calls) == sum(map(len, candidates.values())) == 9
 
 
@@ -227,7 +234,7 @@ def linear_model(rows: int = 5) -> tuple[nn.Sequential, list[tuple[Tensor, Tenso
 def test_weight_slope_of_a_linear_loss_is_its_derivative(bits):
     model, batches, layer = linear_model()
     layers, calibration, candidates = prepared(model, batches, (bits,), None, linear_loss)
-    ((prediction,),) = predict(model, batches, layers, calibration, candidates, linear_loss, 0).values()
+    ((prediction,),) = predicted(model, batches, layers, calibration, candidates, linear_loss, 0).values()
     (candidate,) = candidates[layer.name]
     random = torch.randn(1, 16, generator=torch.Generator().manual_seed(llc.seeded_number(0, 0))).abs()
     derivative = (batches[0][0].mean(0) * random).sum().item()  # of the loss along |random|
@@ -242,7 +249,7 @@ def test_input_slope_of_a_linear_loss_is_its_derivative(bits):
     torch.testing.assert_close(inputs.gradient.mean, model[0].weight.mean().item() / 5)
     # A grid with no noise of its own: only the input's term is left.
     candidates = {layer.name: [Candidate(Grid(bits=bits), cost_bytes=1)]}
-    ((prediction,),) = predict(model, batches, layers, calibration, candidates, linear_loss, 0, True).values()
+    ((prediction,),) = predicted(model, batches, layers, calibration, candidates, linear_loss, 0, True).values()
     seed = llc.seeded_number(llc.seeded_number(0, 0), 0)
     random = torch.randn(5, 16, generator=torch.Generator().manual_seed(seed)).abs()
     derivative = abs((random.double() @ model[0].weight.T).mean().item())
@@ -262,5 +269,5 @@ def test_the_noise_opposes_the_gradient(sign):
         losses.append(sign * linear_loss(model, batch))
         return losses[-1]
 
-    predict(model, batches, layers, calibration, candidates, loss, 0)
+    predicted(model, batches, layers, calibration, candidates, loss, 0)
     assert len(losses) == 1 and losses[0].item() < calibration.loss

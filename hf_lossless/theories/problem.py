@@ -1,0 +1,61 @@
+"""What a theory is asked, and what it answers.
+
+A theory is a function `predict(problem) -> {layer name: one Prediction for each of the layer's candidates}`.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import nn
+
+from hf_lossless.calibration.loss import Batch, LossFunction
+from hf_lossless.calibration.statistics import Calibration
+from hf_lossless.candidates.proposal import Candidate
+from hf_lossless.layers import Layer
+from hf_lossless.plan import Regime
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A model, the data it is judged on, and the ways in which its layers might be stored.
+
+    Attributes:
+        model: In evaluation mode; a theory leaves it as it was.
+        batches: All calibration batches, the same in every process.
+        loss: Mean loss of a batch.
+        layers: The layers.
+        calibration: Their statistics, and the loss f(M) of the model as it is.
+        candidates: Candidates by layer name.
+        seed: Seed of whatever is random.
+        activation_noise: Whether the input of a layer counts as quantised to the width of its weight.
+        advance: Called once for every candidate, for a progress bar.
+    """
+
+    model: nn.Module
+    batches: list[Batch]
+    loss: LossFunction
+    layers: list[Layer]
+    calibration: Calibration
+    candidates: dict[str, list[Candidate]]
+    seed: int = 0
+    activation_noise: bool = False
+    advance: Callable[[], object] = lambda: None
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """A theory's word on one candidate.
+
+    Attributes:
+        loss_change: Predicted change of the mean loss; infinity where the theory refuses the candidate.
+        regime: LoD's verdict; None for other theories.
+    """
+
+    loss_change: float
+    regime: Regime | None = None
+
+    @property
+    def usable(self) -> bool:
+        """Whether the knapsack may choose the candidate."""
+        return math.isfinite(self.loss_change)
