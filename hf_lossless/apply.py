@@ -1,53 +1,140 @@
 """Carrying out a plan: every planned layer of a model is replaced by its compressed module.
 
-The same code runs on real weights, which it quantises, and on meta tensors, where it only makes room for the tensors
-of a saved checkpoint.
+The same code runs on real weights, which it stores as planned, and on meta tensors, where it only makes room for the
+tensors of a saved checkpoint.
 """
 
 from collections.abc import Mapping
 
+import torch
 from accelerate.hooks import add_hook_to_module
-from torch import nn
+from torch import Tensor, nn
 
+from hf_lossless.candidates.low_rank import Factors
 from hf_lossless.candidates.uniform import quantise
 from hf_lossless.errors import PlanError
 from hf_lossless.layers import Layer, kind_of
-from hf_lossless.modules import COMPRESSED, TIED, CompressedModule
-from hf_lossless.plan import Grid, LayerPlan
+from hf_lossless.modules.base import CompressedModule
+from hf_lossless.modules.low_rank import LOW_RANK, LowRankModule
+from hf_lossless.modules.packed import PACKED, PackedModule
+from hf_lossless.modules.tied import TIED
+from hf_lossless.plan import LayerPlan, LowRank
 
 
-def apply_plan(model: nn.Module, layer_plans: Mapping[str, LayerPlan]) -> nn.Module:
+def apply_plan(
+    model: nn.Module, layer_plans: Mapping[str, LayerPlan], factors: Mapping[str, Factors] = {}
+) -> nn.Module:
     """Replaces the planned layers, in place.
 
     Args:
         model: On any device. On meta, the new modules are left empty.
         layer_plans: Layer plans by module name of this very model.
+        factors: The factors of the layers that are planned as "low_rank" or "sum", of the planned rank, by layer name.
+            They are put on the planned grids here; where there is none, they take the dtype of the layer's weight. On
+            meta they are not needed.
 
     Returns:
         The model.
 
     Raises:
-        PlanError: A layer is not in the model, or cannot be compressed; nothing has been replaced then.
+        PlanError: A layer is not in the model, cannot be compressed, or not in the planned way, or its factors are
+            missing or of another shape; nothing has been replaced then.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(8, 8, bias=False))
+        >>> left, right = torch.ones(8, 1), torch.ones(1, 8)
+        >>> low_rank = LowRank(rank=1, shape=(8, 8))
+        >>> plan = LayerPlan(kind="low_rank", low_rank=low_rank, cost_bytes=64, predicted_loss_change=0.0)
+        >>> apply_plan(model, {"0": plan}, {"0": Factors(left, right)})(torch.ones(1, 8))
+        tensor([[8., 8., 8., 8., 8., 8., 8., 8.]], grad_fn=<MmBackward0>)
     """
     layers = {name: resolve(model, name, layer_plan) for name, layer_plan in layer_plans.items()}
-    grids = {name: layer_plan.grid for name, layer_plan in layer_plans.items() if layer_plan.grid is not None}
-    replacements = [(layers[name], _compressed(layers[name], grid)) for name, grid in grids.items()]
+    replacements = [
+        (layers[name], _compressed(layers[name], layer_plan, factors.get(name)))
+        for name, layer_plan in layer_plans.items()
+        if layer_plan.kind != "kept"
+    ]
     for layer, compressed in replacements:
         _replace(model, layer, compressed)
     return model
 
 
-def _compressed(layer: Layer, grid: Grid) -> CompressedModule:
-    compressed = COMPRESSED[layer.kind](layer, grid)
+def _compressed(layer: Layer, layer_plan: LayerPlan, factors: Factors | None) -> CompressedModule:
+    if layer_plan.low_rank is not None:
+        return _factorised(layer, layer_plan, layer_plan.low_rank, factors)
+    assert layer_plan.grid is not None
+    packed = PACKED[layer.kind](layer, layer_plan.grid)
     if not layer.weight.is_meta:
-        quantised = quantise(layer.matrix, grid)
-        if quantised.grid != grid:
-            raise PlanError(
-                f"the plan stores the scales of layer {layer.name!r} as {grid.scale_dtype}, its weight needs "
-                f"{quantised.grid.scale_dtype}: the plan was made for other weights. Make one for these."
-            )
-        compressed.store(quantised)
-    return compressed
+        _store(packed, layer.matrix, layer)
+    return packed
+
+
+def _factorised(layer: Layer, layer_plan: LayerPlan, low_rank: LowRank, factors: Factors | None) -> LowRankModule:
+    _refuse_misfit(layer, layer_plan, low_rank)
+    module = LOW_RANK[layer.kind](layer, low_rank, layer_plan.grid)
+    if not layer.weight.is_meta:
+        factors = _checked(factors, layer, low_rank)
+        _store(module.left, factors.left, layer)
+        _store(module.right, factors.right, layer)
+        if module.base is not None:
+            _store(module.base, layer.matrix, layer)
+    return module
+
+
+def _store(part: nn.Module, matrix: Tensor, layer: Layer) -> None:
+    """Puts a matrix into a packed module, on its grid, or into a plain layer as it is."""
+    if not isinstance(part, PackedModule):
+        assert isinstance(part.weight, nn.Parameter)
+        with torch.no_grad():
+            part.weight.copy_(matrix.view(part.weight.shape))
+        return
+    quantised = quantise(matrix, part.grid)
+    if quantised.grid != part.grid:
+        raise PlanError(
+            f"the plan stores the scales of layer {layer.name!r} as {part.grid.scale_dtype}, its weight needs "
+            f"{quantised.grid.scale_dtype}: the plan was made for other weights. Make one for these."
+        )
+    part.store(quantised)
+
+
+def _refuse_misfit(layer: Layer, layer_plan: LayerPlan, low_rank: LowRank) -> None:
+    """Raises PlanError where a layer cannot be stored as the factors that are planned for it."""
+    shape = tuple(layer.matrix.shape)
+    if low_rank.shape != shape:
+        raise PlanError(
+            f"the plan factorises layer {layer.name!r} as a matrix {list(low_rank.shape)}, but its weight is a matrix "
+            f"{list(shape)}: the plan was made for another model. Make one for this."
+        )
+    groups = getattr(layer.module, "groups", 1)
+    if groups != 1:
+        raise PlanError(
+            f"the plan factorises layer {layer.name!r}, a convolution in {groups} groups: only one in one group has "
+            "such factors. Plan a grid for it."
+        )
+    if layer_plan.kind == "low_rank" and layer_plan.multiplications_share >= 1:
+        most = shape[0] * shape[1] / sum(shape)
+        raise PlanError(
+            f"the plan gives layer {layer.name!r} {list(shape)} the rank {low_rank.rank}, which saves nothing: its "
+            f"factors hold as many numbers as its weight or more. Plan a rank below {most:.4g}, or a grid."
+        )
+
+
+def _checked(factors: Factors | None, layer: Layer, low_rank: LowRank) -> Factors:
+    """The factors, where there are any and they are of the planned shapes."""
+    if factors is None:
+        raise PlanError(
+            f"the plan factorises layer {layer.name!r}, but its factors were not given. "
+            f"Give them: apply_plan(model, layer_plans, factors={{{layer.name!r}: Factors(left, right)}})."
+        )
+    out_features, in_features = low_rank.shape
+    wanted = [out_features, low_rank.rank], [low_rank.rank, in_features]
+    given = list(factors.left.shape), list(factors.right.shape)
+    if given != wanted:
+        raise PlanError(
+            f"the factors of layer {layer.name!r} have the shapes {given[0]} and {given[1]}, the plan needs "
+            f"{wanted[0]} and {wanted[1]}. Truncate them to the planned rank."
+        )
+    return factors
 
 
 def resolve(model: nn.Module, name: str, layer_plan: LayerPlan) -> Layer:

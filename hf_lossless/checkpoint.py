@@ -1,7 +1,7 @@
 """Saved folders: written whole or not at all, and checked before a tensor is read.
 
-The tensors of a compressed checkpoint are in safetensors files, its plan is in config.json. Beside the codes of a
-compressed layer lies an empty tensor under the weight's old name, the guard: a transformers that does not know this
+The tensors of a compressed checkpoint are in safetensors files, its plan is in config.json. Beside the tensors of
+a compressed layer lies an empty tensor under the weight's old name, the guard: a transformers that does not know this
 package ignores the plan with no more than a line in its log, builds the original model and would fill it with random
 weights; the guard's shape [0] makes it stop.
 """
@@ -21,7 +21,8 @@ from torch import Tensor, nn
 
 from hf_lossless.config import QUANT_METHOD, LosslessCheckpointConfig
 from hf_lossless.errors import CheckpointError
-from hf_lossless.modules import CompressedModule
+from hf_lossless.modules.base import compressed_layers
+from hf_lossless.modules.packed import PackedModule
 from hf_lossless.plan import CompressionPlan
 
 _DTYPES = {
@@ -50,7 +51,7 @@ def state_dict_with_guards(model: nn.Module) -> dict[str, Tensor]:
 
 def guard_names(model: nn.Module) -> set[str]:
     """Names of the empty tensors: those that the weights of the compressed layers had."""
-    return {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, CompressedModule)}
+    return {f"{name}.weight" for name in compressed_layers(model)}
 
 
 def check_files(
@@ -79,42 +80,53 @@ def check_files(
     """
     expected = {name: (_DTYPES[tensor.dtype], tuple(tensor.shape)) for name, tensor in model.state_dict().items()}
     guards = guard_names(model)
-    compressed = {name.removesuffix(".weight") for name in guards}
+    compressed = set(compressed_layers(model))
+    packed = _packed_names(model)
     found: set[str] = set()
     for file in files:
         for disk_name, dtype, shape in _headers(file):
             name = rename(disk_name)
-            layer = name.rpartition(".")[0]
             where = f"the tensor {disk_name!r} in {os.fspath(file)}"
             if name in guards:
                 continue
             if name not in expected:
-                if complete or layer in compressed:
+                if complete or _is_inside(name, compressed):
                     raise CheckpointError(f"{where} does not belong to this checkpoint. {_REMEDY}")
                 continue
             if name in found:
                 raise CheckpointError(f"{where} is there twice. {_REMEDY}")
             found.add(name)
             wanted_dtype, wanted_shape = expected[name]
-            own = layer in compressed and name.rpartition(".")[2] != "bias"
             if shape != wanted_shape:
                 raise CheckpointError(
                     f"{where} has shape {list(shape)}, the plan needs {list(wanted_shape)}. {_REMEDY}"
                 )
             # A model may be loaded in another floating dtype; codes and scales may not.
-            if dtype != wanted_dtype and (own or not {dtype, wanted_dtype} <= {"F16", "BF16", "F32", "F64"}):
+            if dtype != wanted_dtype and (name in packed or not {dtype, wanted_dtype} <= {"F16", "BF16", "F32", "F64"}):
                 raise CheckpointError(f"{where} is of type {dtype}, the plan needs {wanted_dtype}. {_REMEDY}")
     ties = ties or {}
     there = {ties.get(name, name) for name in found}
     missing = [
         name
         for name in expected
-        if ties.get(name, name) not in there and (complete or name.rpartition(".")[0] in compressed)
+        if ties.get(name, name) not in there and (complete or _is_inside(name, compressed))
         if name not in unsaved
     ]
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise CheckpointError(f"the tensor {missing[0]!r}{more} is missing from the checkpoint. {_REMEDY}")
+
+
+def _packed_names(model: nn.Module) -> set[str]:
+    """Names of the tensors that are of one dtype whatever the model is loaded in: codes, scales and zeros."""
+    packed = ((name, module) for name, module in model.named_modules() if isinstance(module, PackedModule))
+    return {f"{name}.{part}" for name, module in packed for part, _ in module.named_buffers()}
+
+
+def _is_inside(tensor_name: str, modules: Collection[str]) -> bool:
+    """Whether a tensor lies in one of these modules, at any depth."""
+    parts = tensor_name.split(".")
+    return any(".".join(parts[:depth]) in modules for depth in range(1, len(parts)))
 
 
 def tensor_sizes(files: Iterable[str | os.PathLike[str]]) -> dict[str, int]:

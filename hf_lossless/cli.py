@@ -4,7 +4,7 @@ import json
 import sys
 import tempfile
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 from rich.console import Console
@@ -50,6 +50,10 @@ def compress(
     bits: Annotated[str, typer.Option(help="Widths to choose from; 16 keeps a layer.")] = "2,3,4,8,16",
     group_size: Annotated[int, typer.Option(help="Inputs that share a scale; 0: one scale per output.")] = 64,
     asymmetric: Annotated[bool, typer.Option("--asymmetric", help="Grids with a zero point.")] = False,
+    ranks: Annotated[
+        list[str] | None,
+        typer.Option(help="Low-rank factors too: auto, or LAYER=16,32 for a layer or pattern; may be repeated."),
+    ] = None,
     skip: Annotated[list[str] | None, typer.Option(help="A module to leave alone; may be repeated.")] = None,
     keep_head: Annotated[bool, typer.Option("--keep-head", help="Leave the task head alone.")] = False,
     activation_noise: Annotated[
@@ -72,6 +76,7 @@ def compress(
         bits=_widths(bits),
         group_size=group_size or None,
         symmetric=not asymmetric,
+        ranks=_ranks(ranks or []),
         modules_to_not_convert=skip or (),
         keep_head=keep_head,
         num_samples=samples,
@@ -156,6 +161,25 @@ def _widths(text: str) -> tuple[int, ...]:
         raise ConfigurationError(
             f"--bits {text!r} is not a list of widths. Write for example --bits 2,3,4,8,16"
         ) from error
+
+
+def _ranks(texts: list[str]) -> Literal["auto"] | dict[str, tuple[int, ...]] | None:
+    if texts == ["auto"]:
+        return "auto"
+    ranks: dict[str, tuple[int, ...]] = {}
+    for text in texts:
+        name, _, numbers = text.rpartition("=")
+        try:
+            given = tuple(int(part) for part in numbers.split(",")) if name else ()
+        except ValueError:
+            given = ()
+        if not given:
+            raise ConfigurationError(
+                f"--ranks {text!r} is neither auto alone nor a layer with its ranks. "
+                "Write for example --ranks auto, or --ranks classifier=8,16"
+            )
+        ranks[name] = (*ranks.get(name, ()), *given)
+    return ranks or None
 
 
 def _task(model: str, name: str | None) -> Task:

@@ -8,8 +8,8 @@ another one than the class of the argument: that is what stops a model from bein
 
 import copy
 import math
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Iterable, Mapping
+from typing import Any, Literal
 
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, register_quantization_config
 from transformers.utils.quantization_config import QuantizationConfigMixin
@@ -21,7 +21,7 @@ QUANT_METHOD = "lossless"
 FORMAT_VERSION = 1
 """Version of the layout on disk; raised when an older release could not read a newer folder."""
 
-THEORIES = ("llc",)
+THEORIES = ("llc", "lod", "curvature")
 
 _REMEDY = "Take config.json again from where the checkpoint came from."
 _SAY = {"ratio": "ratio=6", "max_bytes": "max_bytes=1_000_000", "loss_budget": "loss_budget=0.01"}
@@ -39,12 +39,16 @@ class LosslessCompressionConfig(QuantizationConfigMixin):
         ratio: Bytes of the original model's tensors over bytes of the compressed one's tensors and plan, at least.
         max_bytes: The most bytes that tensors and plan may take.
         loss_budget: The most that the predicted loss may rise, in the loss's unit (nats).
-        theory: What predicts the loss changes: "llc".
+        theory: What predicts the loss changes: "llc", "lod" or "curvature".
         activation_noise: Count the noise of activations quantised to the width of their layer's weight, as LLC
             Algorithm 1 does. The run time keeps activations in floating point either way, and the plan says so.
         bits: Widths to choose from, 1 to 8; 16 stands for keeping a layer as it is.
         group_size: Inputs that share a scale; None: one scale per output channel.
         symmetric: Symmetric grids, or grids with a zero point for each group.
+        ranks: Low-rank factors to choose from as well: "auto", a ladder of ranks for every layer, its numerical rank
+            among them; or ranks by layer, {"encoder.layer.0.output.dense": 32, "*.query": (16, 64)}, with the same
+            patterns as modules_to_not_convert. Factors are in floating point, or have the widths in `bits` from 4 up.
+            None: no factors.
         modules_to_not_convert: Modules to leave alone: full names, last parts, parents' names or glob patterns.
         keep_head: Leave everything outside the base model (classifier, language-model head) alone.
         num_samples: Rows to calibrate on, drawn with `seed`; fewer where the data has fewer. Ready batches are all
@@ -76,6 +80,7 @@ class LosslessCompressionConfig(QuantizationConfigMixin):
         bits: Iterable[int] = (2, 3, 4, 8, KEPT_BITS),
         group_size: int | None = 64,
         symmetric: bool = True,
+        ranks: Literal["auto"] | Mapping[str, int | Iterable[int]] | None = None,
         modules_to_not_convert: Iterable[str] = (),
         keep_head: bool = False,
         num_samples: int = 128,
@@ -95,6 +100,7 @@ class LosslessCompressionConfig(QuantizationConfigMixin):
         self.bits = _widths(bits)
         self.group_size = group_size
         self.symmetric = symmetric
+        self.ranks = _ranks(ranks)
         if isinstance(modules_to_not_convert, str):
             modules_to_not_convert = (modules_to_not_convert,)
         self.modules_to_not_convert = tuple(modules_to_not_convert or ())
@@ -139,7 +145,13 @@ class LosslessCompressionConfig(QuantizationConfigMixin):
     def to_dict(self) -> dict[str, Any]:
         """The settings without data and processor; JSON-ready."""
         settings = {key: value for key, value in self.__dict__.items() if key not in ("dataset", "processor")}
-        return {key: list(value) if isinstance(value, tuple) else value for key, value in settings.items()}
+        return {key: _json_ready(value) for key, value in settings.items()}
+
+
+def _json_ready(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _json_ready(one) for key, one in value.items()}
+    return list(value) if isinstance(value, tuple) else value
 
 
 def _widths(bits: Any) -> tuple[int, ...]:
@@ -153,6 +165,27 @@ def _widths(bits: Any) -> tuple[int, ...]:
             "Choose widths from 1 to 8, and 16 for keeping a layer, say bits=(2, 4, 8, 16)."
         )
     return tuple(sorted(set(widths)))
+
+
+def _ranks(ranks: Any) -> Literal["auto"] | dict[str, tuple[int, ...]] | None:
+    """Ranks by layer name, each once, in order."""
+    if ranks is None:
+        return None
+    if isinstance(ranks, str) and ranks == "auto":
+        return "auto"
+    remedy = 'Give "auto", or ranks by layer name, say ranks={"encoder.layer.0.output.dense": (16, 32)}.'
+    if not isinstance(ranks, Mapping) or not ranks:
+        raise ConfigurationError(f"ranks={ranks!r} cannot be used. {remedy}")
+    by_name = {}
+    for name, given in ranks.items():
+        numbers = list(given) if isinstance(given, Iterable) and not isinstance(given, str) else [given]
+        wrong = [one for one in numbers if not isinstance(one, int) or isinstance(one, bool) or one < 1]
+        if wrong or not numbers or not isinstance(name, str):
+            raise ConfigurationError(
+                f"ranks gives layer {name!r} the rank {given!r}: a rank is a whole number of at least 1. {remedy}"
+            )
+        by_name[name] = tuple(sorted(set(numbers)))
+    return by_name
 
 
 class LosslessCheckpointConfig(QuantizationConfigMixin):

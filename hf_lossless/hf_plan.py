@@ -3,7 +3,7 @@
 from transformers import PreTrainedModel
 
 from hf_lossless.errors import PlanError
-from hf_lossless.modules import CompressedModule
+from hf_lossless.modules.base import CompressedModule
 from hf_lossless.pipeline import tensor_bytes
 from hf_lossless.plan import CompressionPlan, LayerPlan
 
@@ -57,13 +57,12 @@ def plan_of(model: PreTrainedModel, saved: CompressionPlan) -> CompressionPlan:
 
 
 def with_present_bytes(model: PreTrainedModel, plan: CompressionPlan) -> CompressionPlan:
-    """A plan of this model with the bytes of its tensors as they are now; a cast changes what is not compressed."""
-    layers = {
-        name: layer_plan
-        if layer_plan.grid is not None
-        else layer_plan.model_copy(update={"cost_bytes": model.get_submodule(name).weight.nbytes})
-        for name, layer_plan in plan.layers.items()
-    }
+    """A plan of this model with the bytes of its tensors as they are now; a cast changes what is in floating point."""
+    layers = {}
+    for name, layer_plan in plan.layers.items():
+        module = model.get_submodule(name)
+        cost_bytes = module.weight_bytes if isinstance(module, CompressedModule) else module.weight.nbytes
+        layers[name] = layer_plan.model_copy(update={"cost_bytes": cost_bytes})
     other_bytes = tensor_bytes(model) - sum(layer_plan.cost_bytes for layer_plan in layers.values())
     return plan.model_copy(update={"layers": layers, "other_bytes": other_bytes})
 

@@ -27,7 +27,7 @@ from hf_lossless.config import QUANT_METHOD, LosslessCheckpointConfig, LosslessC
 from hf_lossless.errors import CheckpointError, ConfigurationError
 from hf_lossless.hf_plan import is_saved_class, plan_of, plans_for, with_present_bytes
 from hf_lossless.hf_weights import compute_in_float32, forget_compressed_ties, name_in_model, restore_scales
-from hf_lossless.modules import CompressedModule
+from hf_lossless.modules.base import compressed_layers
 from hf_lossless.pipeline import CompressionResult, compress
 from hf_lossless.plan import CompressionPlan
 
@@ -77,7 +77,7 @@ class LosslessHfQuantizer(HfQuantizer):
         forget_compressed_ties(model)
         compute_in_float32(model)
         # Transformers knows a guard by the name it had when saved, which may have a prefix that this model has not.
-        saved_guards = {f"{name}.weight" for name, layer_plan in saved_layers.items() if layer_plan.grid is not None}
+        saved_guards = {f"{name}.weight" for name, layer_plan in saved_layers.items() if layer_plan.kind != "kept"}
         guards = {f"^{re.escape(name)}$" for name in guard_names(model) | saved_guards}
         model._keys_to_ignore_on_load_unexpected = set(model._keys_to_ignore_on_load_unexpected or ()) | guards
         if checkpoint_files:
@@ -121,7 +121,7 @@ class LosslessHfQuantizer(HfQuantizer):
         return state_dict_with_guards(model), {}
 
     def is_serializable(self) -> bool:
-        """Yes: codes, scales and zeros are plain tensors."""
+        """Yes: codes, scales, zeros and factors are plain tensors."""
         return True
 
     @property
@@ -155,13 +155,12 @@ def _bytes_on_disk(model: PreTrainedModel, files: Sequence[str]) -> int | None:
 
 def _refuse_unloaded(model: PreTrainedModel) -> None:
     """A tensor that no file held is there, with garbage in it: transformers only warns."""
-    for name, module in model.named_modules():
-        if isinstance(module, CompressedModule):
-            for part, tensor in module.named_buffers():
-                if not getattr(tensor, "_is_hf_initialized", False):
-                    raise CheckpointError(
-                        f"the tensor '{name}.{part}' was not loaded. Take the folder again from where it came from."
-                    )
+    for name, module in compressed_layers(model).items():
+        for part, tensor in module.weight_tensors.items():
+            if not getattr(tensor, "_is_hf_initialized", False):
+                raise CheckpointError(
+                    f"the tensor '{name}.{part}' was not loaded. Take the folder again from where it came from."
+                )
 
 
 def _refuse_meta(model: PreTrainedModel) -> None:

@@ -7,16 +7,19 @@ from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, build_glob_alternation, rename_source_key
 
-from hf_lossless.modules import CompressedModule, Tied
+from hf_lossless.modules.base import CompressedModule, compressed_layers
+from hf_lossless.modules.packed import PackedModule
+from hf_lossless.modules.tied import Tied
 
 
 def forget_compressed_ties(model: PreTrainedModel) -> None:
     """Takes what is compressed out of the model's lists of tied weights.
 
     Transformers ties by parameter name, and a compressed module has no parameter of that name; the sharing is done by
-    `modules.Tied` now. The class attribute is shadowed on the instance, so that a later `tie_weights()` keeps to it.
+    `modules.tied` now. The class attribute is shadowed on the instance, so that a later `tie_weights()` keeps to it.
     """
-    gone = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, CompressedModule | Tied)}
+    tied = (name for name, module in model.named_modules() if isinstance(module, Tied))
+    gone = {f"{name}.weight" for name in (*compressed_layers(model), *tied)}
     for prefix, submodel in model.named_modules():
         if not isinstance(submodel, PreTrainedModel):
             continue
@@ -47,7 +50,7 @@ def compute_in_float32(model: PreTrainedModel) -> None:
 def restore_scales(model: PreTrainedModel) -> None:
     """The scales of such layers were loaded in float32 as well; they go back to the dtype they are stored in."""
     for module in model.modules():
-        if isinstance(module, CompressedModule):
+        if isinstance(module, PackedModule):
             scale_dtype = getattr(torch, module.grid.scale_dtype)
             module.scales = module.scales.to(scale_dtype)
             module.zeros = None if module.zeros is None else module.zeros.to(scale_dtype)

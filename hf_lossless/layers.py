@@ -108,7 +108,7 @@ def find_layers(model: nn.Module, exclude: Iterable[str] = ()) -> list[Layer]:
     names = [name for name, _ in model.named_modules(remove_duplicate=False)]
     excluded = set()
     for pattern in exclude:
-        matched = {name for name in names if _matches(name, pattern)}
+        matched = {name for name in names if matches(name, pattern)}
         if not matched:
             raise ConfigurationError(
                 f"modules_to_not_convert names {pattern!r}, but the model has no such module. "
@@ -134,7 +134,8 @@ def find_layers(model: nn.Module, exclude: Iterable[str] = ()) -> list[Layer]:
     return layers
 
 
-def _matches(name: str, pattern: str) -> bool:
+def matches(name: str, pattern: str) -> bool:
+    """Whether a module's name is meant: by its full name, its last part, a parent's name, or a glob pattern."""
     if any(character in pattern for character in "*?["):
         return fnmatch.fnmatchcase(name, pattern)
     return name == pattern or name.startswith(pattern + ".") or name.endswith("." + pattern) or f".{pattern}." in name

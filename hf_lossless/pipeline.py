@@ -15,17 +15,35 @@ from hf_lossless.apply import apply_plan
 from hf_lossless.calibration.loss import Batch, LossFunction, batch_loss
 from hf_lossless.calibration.processes import own_share, process_state, same_in_every_process
 from hf_lossless.calibration.statistics import Calibration, calibrate
-from hf_lossless.candidates.proposal import Candidate, propose
+from hf_lossless.candidates.low_rank import Factors
+from hf_lossless.candidates.menu import Truncation, menu
+from hf_lossless.candidates.proposal import Candidate
+from hf_lossless.candidates.ranks import ranks_by_layer
 from hf_lossless.config import LosslessCheckpointConfig, LosslessCompressionConfig
 from hf_lossless.errors import CalibrationError, ConfigurationError, DataError
 from hf_lossless.layers import Layer, find_layers
-from hf_lossless.modules import CompressedModule
+from hf_lossless.modules.base import CompressedModule
 from hf_lossless.plan import CompressionPlan, LayerPlan
 from hf_lossless.target import choose_plan
-from hf_lossless.theories import llc
+from hf_lossless.theories import curvature, llc, lod
 from hf_lossless.theories.problem import Prediction, Problem
 
-_THEORIES = {"llc": llc.predict}
+
+@dataclass(frozen=True)
+class _Theory:
+    """A theory, what it needs to know of the layers, and how it cuts a matrix to a rank."""
+
+    predict: Callable[[Problem], dict[str, list[Prediction]]]
+    truncation: Truncation
+    gradients: bool = False
+    curvature: bool = False
+
+
+_THEORIES = {
+    "llc": _Theory(llc.predict, "plain"),
+    "lod": _Theory(lod.predict, "descent", gradients=True),
+    "curvature": _Theory(curvature.predict, "metric", curvature=True),
+}
 
 
 @dataclass(frozen=True)
@@ -91,15 +109,25 @@ def compress(
     batches = same_in_every_process(list(batches))
     if not batches:
         raise DataError("there are no calibration batches. Give at least one.")
+    theory = _THEORIES[config.theory]
     layers = _layers_to_compress(model, config)
     present_bytes = tensor_bytes(model)
     other_bytes = present_bytes - sum(layer.weight.nbytes for layer in layers)
+    ranks = ranks_by_layer(layers, config.ranks)
     with _evaluation_mode(model):
         with _progress(len(own_share(batches)), "calibrating") as advance:
-            calibration = calibrate(model, batches, layers, loss, advance)
-        candidates = {layer.name: _propose(layer, calibration, config) for layer in layers}
+            calibration = calibrate(
+                model,
+                batches,
+                layers,
+                loss,
+                advance,
+                gradients=theory.gradients or bool(ranks),
+                curvature=theory.curvature,
+            )
+        candidates = menu(layers, calibration, config, ranks, theory.truncation)
         with _progress(sum(map(len, candidates.values())), "predicting") as advance:
-            predictions = _THEORIES[config.theory](
+            predictions = theory.predict(
                 Problem(
                     model,
                     batches,
@@ -114,24 +142,25 @@ def compress(
             )
     options = {layer.name: _options(layer, candidates[layer.name], predictions[layer.name]) for layer in layers}
     frontier = knapsack.frontier(
-        costs=[[option.cost_bytes for option in group] for group in options.values()],
-        losses=[[option.predicted_loss_change for option in group] for group in options.values()],
+        costs=[[option.plan.cost_bytes for option in group] for group in options.values()],
+        losses=[[option.plan.predicted_loss_change for option in group] for group in options.values()],
     )
 
     def plan_at(point: int) -> CompressionPlan:
         chosen = zip(options.items(), frontier.choices(point), strict=True)
         return CompressionPlan(
             theory=config.theory,
-            layers={name: group[choice] for (name, group), choice in chosen},
+            layers={name: group[choice].plan for (name, group), choice in chosen},
             other_bytes=other_bytes,
             original_bytes=present_bytes if original_bytes is None else original_bytes,
             activation_noise=config.activation_noise,
         )
 
     plan = choose_plan(frontier, plan_at, config)
-    apply_plan(model, plan.layers)
+    apply_plan(model, plan.layers, _factors(plan, options))
     model.eval()
-    return CompressionResult(model, plan, frontier, calibration, LosslessCheckpointConfig.of(plan).size_bytes)
+    size_bytes = LosslessCheckpointConfig.of(plan).size_bytes
+    return CompressionResult(model, plan, frontier, calibration.without_tensors(), size_bytes)
 
 
 def tensor_bytes(model: nn.Module) -> int:
@@ -177,25 +206,29 @@ def _head_modules(model: nn.Module) -> list[str]:
     return [] if base is model else [name for name, child in children if child is not base]
 
 
-def _propose(layer: Layer, calibration: Calibration, config: LosslessCompressionConfig) -> list[Candidate]:
-    return propose(layer, calibration.layers[layer.name], config.bits, config.group_size, config.symmetric)
+@dataclass(frozen=True)
+class _Option:
+    """What the knapsack may choose for a layer, and the values of its factors."""
+
+    plan: LayerPlan
+    factors: Factors | None
 
 
-def _options(layer: Layer, candidates: list[Candidate], predictions: list[Prediction]) -> list[LayerPlan]:
-    """What the knapsack may choose from; a width whose noise makes the loss infinite is none of it."""
-    options = [
-        LayerPlan(
-            kind=candidate.kind,
-            grid=candidate.grid,
-            low_rank=candidate.low_rank,
-            cost_bytes=candidate.cost_bytes,
-            predicted_loss_change=float(f"{prediction.loss_change:.4g}"),  # what follows is noise, and costs bytes
-            regime=prediction.regime,
-            tied=layer.tied,
-        )
-        for candidate, prediction in zip(candidates, predictions, strict=True)
-        if prediction.usable
-    ]
+def _options(layer: Layer, candidates: list[Candidate], predictions: list[Prediction]) -> list[_Option]:
+    """What the knapsack may choose from; a candidate that the theory refuses is none of it."""
+    options = []
+    for candidate, prediction in zip(candidates, predictions, strict=True):
+        if prediction.usable:
+            layer_plan = LayerPlan(
+                kind=candidate.kind,
+                grid=candidate.grid,
+                low_rank=candidate.low_rank,
+                cost_bytes=candidate.cost_bytes,
+                predicted_loss_change=float(f"{prediction.loss_change:.4g}"),  # what follows is noise, and costs bytes
+                regime=prediction.regime,
+                tied=layer.tied,
+            )
+            options.append(_Option(layer_plan, candidate.factors))
     if not options:
         widths = [candidate.grid.bits for candidate in candidates if candidate.grid is not None]
         raise CalibrationError(
@@ -203,6 +236,15 @@ def _options(layer: Layer, candidates: list[Candidate], predictions: list[Predic
             "Add wider widths (16 keeps a layer), or keep this layer out with modules_to_not_convert."
         )
     return options
+
+
+def _factors(plan: CompressionPlan, options: dict[str, list[_Option]]) -> dict[str, Factors]:
+    """The values of the factors that a plan chose."""
+    chosen = {
+        name: next(option.factors for option in options[name] if option.plan == layer_plan)
+        for name, layer_plan in plan.layers.items()
+    }
+    return {name: factors for name, factors in chosen.items() if factors is not None}
 
 
 @contextmanager

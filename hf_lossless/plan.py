@@ -6,6 +6,7 @@ imports no torch. Every field is checked when a plan is read: a plan comes from 
 """
 
 import json
+import math
 import reprlib
 from typing import Annotated, Any, Literal
 
@@ -70,23 +71,27 @@ class LowRank(_Record):
             raise ValueError(f"rank {self.rank} is above the sides {list(self.shape)} of the matrix")
         return self
 
-    @property
-    def multiplications_share(self) -> float:
-        """Multiplications of `L (R x)` over those of `W x`: rank (out + in) / (out in)."""
-        out_features, in_features = self.shape
-        return self.rank * (out_features + in_features) / (out_features * in_features)
-
 
 class Regime(_Record):
     """Whether LoD's first-order statistics decide the sign of a layer's loss change, or a measurement had to.
 
     Attributes:
         snr: Signal-to-noise ratio of the first-order change, `sqrt(k) |E[p] E[e]| / sqrt(V)` (LoD A.2.2).
-        verdict: "analytic" where the Chebyshev bound 1 / snr^2 is small enough, else "measured".
+        verdict: "analytic" where the Chebyshev bound is small enough, else "measured".
     """
 
     snr: Annotated[float, Field(ge=0, allow_inf_nan=False)]
     verdict: Literal["analytic", "measured"]
+
+    @property
+    def chebyshev(self) -> float:
+        """Bound of the chance that the change has not the sign of its mean: 1 / snr^2, at most 1."""
+        return 1.0 if self.snr <= 1 else self.snr**-2
+
+    @property
+    def central_limit(self) -> float:
+        """The same chance where the change is normal: Phi(-snr)."""
+        return math.erfc(self.snr / math.sqrt(2)) / 2
 
 
 class LayerPlan(_Record):
@@ -117,6 +122,18 @@ class LayerPlan(_Record):
         if self.kind != wanted:
             raise ValueError(f"kind {self.kind!r} does not go with its parts, which make the kind {wanted!r}")
         return self
+
+    @property
+    def multiplications_share(self) -> float:
+        """Multiplications of the layer's product over those of the dense `W x`; below 1 it saves time.
+
+        `W x` is out in, `L (R x)` is rank (out + in), and a sum does both.
+        """
+        if self.low_rank is None:
+            return 1.0
+        out_features, in_features = self.low_rank.shape
+        factors = self.low_rank.rank * (out_features + in_features) / (out_features * in_features)
+        return factors if self.grid is None else 1.0 + factors
 
     @property
     def bits(self) -> int:

@@ -1,6 +1,7 @@
 """What a person sees: tables, JSON, and the picture of the frontier."""
 
 import os
+from collections.abc import Callable
 from typing import Any
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -11,15 +12,17 @@ from hf_lossless.config import LosslessCheckpointConfig
 from hf_lossless.evaluation import Evaluation
 from hf_lossless.knapsack import Frontier
 from hf_lossless.pipeline import CompressionResult
-from hf_lossless.plan import CompressionPlan, LayerPlan
+from hf_lossless.plan import KEPT_BITS, CompressionPlan, LayerPlan, LowRank, Regime
 
 
 def inspection(config: LosslessCheckpointConfig) -> dict[str, Any]:
     """A compressed checkpoint as JSON values: its layers, its size, its ratio.
 
     Returns:
-        "layers": for each layer kind, bits (16 stands for kept), group_size (None: the whole row), rank (None: not
-        factorised), cost_bytes, predicted_loss_change; and "size_bytes", "original_bytes", "ratio", "theory",
+        "layers": for each layer kind, bits (16 stands for floating point), group_size (None: the whole row), rank
+        (None: not factorised), factor_bits (of L and of R), multiplications (over those of the dense layer),
+        saves_time (whether they are fewer), cost_bytes, predicted_loss_change, regime (LoD's verdict, with its
+        signal-to-noise ratio and the bounds on a wrong sign); and "size_bytes", "original_bytes", "ratio", "theory",
         "activations", "predicted_loss_change".
     """
     plan = config.plan
@@ -40,26 +43,72 @@ def _layer(layer: LayerPlan) -> dict[str, Any]:
         "kind": layer.kind,
         "bits": layer.bits,
         "group_size": layer.grid.group_size if layer.grid is not None else None,
-        "rank": None,
+        "rank": layer.low_rank.rank if layer.low_rank is not None else None,
+        "factor_bits": list(_factor_bits(layer.low_rank)) if layer.low_rank is not None else None,
+        "multiplications": layer.multiplications_share,
+        "saves_time": layer.multiplications_share < 1,
         "cost_bytes": layer.cost_bytes,
         "predicted_loss_change": layer.predicted_loss_change,
+        "regime": _regime(layer.regime) if layer.regime is not None else None,
+    }
+
+
+def _factor_bits(low_rank: LowRank) -> tuple[int, int]:
+    left, right = (KEPT_BITS if factor is None else factor.bits for factor in (low_rank.left, low_rank.right))
+    return left, right
+
+
+def _regime(regime: Regime) -> dict[str, Any]:
+    return {
+        "verdict": regime.verdict,
+        "snr": regime.snr,
+        "chebyshev": regime.chebyshev,
+        "central_limit": regime.central_limit,
     }
 
 
 def plan_table(plan: CompressionPlan) -> Table:
-    """The plan, one line a layer; "predicted" is the predicted change of the loss."""
+    """The plan, one line a layer; "predicted" is the predicted change of the loss.
+
+    Where layers are factorised, "rank" is theirs with the widths of L and R (16: floating point), and "work" the
+    multiplications over those of the dense layer: below 100 % a low rank also saves time. Where LoD predicted, "regime"
+    says whether statistics or a measurement decided.
+    """
     table = Table(title=f"plan ({plan.theory}; activations: {plan.activations})")
     table.add_column("layer", overflow="fold")
-    for heading in ("bits", "group", "bytes", "predicted"):
+    columns: dict[str, Callable[[LayerPlan], str]] = {"bits": _width, "group": _group}
+    if any(layer.low_rank is not None for layer in plan.layers.values()):
+        columns |= {"rank": _rank, "work": lambda layer: f"{layer.multiplications_share:.0%}"}
+    columns |= {
+        "bytes": lambda layer: f"{layer.cost_bytes:,}",
+        "predicted": lambda layer: f"{layer.predicted_loss_change:+.1e}",
+    }
+    if any(layer.regime is not None for layer in plan.layers.values()):
+        columns["regime"] = lambda layer: "" if layer.regime is None else layer.regime.verdict
+    for heading in columns:
         table.add_column(heading, justify="right", no_wrap=True, min_width=len(heading))
     for name, layer in plan.layers.items():
-        bits, group = "kept", ""
-        if layer.grid is not None:
-            direction = "" if layer.grid.rounding == "nearest" else f" {layer.grid.rounding}"
-            bits, group = f"{layer.grid.bits}{direction}", str(layer.grid.group_size or "row")
-        table.add_row(name, bits, group, f"{layer.cost_bytes:,}", f"{layer.predicted_loss_change:+.1e}")
-    table.add_row("everything else", "kept", "", f"{plan.other_bytes:,}", "")
+        table.add_row(name, *(cell(layer) for cell in columns.values()))
+    rest = {"bits": "kept", "bytes": f"{plan.other_bytes:,}"}
+    table.add_row("everything else", *(rest.get(heading, "") for heading in columns))
     return table
+
+
+def _width(layer: LayerPlan) -> str:
+    if layer.grid is None:
+        return "kept" if layer.low_rank is None else ""
+    return f"{layer.grid.bits}" if layer.grid.rounding == "nearest" else f"{layer.grid.bits} {layer.grid.rounding}"
+
+
+def _group(layer: LayerPlan) -> str:
+    return "" if layer.grid is None else str(layer.grid.group_size or "row")
+
+
+def _rank(layer: LayerPlan) -> str:
+    if layer.low_rank is None:
+        return ""
+    left, right = _factor_bits(layer.low_rank)
+    return f"{layer.low_rank.rank} ({left if left == right else f'{left}, {right}'})"
 
 
 def comparison_table(rows: dict[str, tuple[Evaluation, int]], original_bytes: int) -> Table:

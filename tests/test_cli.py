@@ -23,7 +23,7 @@ from transformers import (
 from hf_lossless import cli
 from hf_lossless.calibration import data as calibration_data
 from hf_lossless.checkpoint import read_entry
-from hf_lossless.modules import CompressedModule
+from hf_lossless.modules.base import CompressedModule
 from hf_lossless.plan import CompressionPlan
 
 ASSETS = Path(__file__).parents[1].parent / "shared/assets"

@@ -21,7 +21,7 @@ from hf_lossless.errors import (
     UnreachableTargetError,
 )
 from hf_lossless.layers import find_layers
-from hf_lossless.modules import CompressedModule
+from hf_lossless.modules.base import CompressedModule
 from hf_lossless.pipeline import CompressionResult, tensor_bytes
 from hf_lossless.plan import KEPT_BITS, CompressionPlan, LayerPlan, json_bytes
 from hf_lossless.theories import llc

@@ -7,12 +7,13 @@ weight w. The moments are over the elements of the vector, as LLC Eq. 7 has them
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from hf_lossless.calibration.curvature import DAMPING, CurvatureSums, KroneckerFactors
 from hf_lossless.calibration.loss import Batch, LossFunction, model_device, num_examples, to_device
 from hf_lossless.calibration.processes import (
     failing_together,
@@ -21,7 +22,7 @@ from hf_lossless.calibration.processes import (
     sum_over_processes,
 )
 from hf_lossless.errors import CalibrationError
-from hf_lossless.layers import Layer
+from hf_lossless.layers import Layer, as_matrix
 
 
 @dataclass(frozen=True)
@@ -60,11 +61,21 @@ class LayerStatistics:
         calls: How often the layer ran; 0 means that the loss does not reach it by way of its own forward.
         inputs: Its input's statistics; None for integer inputs (embeddings).
         weight_gradient: Moments of dl/dw of the mean loss.
+        gradient: dl/dw itself as a matrix [out, in], float32; None unless asked for.
+        curvature: Factors of the second derivatives of the mean loss; None unless asked for.
     """
 
     calls: int
     inputs: InputStatistics | None
     weight_gradient: Moments
+    gradient: Tensor | None = field(default=None, compare=False, repr=False)
+    curvature: KroneckerFactors | None = field(default=None, compare=False, repr=False)
+
+    @property
+    def metric(self) -> KroneckerFactors:
+        """The metric in which the loss sees errors of the weight: the curvature, damped."""
+        assert self.curvature is not None
+        return self.curvature.damped(DAMPING)
 
 
 @dataclass(frozen=True)
@@ -80,6 +91,11 @@ class Calibration:
     layers: dict[str, LayerStatistics]
     loss: float
     num_examples: int
+
+    def without_tensors(self) -> "Calibration":
+        """The same without gradients and curvature: a few numbers for each layer, fit to be kept with the model."""
+        layers = {name: replace(layer, gradient=None, curvature=None) for name, layer in self.layers.items()}
+        return replace(self, layers=layers)
 
 
 @dataclass
@@ -128,6 +144,9 @@ def calibrate(
     layers: list[Layer],
     loss: LossFunction,
     advance: Callable[[], object] = lambda: None,
+    *,
+    gradients: bool = False,
+    curvature: bool = False,
 ) -> Calibration:
     """One forward-backward pass; the model's weights, gradients and flags are as before afterwards.
 
@@ -137,6 +156,10 @@ def calibrate(
         layers: The layers to watch.
         loss: Mean loss of a batch.
         advance: Called after every batch, for a progress bar.
+        gradients: Keep the gradient of every layer's weight.
+        curvature: Gather the Kronecker factors of every layer's curvature. On one CPU core the pass takes 1.5 times as
+            long for the transformers it was measured on and 2.5 times for a ResNet, whose patches are nine times its
+            input; and see `curvature.LARGEST_FACTOR` for the memory.
 
     Returns:
         Statistics, the same in every process. Costs one forward and one backward pass, and the memory of one gradient
@@ -148,8 +171,11 @@ def calibrate(
     device = model_device(model)
     total_examples = sum(num_examples(batch) for batch in batches)
     sums = {layer.name: _Sums() for layer in layers}
+    curvatures = {
+        layer.name: CurvatureSums(layer, modules_of(model, layer), total_examples) for layer in layers if curvature
+    }
     total_loss = torch.zeros(1, dtype=torch.float64)
-    with torch.enable_grad(), _only_gradients_of(model, layers), _watched(model, layers, sums):
+    with torch.enable_grad(), _only_gradients_of(model, layers), _watched(model, layers, sums, curvatures):
         with failing_together():
             for index, batch in own_share(batches):
                 value = loss(model, to_device(batch, device))
@@ -157,12 +183,20 @@ def calibrate(
                 share = num_examples(batch) / total_examples
                 (value * share).backward()  # type: ignore[no-untyped-call]
                 total_loss += share * value.detach().double().cpu()
+                del value  # and with it the graph, whose hooks hold the layers' inputs
                 advance()
-        gradients = {layer.name: sum_over_processes(_dense_gradient(layer.weight)) for layer in layers}
+        weight_gradients = {layer.name: sum_over_processes(_dense_gradient(layer.weight)) for layer in layers}
     for layer_sums in sums.values():
         layer_sums.totals = sum_over_processes(layer_sums.totals)
         layer_sums.extremes = max_over_processes(layer_sums.extremes)
-    statistics = {name: layer_sums.statistics(gradients[name]) for name, layer_sums in sums.items()}
+    statistics = {}
+    for layer in layers:
+        gradient = weight_gradients.pop(layer.name)
+        statistics[layer.name] = replace(
+            sums[layer.name].statistics(gradient),
+            gradient=as_matrix(gradient, layer.kind).float() if gradients else None,
+            curvature=curvatures.pop(layer.name).factors() if curvature else None,
+        )
     return Calibration(statistics, sum_over_processes(total_loss).item(), total_examples)
 
 
@@ -209,13 +243,18 @@ def _only_gradients_of(model: nn.Module, layers: list[Layer]) -> Iterator[None]:
 
 
 @contextmanager
-def _watched(model: nn.Module, layers: list[Layer], sums: dict[str, _Sums]) -> Iterator[None]:
+def _watched(
+    model: nn.Module, layers: list[Layer], sums: dict[str, _Sums], curvatures: dict[str, CurvatureSums]
+) -> Iterator[None]:
     """Hooks that feed the sums; a tied layer counts the calls of every module that uses its weight."""
     handles = []
     for layer in layers:
         hook = _input_hook(sums[layer.name])
         for module in modules_of(model, layer):
             handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+            if layer.name in curvatures:
+                output_hook = _output_hook(curvatures[layer.name])
+                handles.append(module.register_forward_hook(output_hook, with_kwargs=True))
     try:
         yield
     finally:
@@ -243,6 +282,15 @@ def _input_hook(layer_sums: _Sums) -> Callable[..., tuple[Any, Any] | None]:
             values = values.detach().requires_grad_()
         values.register_hook(layer_sums.add_gradient)  # type: ignore[no-untyped-call]
         return with_layer_input(values, arguments, keywords)
+
+    return watch
+
+
+def _output_hook(curvature: CurvatureSums) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any], Tensor], None]:
+    def watch(module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any], output: Tensor) -> None:
+        if output.requires_grad:
+            inputs = layer_input(arguments, keywords).detach()  # autograd keeps the same memory for the weight's sake
+            output.register_hook(lambda gradient: curvature.add(module, inputs, gradient))  # type: ignore[no-untyped-call]
 
     return watch
 

@@ -1,8 +1,34 @@
-"""Factorisations `W [out, in] ~ L [out, r] @ R [r, in]`: the truncated SVD, in the metric that the loss sees."""
+"""Factorisations `W [out, in] ~ L [out, r] @ R [r, in]`: truncated SVDs, plain or in the metric that the loss sees.
+
+In the Kronecker-factored metric of a layer (see `calibration.curvature`), an error d of the weight costs
+
+    tr(M_rows d M_columns d') = || C_rows' d C_columns ||_F^2,      M = C C' (Cholesky),
+
+so that by Eckart and Young the best matrix of rank r is the truncated SVD of `C_rows' W C_columns`, taken back:
+
+    C_rows' W C_columns = U S V',      L = C_rows^-T U_r S_r^1/2,      R = S_r^1/2 V_r' C_columns^-1.
+
+Any square root gives the same optimum; Cholesky factors are an order of magnitude cheaper than symmetric roots, and
+are undone by triangular solves. Identity metrics give the plain SVD (LLC section 4); a diagonal metric of the columns
+gives FWSVD (Hsu et al., "Language model compression with weighted low-rank factorization", 2022); full metrics are what
+Chekalina et al. (2025) call generalised Fisher-weighted SVD.
+"""
 
 from dataclasses import dataclass
+from threading import Lock
 
+import torch
 from torch import Tensor
+
+from hf_lossless.calibration.curvature import KroneckerFactors
+
+WIDE = 2048
+"""From this shorter side on, only the leading singular vectors are computed, by a randomised SVD."""
+
+LARGEST_EXCESS = 1e-2
+"""A randomised SVD may leave at most this share of the squared norm more than the best of its rank would."""
+
+_RANDOM_STATE = Lock()
 
 
 @dataclass(frozen=True)
@@ -16,3 +42,134 @@ class Factors:
 
     left: Tensor
     right: Tensor
+
+    @property
+    def rank(self) -> int:
+        """Columns of L."""
+        return self.left.shape[1]
+
+
+@dataclass(frozen=True)
+class Factorisation:
+    """The SVD of a matrix in some metric; every truncation of it is a pair of views.
+
+    Attributes:
+        factors: L and R of the largest rank computed, sorted by singular value.
+        singular_values: Those of `C_rows' W C_columns`, float64, as many as that rank.
+        excess: Upper bound of what a truncation leaves more than the best one of its rank would, as a share of the
+            squared norm in the metric; 0 where the SVD is not randomised.
+    """
+
+    factors: Factors
+    singular_values: Tensor
+    excess: float
+
+    def truncated(self, rank: int) -> Factors:
+        """The factors of rank `rank`."""
+        return Factors(self.factors.left[:, :rank], self.factors.right[:rank])
+
+
+@dataclass(frozen=True)
+class Whitening:
+    """Square roots of a metric, by which errors are weighed before an SVD and unweighed after it.
+
+    Attributes:
+        rows: C_rows, lower triangular [out, out] or a diagonal [out], float64.
+        columns: C_columns, lower triangular [in, in] or a diagonal [in], float64.
+    """
+
+    rows: Tensor
+    columns: Tensor
+
+    @classmethod
+    def of(cls, metric: KroneckerFactors) -> "Whitening":
+        """The roots of a positive definite metric: `M = C C'`."""
+        return cls(_root(metric.rows), _root(metric.columns))
+
+
+def factorise(matrix: Tensor, whitening: Whitening | None = None, *, largest: int | None = None) -> Factorisation:
+    """The SVD of a matrix in a metric.
+
+    Args:
+        matrix: W [out, in], finite.
+        whitening: Roots of the metric; None: the identity.
+        largest: The largest rank that will be asked; None: any.
+
+    Returns:
+        The factorisation; `truncated(r)` minimises `tr(M_rows d M_columns d')` over all matrices of rank r, to within
+        `excess` of the squared norm.
+
+    Example:
+        >>> matrix = torch.tensor([[2.0, 0.0], [0.0, 1.0]])
+        >>> factors = factorise(matrix).truncated(1)
+        >>> factors.left @ factors.right
+        tensor([[2., 0.],
+                [0., 0.]])
+    """
+    weighted = matrix.detach().double()
+    if whitening is not None:
+        weighted = _transposed_times(whitening.columns, _transposed_times(whitening.rows, weighted).mT).mT
+    U, S, Vt, excess = _svd(weighted, largest)
+    left, right = U * S.sqrt(), S.sqrt()[:, None] * Vt
+    if whitening is not None:
+        left = _transposed_solve(whitening.rows, left)
+        right = _transposed_solve(whitening.columns, right.mT).mT
+    return Factorisation(Factors(left.float(), right.float()), S, excess)
+
+
+def _svd(matrix: Tensor, largest: int | None) -> tuple[Tensor, Tensor, Tensor, float]:
+    """U, S, V' and the excess; only the leading triplets of a wide matrix, where few are asked."""
+    shorter = min(matrix.shape)
+    if largest is not None and shorter > WIDE and 4 * largest < shorter:
+        for power_iterations in (2, 8):
+            U, S, V = _randomised(matrix, largest, power_iterations)
+            excess = excess_bound(matrix, S)
+            if excess <= LARGEST_EXCESS:
+                return U, S, V.mT, excess
+    U, S, Vt = torch.linalg.svd(matrix, full_matrices=False)
+    kept = shorter if largest is None else min(largest, shorter)
+    return U[:, :kept], S[:kept], Vt[:kept], 0.0
+
+
+def _randomised(matrix: Tensor, rank: int, power_iterations: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Halko et al. (2011) by way of torch, with its global random state put back; one thread at a time has that."""
+    devices = [matrix.device] if matrix.is_cuda else []
+    with _RANDOM_STATE, torch.random.fork_rng(devices):
+        torch.manual_seed(0)
+        found: tuple[Tensor, Tensor, Tensor] = torch.svd_lowrank(matrix, rank, niter=power_iterations)
+    return found
+
+
+def excess_bound(matrix: Tensor, singular_values: Tensor) -> float:
+    """How much more than the best of its rank a truncation of a randomised SVD can leave, over ||W||_F^2.
+
+    With Q the orthonormal basis that was found, `||W||^2 = ||Q Q' W||^2 + ||E||^2` and the computed S are those of
+    `Q Q' W`. The r largest squared singular values of W sum to at most those of `Q Q' W` plus `||E||_F^2` (Ky Fan), so
+    what any truncation loses against the best is at most `||E||_F^2 = ||W||_F^2 - sum S^2`.
+
+    Args:
+        matrix: W.
+        singular_values: All that were computed.
+    """
+    total = matrix.square().sum()
+    if total == 0:
+        return 0.0
+    return float((1 - singular_values.square().sum() / total).clamp(min=0))
+
+
+def _root(metric: Tensor) -> Tensor:
+    """C with `C C' = M`: lower triangular [n, n], or a diagonal [n]; float64."""
+    if metric.ndim == 1:
+        return metric.double().sqrt()
+    root: Tensor = torch.linalg.cholesky(metric.double())
+    return root
+
+
+def _transposed_times(root: Tensor, matrix: Tensor) -> Tensor:
+    """`C' B`."""
+    return root[:, None] * matrix if root.ndim == 1 else root.mT @ matrix
+
+
+def _transposed_solve(root: Tensor, matrix: Tensor) -> Tensor:
+    """`C^-T B`."""
+    return matrix / root[:, None] if root.ndim == 1 else torch.linalg.solve_triangular(root.mT, matrix, upper=True)

@@ -11,7 +11,7 @@ from hf_lossless.candidates.rounding import aligned_rounding
 from hf_lossless.candidates.uniform import dequantise, on_grid, quantise, stored_bytes
 from hf_lossless.errors import CalibrationError
 from hf_lossless.layers import Layer
-from hf_lossless.plan import KEPT_BITS, Grid, LayerPlanKind, LowRank, kind_of_parts
+from hf_lossless.plan import KEPT_BITS, Grid, LayerPlanKind, LowRank, Rounding, kind_of_parts
 
 
 @dataclass(frozen=True)
@@ -21,9 +21,9 @@ class Candidate:
     Attributes:
         grid: The grid; None where there is none: the layer is kept, or has factors only.
         cost_bytes: Bytes of the weight stored this way.
-        step: Root mean square of the grid's scales, the `scale_weight` of LLC Algorithm 1.
-        noise: ||d|| / sqrt(size(d)) of the weight error d.
-        scales: The grid's scales [out, groups].
+        step: For kind "grid": root mean square of its scales, the `scale_weight` of LLC Algorithm 1.
+        noise: For kind "grid": ||d|| / sqrt(size(d)) of the weight error d.
+        scales: For kind "grid": its scales [out, groups].
         low_rank: Rank and grids of the factors, where there are factors.
         factors: Their values, before they are put on their grids.
     """
@@ -53,8 +53,14 @@ class Candidate:
         if self.grid is not None:
             stored += on_grid(matrix, self.grid)
         if self.low_rank is not None and self.factors is not None:
-            stored += on_grid(self.factors.left, self.low_rank.left) @ on_grid(self.factors.right, self.low_rank.right)
+            left = _as_stored(self.factors.left, self.low_rank.left, matrix.dtype)
+            stored += left @ _as_stored(self.factors.right, self.low_rank.right, matrix.dtype)
         return stored - matrix.detach().float()
+
+
+def _as_stored(factor: Tensor, grid: Grid | None, dtype: torch.dtype) -> Tensor:
+    """A factor on its grid, or in the layer's dtype where it has none; float32."""
+    return on_grid(factor if grid is not None else factor.to(dtype), grid)
 
 
 def propose(
@@ -74,11 +80,7 @@ def propose(
         CalibrationError: The weight holds NaN or infinity.
     """
     matrix = layer.matrix
-    if not torch.isfinite(matrix).all():
-        raise CalibrationError(
-            f"the weight of layer {layer.name!r} holds NaN or infinity. Take a checkpoint with finite weights, "
-            "or keep this layer out with modules_to_not_convert."
-        )
+    refuse_infinite(layer)
     keep = Candidate(None, layer.weight.nbytes)
     if not statistics.calls:
         return [keep]
@@ -88,12 +90,8 @@ def propose(
         if width == KEPT_BITS:
             candidates.append(keep)
             continue
-        grid = Grid(
-            bits=width,
-            group_size=None if group_size is None or group_size >= in_features else group_size,
-            symmetric=symmetric,
-            rounding=aligned_rounding(statistics.weight_gradient),
-        )
+        rounding = aligned_rounding(statistics.weight_gradient)
+        grid = grid_of(width, in_features, group_size, symmetric, rounding)
         quantised = quantise(matrix, grid)
         error = dequantise(quantised.codes, quantised.scales, quantised.zeros, quantised.grid) - matrix.float()
         candidates.append(
@@ -106,3 +104,21 @@ def propose(
             )
         )
     return candidates
+
+
+def refuse_infinite(layer: Layer) -> None:
+    """Raises CalibrationError where the weight holds NaN or infinity."""
+    if not torch.isfinite(layer.weight).all():
+        raise CalibrationError(
+            f"the weight of layer {layer.name!r} holds NaN or infinity. Take a checkpoint with finite weights, "
+            "or keep this layer out with modules_to_not_convert."
+        )
+
+
+def grid_of(
+    bits: int, in_features: int, group_size: int | None, symmetric: bool, rounding: Rounding = "nearest"
+) -> Grid:
+    """The grid of a matrix with so many inputs; a group as long as a row is the row."""
+    if group_size is not None and group_size >= in_features:
+        group_size = None
+    return Grid(bits=bits, group_size=group_size, symmetric=symmetric, rounding=rounding)

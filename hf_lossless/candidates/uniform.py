@@ -136,7 +136,7 @@ def _group_blocks(matrix: Tensor, grid: Grid) -> Iterable[Tensor]:
     size = grid.group_size or in_features
     full = in_features // size * size
     if full:
-        yield matrix[:, :full].view(len(matrix), -1, size)
+        yield matrix[:, :full].view(len(matrix), full // size, size)
     if full < in_features:
         yield matrix[:, full:].unsqueeze(1)
 

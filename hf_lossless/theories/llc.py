@@ -17,6 +17,8 @@ Where activations stay in floating point, as this release runs them, e = 0 and s
 weight; the plan then says so. Noise that never happens misleads the choice among widths, so it is not counted unless
 asked.
 
+Candidates with factors are judged by Algorithm 2, see `llc_decomposition`.
+
 The paper's P is never negative, though its aim is a loss that falls: the absolute values of lines 8 and 9 make it an
 estimate of how far the loss may move either way, and as such it is used here.
 """
@@ -40,6 +42,7 @@ from hf_lossless.candidates.activations import activation_noise as activation_no
 from hf_lossless.candidates.proposal import Candidate
 from hf_lossless.candidates.uniform import per_weight
 from hf_lossless.layers import Layer
+from hf_lossless.theories import llc_decomposition
 from hf_lossless.theories.problem import Prediction, Problem
 
 ERROR_MAX = 1e-4
@@ -88,38 +91,46 @@ def predict(problem: Problem) -> dict[str, list[Prediction]]:
 
     Returns:
         As many predictions as there are candidates, the same in every process. Costs one forward pass for each layer
-        and width, and one more with `activation_noise`.
+        and width, one more with `activation_noise`, and those of Algorithm 2 for candidates with factors.
     """
     predictions: dict[str, list[Prediction]] = {}
     for position, layer in enumerate(problem.layers):
-        statistics = problem.calibration.layers[layer.name]
         candidates = problem.candidates[layer.name]
-        noises = [_activation_noise(statistics, candidate, problem.activation_noise) for candidate in candidates]
-        seed = seeded_number(problem.seed, position)  # the same |random| at every width: only the steps differ
-        shares = []
-        for candidate, noise in zip(candidates, noises, strict=True):
-            shares.append(
-                (
-                    _loss_under_input_noise(problem, layer, statistics, noise, seed),
-                    _loss_under_weight_noise(problem, layer, statistics, candidate, seed),
-                )
-            )
-            problem.advance()
-        losses = sum_over_processes(torch.tensor(shares, dtype=torch.float64)).tolist()
-        predictions[layer.name] = [
-            Prediction(
-                predicted_loss_change(
-                    input_change=input_loss - problem.calibration.loss,
-                    input_step=noise.step,
-                    input_noise=noise.rms,
-                    weight_change=weight_loss - problem.calibration.loss,
-                    weight_step=candidate.step,
-                    weight_noise=candidate.noise,
-                )
-            )
-            for candidate, noise, (input_loss, weight_loss) in zip(candidates, noises, losses, strict=True)
-        ]
+        widths = iter(_predict_widths(problem, position, layer, [one for one in candidates if one.low_rank is None]))
+        factored = [one for one in candidates if one.low_rank is not None]
+        ranks = iter(llc_decomposition.predict_layer(problem, layer, factored) if factored else ())
+        predictions[layer.name] = [next(widths if one.low_rank is None else ranks) for one in candidates]
     return predictions
+
+
+def _predict_widths(problem: Problem, position: int, layer: Layer, candidates: list[Candidate]) -> list[Prediction]:
+    """Algorithm 1 for one layer."""
+    statistics = problem.calibration.layers[layer.name]
+    noises = [_activation_noise(statistics, candidate, problem.activation_noise) for candidate in candidates]
+    seed = seeded_number(problem.seed, position)  # the same |random| at every width: only the steps differ
+    shares = []
+    for candidate, noise in zip(candidates, noises, strict=True):
+        shares.append(
+            (
+                _loss_under_input_noise(problem, layer, statistics, noise, seed),
+                _loss_under_weight_noise(problem, layer, statistics, candidate, seed),
+            )
+        )
+        problem.advance()
+    losses = sum_over_processes(torch.tensor(shares, dtype=torch.float64)).tolist()
+    return [
+        Prediction(
+            predicted_loss_change(
+                input_change=input_loss - problem.calibration.loss,
+                input_step=noise.step,
+                input_noise=noise.rms,
+                weight_change=weight_loss - problem.calibration.loss,
+                weight_step=candidate.step,
+                weight_noise=candidate.noise,
+            )
+        )
+        for candidate, noise, (input_loss, weight_loss) in zip(candidates, noises, losses, strict=True)
+    ]
 
 
 def _activation_noise(statistics: LayerStatistics, candidate: Candidate, counted: bool) -> ActivationNoise:

@@ -9,7 +9,8 @@ from transformers import BertConfig, BertForSequenceClassification
 from hf_lossless.calibration.loss import batch_loss
 from hf_lossless.calibration.statistics import Moments, calibrate
 from hf_lossless.errors import CalibrationError
-from hf_lossless.layers import find_layers
+from hf_lossless.layers import as_matrix, find_layers
+from tests.tiny_models import TINY_MODELS
 
 
 def network(seed: int = 0) -> nn.Sequential:
@@ -340,3 +341,45 @@ def test_a_loss_that_depends_on_no_layer():
     model = network()
     with pytest.raises(CalibrationError, match="the loss does not depend on any layer"):
         calibrate(model, [classified(2)], find_layers(model), lambda model, batch: torch.tensor(1.0))
+
+
+@pytest.mark.parametrize("name", ["bert", "resnet", "gpt2", "llama-tied"])
+def test_gradients_as_matrices(name):
+    """Of the mean loss, as autograd has it over all rows at once; a Conv1D's is transposed, a kernel's is flat."""
+    tiny = TINY_MODELS[name]
+    model, batch = tiny.build(), tiny.batch(rows=4)
+    layers = find_layers(model)
+    parts = [{key: value[rows] for key, value in batch.items()} for rows in (slice(0, 3), slice(3, 4))]
+    calibration = calibrate(model, parts, layers, batch_loss, gradients=True)
+    loss = sum(len(part["labels"]) / 4 * batch_loss(model, part) for part in parts)
+    expected = torch.autograd.grad(loss, [layer.weight for layer in layers], allow_unused=True)
+    for layer, wanted in zip(layers, expected, strict=True):
+        found = calibration.layers[layer.name].gradient
+        wanted = torch.zeros_like(layer.weight) if wanted is None else wanted
+        assert found.dtype == torch.float32 and found.shape == layer.matrix.shape
+        torch.testing.assert_close(found, as_matrix(wanted, layer.kind), rtol=1e-4, atol=1e-6)
+        assert calibration.layers[layer.name].curvature is None
+
+
+def test_a_sparse_gradient_is_given_dense():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(7, 4, sparse=True), nn.Flatten(), nn.Linear(8, 3))
+    batch = torch.tensor([[1, 2], [2, 2]]), torch.tensor([0, 1])
+    found = calibrate(model, [batch], find_layers(model), batch_loss, gradients=True).layers["0"].gradient
+    assert not found.is_sparse and found.shape == (7, 4) and not found[0].any() and found[2].any()
+
+
+@pytest.mark.parametrize("make", [bert, Reused, network], ids=["bert", "reused", "network"])
+def test_tensors_leave_the_other_statistics_alone(make):
+    model = make().eval()
+    batch = {"bert": sentences, "Reused": lambda rows: reused_batch()}.get(make.__name__, classified)(6)
+    layers = find_layers(model)
+    plain = calibrate(model, [batch], layers, batch_loss)
+    full = calibrate(model, [batch], layers, batch_loss, gradients=True, curvature=True)
+    assert full == plain
+    assert all(layer.gradient is None and layer.curvature is None for layer in plain.layers.values())
+    assert all(layer.gradient is not None and layer.curvature is not None for layer in full.layers.values())
+    bare = full.without_tensors()
+    assert bare == plain and bare.layers[layers[0].name].gradient is None
+    assert all(layer.curvature is None for layer in bare.layers.values())
+    assert full.layers[layers[0].name].gradient is not None

@@ -14,7 +14,7 @@ from hf_lossless.candidates import uniform
 from hf_lossless.candidates.clipping import gaussian_clip, laplace_clip
 from hf_lossless.candidates.uniform import QuantisedMatrix, dequantise, per_weight, quantise, stored_bytes
 from hf_lossless.layers import find_layers
-from hf_lossless.modules import COMPRESSED
+from hf_lossless.modules.packed import PACKED
 from hf_lossless.plan import Grid
 
 BITS = [pytest.param(bits, id=f"{bits}bit") for bits in range(1, 9)]
@@ -390,7 +390,7 @@ def test_stored_bytes_are_those_of_the_module(bits, symmetric, group_size, magni
         layer.weight.data *= magnitude
         out_features, in_features = layer.matrix.shape
         quantised = quantise(layer.matrix, Grid(bits=bits, symmetric=symmetric, group_size=group_size))
-        module = COMPRESSED[layer.kind](layer, quantised.grid)
+        module = PACKED[layer.kind](layer, quantised.grid)
         module.store(quantised)
         rows = out_features if layer.kind == "embedding" else 1
         expected = stored_bytes(out_features, in_features, quantised.grid, rows=rows)

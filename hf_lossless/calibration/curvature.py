@@ -1,0 +1,274 @@
+"""Kronecker-factored curvature of the mean loss, layer by layer (K-FAC).
+
+Notation: a layer `y_t = W x_t`, `W [out, in]`, is used at positions t: rows, times tokens or pixels, times calls.
+`x_t` [in] is its input there and `g_t` [out] the gradient of the row's own loss with respect to its output. For N rows
+
+    H  ~  1/N sum_t (g_t g_t') (x) (x_t x_t')  ~  T/N (mean_t g_t g_t') (x) (mean_t x_t x_t')
+
+is the empirical Fisher matrix, a Gauss-Newton estimate of the Hessian with respect to W. The first step takes every
+position as an example of its own, the second takes g and x to be independent. T counts the positions with g_t != 0:
+the others, such as padding and all but the first token in a classifier's last block, have no part in the loss.
+Where one output serves all rows of a batch (positions looked up once), only the sum of their gradients is seen: its
+square stands for the sum of squares, with the rows' cross terms, whose mean is zero where the loss is at a minimum.
+
+| layer              | x_t                     | g_t                          | factors                              |
+|--------------------|-------------------------|------------------------------|--------------------------------------|
+| Linear, Conv1D     | input of a token        | gradient of its output       | rows g g', columns x x'              |
+| Conv2d             | patch under the kernel  | gradient of one output pixel | the same                             |
+| Conv2d with groups | that of each group      | the same                     | see `CurvatureSums`                  |
+| Embedding          | which token: one-hot    | gradient of its vector       | rows: shares of tokens, columns g g' |
+
+Sources: Martens & Grosse 2015 (arXiv 1503.05671), Eq. 1; for convolutions Grosse & Martens 2016 (arXiv 1602.01407); for
+layers used at many positions the "expand" setting of Eschenhagen et al. 2023 (arXiv 2311.00636).
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from hf_lossless.calibration.processes import sum_over_processes
+from hf_lossless.layers import Layer, kind_of
+
+LARGEST_FACTOR = 4096
+"""A longer side keeps only the diagonal of its factor: a full one of 4,096 takes 64 MiB, one of 50,257 takes 9.4 GiB.
+A layer so takes at most 128 MiB, and while a Linear's weight is tied to an embedding 64 MiB more."""
+
+DAMPING = 0.1
+"""Share of the mean diagonal that is added to R and C, in the metric of factorisations and in predictions."""
+
+PATCH_BYTES = 64 * 2**20
+"""A convolution's patches are laid out for as many images at once as fit; one image's at least."""
+
+
+@dataclass(frozen=True, eq=False)
+class KroneckerFactors:
+    """The second-order term of a weight error `d [out, in]`: `1/2 scale tr(R d C d')`.
+
+    Both factors have a diagonal whose mean is one (or are zero, where the loss does not reach the layer), so that
+    `scale` is the mean of the estimated Hessian's diagonal.
+
+    Attributes:
+        rows: R, [out, out] or the diagonal [out], float32.
+        columns: C, [in, in] or the diagonal [in], float32.
+        scale: Mean second derivative of the mean loss with respect to one weight.
+    """
+
+    rows: Tensor
+    columns: Tensor
+    scale: float
+
+    def damped(self, share: float) -> "KroneckerFactors":
+        """The factors with `share` of their mean diagonal added to it, so that they are positive definite.
+
+        Calibration rows excite a part of the space only; with the damping an error in the rest costs something too.
+        Where the loss never reaches the layer, the factors are the identity and the scale stays 0.
+
+        Example:
+            >>> KroneckerFactors(torch.tensor([2.0, 0.0]), torch.zeros(2), scale=1.0).damped(0.5).rows
+            tensor([2.5000, 0.5000])
+        """
+        return KroneckerFactors(_damped(self.rows, share), _damped(self.columns, share), self.scale)
+
+
+def second_order_change(error: Tensor, curvature: KroneckerFactors) -> float:
+    """Predicted change of the mean loss by a weight error: `1/2 scale tr(R d C d')`.
+
+    Matrix products are in float32 and sums over their elements in float64; needs the memory of three `[out, in]`.
+
+    Args:
+        error: d, [out, in]: the new weights less the old.
+        curvature: R, C and the scale.
+
+    Returns:
+        The change, in the unit of the loss.
+
+    Example:
+        >>> factors = KroneckerFactors(torch.ones(2), torch.eye(3), scale=0.5)
+        >>> second_order_change(torch.ones(2, 3), factors)
+        1.5
+    """
+    error = error.float()
+    # tr(R d C d') = <R d, d C>, for C = C'
+    left = curvature.rows @ error if curvature.rows.ndim == 2 else curvature.rows[:, None] * error
+    right = error @ curvature.columns if curvature.columns.ndim == 2 else error * curvature.columns
+    return 0.5 * curvature.scale * left.mul_(right).sum(dtype=torch.float64).item()
+
+
+def _damped(factor: Tensor, share: float) -> Tensor:
+    mean = _diagonal(factor).mean()
+    if mean == 0:
+        return torch.ones_like(factor) if factor.ndim == 1 else torch.eye(len(factor)).to(factor)
+    damped = factor.clone()
+    _diagonal(damped).add_(share * mean)
+    return damped
+
+
+@dataclass
+class _Sums:
+    """Sums over the positions of one kind of use.
+
+    Attributes:
+        rows: Sum of r r' for the vector r on the side of the rows, [out, out], or of its squares, [out].
+        columns: The same for each group's vector on the side of the columns, [groups, in, in] or [groups, in].
+        positions: How many there are, [1], float64.
+    """
+
+    rows: Tensor
+    columns: Tensor
+    positions: Tensor
+
+    def over_processes(self) -> "_Sums":
+        return _Sums(*(sum_over_processes(part) for part in (self.rows, self.columns, self.positions)))
+
+
+class CurvatureSums:
+    """Running sums of one layer's uses, and the factors they come to.
+
+    Inputs and gradients are cast to float32, and multiplied and added in it: what is added to the diagonals is never
+    negative, so their relative error stays near 1e-6, in a half of the memory of float64.
+
+    Where H is a sum of several Kronecker products, the factors are those that keep its partial traces: an error spread
+    evenly over the columns, or over the rows, has the curvature that the sum gives it. There are two such cases. A
+    weight tied between an embedding and a Linear has one product for each. A convolution with groups has one for each
+    group, whose R is taken to be diagonal and is zero outside of the group's rows; so `rows` is a row's mean g^2 times
+    the mean x^2 in its group, and `columns` the groups' mean x x', weighted by their mean g^2. A module that runs
+    several times, or several Linears with one weight, make one product: their positions are taken together.
+    """
+
+    def __init__(self, layer: Layer, modules: list[nn.Module], num_examples: int) -> None:
+        """Zeros for the uses that the layer's modules make of its weight, on the weight's device.
+
+        Args:
+            layer: The layer.
+            modules: All that use its weight.
+            num_examples: N, over all batches and processes.
+        """
+        self.shape = layer.matrix.shape
+        self.device = layer.weight.device
+        self.num_examples = num_examples
+        self.groups = layer.module.groups if isinstance(layer.module, nn.Conv2d) else 1
+        kinds = {kind_of(module) for module in modules}
+        self.lookups = self._zeros(diagonal_rows=True) if "embedding" in kinds else None
+        self.products = self._zeros(diagonal_rows=self.groups > 1) if kinds - {"embedding"} else None
+
+    def _zeros(self, diagonal_rows: bool) -> _Sums:
+        num_rows, num_columns = self.shape
+        rows = (num_rows,) if diagonal_rows or num_rows > LARGEST_FACTOR else (num_rows, num_rows)
+        columns = (num_columns,) if num_columns > LARGEST_FACTOR else (num_columns, num_columns)
+        return _Sums(
+            torch.zeros(rows, device=self.device),
+            torch.zeros((self.groups, *columns), device=self.device),
+            torch.zeros(1, dtype=torch.float64, device=self.device),
+        )
+
+    def add(self, module: nn.Module, inputs: Tensor, gradient: Tensor) -> None:
+        """Adds one call.
+
+        Args:
+            module: What was called.
+            inputs: Its input.
+            gradient: Of `value * share` with respect to its output, as `calibrate` has it: 1/N of each row's own.
+        """
+        gradient = gradient.detach()
+        if isinstance(module, nn.Embedding):
+            assert self.lookups is not None
+            vectors = gradient.reshape(-1, gradient.shape[-1])
+            used = vectors.any(1)
+            vectors = vectors[used].float()
+            self.lookups.rows += torch.bincount(inputs.reshape(-1)[used], minlength=self.shape[0])
+            _add_columns(self.lookups.columns, vectors.T[None])
+            self.lookups.positions += len(vectors)
+        elif isinstance(module, nn.Conv2d):
+            for patches, pixels in _patches(module, inputs, gradient):
+                self._add_product(patches, pixels)
+        else:
+            self._add_product(inputs.reshape(-1, inputs.shape[-1]).T[None], gradient.reshape(-1, gradient.shape[-1]))
+
+    def _add_product(self, inputs: Tensor, gradients: Tensor) -> None:
+        """Adds positions: inputs [groups, in, positions], gradients [positions, out]."""
+        assert self.products is not None
+        used = gradients.any(1)
+        if not used.all():
+            inputs, gradients = inputs[:, :, used], gradients[used]
+        gradients = gradients.float()
+        if self.products.rows.ndim == 2:
+            self.products.rows.addmm_(gradients.T, gradients)
+        else:
+            self.products.rows += gradients.square().sum(0)
+        _add_columns(self.products.columns, inputs.float())
+        self.products.positions += len(gradients)
+
+    def factors(self) -> KroneckerFactors:
+        """The factors of the sums over all processes, the same in each."""
+        terms = []
+        for sums in (self.lookups, self.products):
+            if sums is not None:
+                terms.append(_factors(sums.over_processes(), self.num_examples))
+        scale = sum(term.scale for term in terms)
+        rows, columns = terms[0].rows, terms[0].columns
+        if len(terms) > 1 and scale:  # partial traces add: scale R = sum_u scale_u R_u, and so for C
+            weights = [term.scale / scale for term in terms]
+            rows = weights[1] * terms[1].rows
+            diagonal = rows if rows.ndim == 1 else rows.diagonal()
+            diagonal += weights[0] * terms[0].rows
+            columns = weights[0] * terms[0].columns + weights[1] * terms[1].columns
+        return KroneckerFactors(rows, columns, scale)
+
+
+def _factors(sums: _Sums, num_examples: int) -> KroneckerFactors:
+    """One Kronecker product with the partial traces of the sum over groups; of one group, that group's product."""
+    groups = len(sums.columns)
+    rows = _diagonal(sums.rows).double()  # sum_t r^2
+    squares = sums.columns.diagonal(dim1=1, dim2=2) if sums.columns.ndim == 3 else sums.columns
+    energy = squares.double().mean(1)  # sum_t c^2 of each group, a mean over its columns
+    mean = (rows.view(groups, -1).mean(1) * energy).mean().item()
+    if mean == 0:
+        return KroneckerFactors(torch.zeros_like(sums.rows), torch.zeros_like(sums.columns[0]), 0.0)
+    # With the gradients of 1/N of each row: N/T (sum r r') (x) (sum c c') = T/N (mean r r') (x) (mean c c')
+    scale = num_examples * mean / sums.positions.item()
+    if groups == 1:
+        return KroneckerFactors(sums.rows / rows.mean().float(), sums.columns[0] / energy[0].float(), scale)
+    group_rows = rows.view(groups, -1)
+    rows = group_rows * energy[:, None] / mean
+    weights = (group_rows.mean(1) / groups / mean).float()
+    columns = torch.einsum("g,g...->...", weights, sums.columns)
+    return KroneckerFactors(rows.flatten().float(), columns, scale)
+
+
+def _diagonal(factor: Tensor) -> Tensor:
+    return factor if factor.ndim == 1 else factor.diagonal()
+
+
+def _add_columns(columns: Tensor, vectors: Tensor) -> None:
+    """Adds x x', or its diagonal, for x in the columns of each group's [in, positions]."""
+    if columns.ndim == 3:
+        columns.baddbmm_(vectors, vectors.mT)
+    else:
+        columns += vectors.square().sum(2)
+
+
+def _patches(module: nn.Conv2d, images: Tensor, gradient: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """What the kernel sees, [groups, in, positions], and the gradients [positions, out], some images at a time."""
+    if images.ndim == 3:
+        images, gradient = images[None], gradient[None]
+    bytes_per_image = 4 * images.shape[1] * module.weight[0, 0].numel() * gradient.shape[2] * gradient.shape[3]
+    at_once = max(1, PATCH_BYTES // bytes_per_image)
+    for start in range(0, len(images), at_once):
+        part, pixels = images[start : start + at_once], gradient[start : start + at_once]
+        padded = F.pad(part.float(), _padding(module))
+        columns = F.unfold(padded, module.kernel_size, module.dilation, 0, module.stride)  # [images, channels, pixels]
+        grouped = columns.view(len(part), module.groups, -1, columns.shape[-1]).permute(1, 2, 0, 3)
+        yield grouped.flatten(2), pixels.permute(0, 2, 3, 1).flatten(0, 2)
+
+
+def _padding(module: nn.Conv2d) -> list[int]:
+    """Zeros to the left, right, top and bottom."""
+    if isinstance(module.padding, str):  # "valid", or "same": the odd one to the right, as torch has it
+        reach = [dilation * (size - 1) for dilation, size in zip(module.dilation, module.kernel_size, strict=True)]
+        totals = reach if module.padding == "same" else [0, 0]
+        return [side for total in reversed(totals) for side in (total // 2, total - total // 2)]
+    height, width = module.padding
+    return [width, width, height, height]

@@ -1,0 +1,79 @@
+"""Everything that the knapsack may choose from: widths, ranks, and both, for every layer of a model."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Literal
+
+from hf_lossless.calibration.statistics import Calibration, LayerStatistics
+from hf_lossless.candidates.descent import aligned_factors, smallest_rank
+from hf_lossless.candidates.factored import propose_factored, propose_sums
+from hf_lossless.candidates.low_rank import Factors, Whitening, factorise
+from hf_lossless.candidates.parallel import for_each
+from hf_lossless.candidates.proposal import Candidate, propose
+from hf_lossless.config import LosslessCompressionConfig
+from hf_lossless.layers import Layer
+
+Truncation = Literal["plain", "descent", "metric"]
+"""How a matrix is cut to a rank: the plain SVD (LLC), one whose error does not point up the gradient (LoD), or the SVD
+in the metric of the loss."""
+
+
+def menu(
+    layers: list[Layer],
+    calibration: Calibration,
+    config: LosslessCompressionConfig,
+    ranks: dict[str, tuple[int, ...]],
+    truncation: Truncation,
+) -> dict[str, list[Candidate]]:
+    """The candidates of every layer, several layers at a time.
+
+    Args:
+        layers: The layers, with real weights.
+        calibration: Their statistics: with gradients for "descent", with curvature for "metric".
+        config: Widths and group size.
+        ranks: Ranks to try by layer name, see `ranks.ranks_by_layer`.
+        truncation: How a matrix is cut to a rank.
+
+    Returns:
+        For each layer its widths, its ranks and its sums. The factors of all ranks are views of one factorisation,
+        which takes at most twice the memory of the weight in float32; "descent" makes them anew for each rank.
+
+    Raises:
+        CalibrationError: A weight holds NaN or infinity.
+    """
+    by_name = {layer.name: layer for layer in layers}
+
+    def of_layer(name: str) -> list[Candidate]:
+        layer, statistics = by_name[name], calibration.layers[name]
+        widths = propose(layer, statistics, config.bits, config.group_size, config.symmetric)
+        tried = ranks.get(name)
+        if tried is None or not statistics.calls:
+            return widths
+        return [*widths, *_with_factors(layer, statistics, widths, tried, config, truncation)]
+
+    return for_each(of_layer, by_name)
+
+
+def _with_factors(
+    layer: Layer,
+    statistics: LayerStatistics,
+    widths: list[Candidate],
+    ranks: tuple[int, ...],
+    config: LosslessCompressionConfig,
+    truncation: Truncation,
+) -> list[Candidate]:
+    """Low rank for the matrix, and for what its narrow grids leave of it."""
+    whitening = Whitening.of(statistics.metric) if truncation == "metric" else None
+    factorisation = factorise(layer.matrix, whitening, largest=max(ranks))
+    factors_of: Callable[[int], Factors] = factorisation.truncated
+    if truncation == "descent":
+        gradient = statistics.gradient
+        assert gradient is not None
+        factors_of = partial(aligned_factors, factorisation, matrix=layer.matrix, gradient=gradient)
+        within = smallest_rank(factorisation, layer.matrix, gradient, max(ranks)) if config.ranks == "auto" else None
+        ranks = ranks if within is None else tuple(sorted({*ranks, within}))
+    settings = (config.bits, config.group_size, config.symmetric)
+    return [
+        *propose_factored(layer, ranks, factors_of, *settings),
+        *propose_sums(layer, widths, whitening, *settings),
+    ]

@@ -1,0 +1,295 @@
+"""CET: compression error theory, the sharp directions of each layer's Hessian.
+
+"A General Error-Theoretical Analysis Framework for Constructing Compression Strategies", Zhang et al., ICML 2025, arXiv
+2502.15802: Eq. 5 to 11 and step 1 of Algorithm 1; the other steps are in `cet_allocation`.
+
+Notation: for one layer, w its weight [n], H the Hessian [n, n] of the mean loss f, d the error of the stored weight.
+
+    Delta f = 1/2 d' H d                            (Eq. 8; the gradient of a trained model is neglected)
+    y = P' d,  d' H d = sum_k lambda_k y_k^2        (Eq. 10; P: eigenvectors of H, "canonical transformation")
+    R^n = V_long + V_short                          (Eq. 11; short axes of the ellipsoid: sharp directions)
+
+Where the text contradicts itself, or says too little:
+
+* Step 4 picks "the m smallest eigenvalues". Sections 3.2 and 3.3 constrain the short axes of the ellipsoid, which are
+  its largest eigenvalues; so do we, by absolute value, so that negative ones are among them (next point).
+* "Positive definite": every lambda_k > 0 is a cost. "Indefinite": a negative lambda_k is a direction of descent,
+  which is the long axis of a hyperbolic paraboloid; y_k may be large there, and lowers the prediction.
+* 200 eigenpairs are asked of at most 100 iterations. One start gives one pair for an iteration at most.
+
+The paper solves for a free d and reads widths off it (`cet_allocation`). The knapsack asks the opposite: how bad is the
+d of this candidate? `predict` answers with Eq. 8 on the computed eigenpairs, and the mean curvature of what they leave:
+
+    Delta f = 1/2 sum_(k<=m) lambda_k (v_k' d)^2 + 1/2 rest (||d||^2 - sum_(k<=m) (v_k' d)^2)
+    rest = max(0, tr(Q H Q) / (n - m)),  Q = 1 - V V'                              (Hutchinson, in the complement)
+
+With all n pairs that is Eq. 8 exactly. With few, the rest matters: an error of rounding has about m/n of its length in
+m directions of n. The rest is never negative: what was not resolved is not promised as a gain.
+
+Everything is of one layer's own block of H: errors of different layers count as unrelated.
+"""
+
+import logging
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hf_lossless.calibration.hessian import HessianProducts, hessian, random_signs, sub_sample
+from hf_lossless.calibration.perturbation import seeded_number
+from hf_lossless.candidates.proposal import Candidate
+from hf_lossless.layers import Layer
+from hf_lossless.theories.hawq import layers_with_a_choice, predictions_of_kept
+from hf_lossless.theories.lanczos import Eigenpairs, lanczos
+from hf_lossless.theories.problem import Prediction, Problem
+
+_logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class CurvatureSettings:
+    """How much is spent on each layer.
+
+    Attributes:
+        num_eigenpairs: m, the sharp directions (the paper: 200).
+        max_iterations: Lanczos iterations, each one Hessian-vector product (the paper: 100).
+        starts: Random starts of Lanczos.
+        tolerance: Residual, relative to the largest eigenvalue, at which a pair has converged.
+        trace_probes: Further products for the mean curvature of what the eigenpairs leave; 0: it counts as flat.
+        max_rows: Rows of calibration data; their graphs are in memory together.
+    """
+
+    num_eigenpairs: int = 8
+    max_iterations: int = 20
+    starts: int = 2
+    tolerance: float = 0.02
+    trace_probes: int = 8
+    max_rows: int = 32
+
+
+@dataclass(frozen=True)
+class LayerCurvature:
+    """What was found of one layer's Hessian.
+
+    Attributes:
+        eigenpairs: The sharp directions, within `support`.
+        support: Indices into the flattened matrix [out * in] outside which H is zero (tokens that did not occur,
+            taps that see only padding); None: all.
+        num_weights: n, of the whole layer.
+        rest: Mean curvature of the other directions of the support, at least 0.
+        rest_error: Its standard error.
+        num_products: Hessian-vector products spent, all told.
+    """
+
+    eigenpairs: Eigenpairs
+    support: Tensor | None
+    num_weights: int
+    rest: float
+    rest_error: float
+    num_products: int
+
+    def restricted(self, error: Tensor) -> Tensor:
+        """An error [out, in] as a vector of the support's coordinates."""
+        flat = error.flatten()
+        return flat if self.support is None else flat[self.support]
+
+
+@dataclass(frozen=True)
+class LayerSpectrum:
+    """A report on one layer, and what `cet_allocation` needs of it.
+
+    Attributes:
+        values: lambda_k.
+        residuals: Of the eigenpairs.
+        num_weights: n.
+        status: Of Lanczos, in words.
+        converged: Whether every pair asked for was found to the tolerance, or nothing more is there.
+        rest: Mean curvature of the other directions.
+        rest_error: Its standard error.
+        num_products: Hessian-vector products spent.
+    """
+
+    values: tuple[float, ...]
+    residuals: tuple[float, ...]
+    num_weights: int
+    status: str
+    converged: bool
+    rest: float
+    rest_error: float
+    num_products: int
+
+    @property
+    def definite(self) -> bool:
+        """Whether no direction of descent was found (the ellipsoid); else the hyperbolic paraboloid."""
+        return all(value >= -residual for value, residual in zip(self.values, self.residuals, strict=True))
+
+
+def canonical(vectors: Tensor, error: Tensor) -> Tensor:
+    """`y = P' d` (Eq. 10): the error [n] in the coordinates of the eigenvectors [n, m], float64 [m]."""
+    return (error.to(vectors) @ vectors).double().cpu()
+
+
+def quadratic_change(values: Tensor, coordinates: Tensor, squared_error: float, rest: float) -> float:
+    """Eq. 8 with the mean curvature of what the eigenpairs leave.
+
+    Args:
+        values: lambda [m], nats per squared unit of weight.
+        coordinates: y [m].
+        squared_error: ||d||^2, of the same d.
+        rest: Mean curvature of the other directions.
+
+    Returns:
+        1/2 sum_k lambda_k y_k^2 + 1/2 rest (||d||^2 - ||y||^2), nats; negative along directions of descent.
+
+    Example:
+        >>> quadratic_change(torch.tensor([4.0, -2.0]), torch.tensor([1.0, 1.0]), squared_error=12.0, rest=0.1)
+        1.5
+    """
+    squares = coordinates.double().square()
+    outside = max(squared_error - squares.sum().item(), 0.0)
+    return 0.5 * (values.double() * squares).sum().item() + 0.5 * rest * outside
+
+
+def curvature_of(product: HessianProducts, layer: Layer, settings: CurvatureSettings, seed: int = 0) -> LayerCurvature:
+    """Eigenpairs of one layer's block of the Hessian, and the mean curvature of the rest (Algorithm 1, step 1).
+
+    Args:
+        product: Opened for this layer.
+        layer: The layer.
+        settings: How much to spend.
+        seed: Of the random vectors.
+
+    Returns:
+        Costs 1 + max_iterations + trace_probes products at most.
+    """
+    before = product.num_products
+    shape, num_weights = layer.matrix.shape, layer.matrix.numel()
+    generator = torch.Generator().manual_seed(seed)
+    like = layer.matrix.detach()
+    # A random vector meets every row of H that is not zero: where its image is exactly zero, so is H.
+    image = product({layer.name: random_signs(shape, generator).to(like)})[layer.name].flatten()
+    nonzero = image.nonzero().flatten()
+    size = len(nonzero)
+    support = nonzero if size < num_weights else None
+
+    def within(vector: Tensor) -> Tensor:
+        """H [size, size] times a vector of the support's coordinates."""
+        whole = vector
+        if support is not None:
+            whole = torch.zeros(num_weights, dtype=vector.dtype, device=vector.device)
+            whole[support] = vector
+        result = product({layer.name: whole.view(shape)})[layer.name].flatten()
+        return result if support is None else result[support]
+
+    eigenpairs = lanczos(
+        within,
+        size,
+        count=settings.num_eigenpairs,
+        which="magnitude",
+        max_iterations=settings.max_iterations,
+        starts=settings.starts,
+        tolerance=settings.tolerance,
+        seed=seeded_number(seed, 0),
+        like=image,
+    )
+    samples = []
+    remaining = size - len(eigenpairs.values)
+    if remaining:
+        for _ in range(settings.trace_probes):
+            probe = random_signs(torch.Size([size]), generator).to(image)
+            probe -= eigenpairs.vectors @ (probe @ eigenpairs.vectors)
+            samples.append((probe * within(probe)).sum(dtype=torch.float64).item() / remaining)
+    rest = torch.tensor(samples or [0.0], dtype=torch.float64)
+    return LayerCurvature(
+        eigenpairs=eigenpairs,
+        support=support,
+        num_weights=num_weights,
+        rest=max(rest.mean().item(), 0.0),
+        rest_error=rest.std().item() / math.sqrt(len(rest)) if len(rest) > 1 else 0.0,
+        num_products=product.num_products - before,
+    )
+
+
+def predicted_loss_change(curvature: LayerCurvature, error: Tensor) -> float:
+    """`quadratic_change` of a candidate's error [out, in]."""
+    within = curvature.restricted(error)
+    return quadratic_change(
+        curvature.eigenpairs.values,
+        canonical(curvature.eigenpairs.vectors, within),
+        within.double().square().sum().item(),
+        curvature.rest,
+    )
+
+
+def predict(problem: Problem) -> dict[str, list[Prediction]]:
+    """Predicted loss change of every candidate, by layer; 0 for keeping a layer.
+
+    Returns:
+        As many predictions as there are candidates, the same in every process. See `examine` for the cost.
+
+    Raises:
+        CalibrationError: The loss has no second derivative, or it is not finite.
+    """
+    predictions, _ = examine(problem)
+    return predictions
+
+
+def examine(
+    problem: Problem, settings: CurvatureSettings | None = None
+) -> tuple[dict[str, list[Prediction]], dict[str, LayerSpectrum]]:
+    """The predictions, and how well each layer's spectrum is known.
+
+    Costs one forward-backward pass over `max_rows` rows, and for each layer `1 + max_iterations + trace_probes`
+    products at most, each half such a pass on average. Eigenvectors, [n, m], are dropped as soon as a layer's
+    candidates are judged.
+
+    Returns:
+        Predictions by layer, and reports by layer for those that have a choice.
+
+    Raises:
+        CalibrationError: The loss has no second derivative, or it is not finite.
+    """
+    settings = settings or CurvatureSettings()
+    batches = sub_sample(problem.batches, settings.max_rows)
+    layers = layers_with_a_choice(problem)
+    predictions: dict[str, list[Prediction]] = {}
+    spectra: dict[str, LayerSpectrum] = {}
+    with hessian(problem.model, batches if layers else [], layers, problem.loss) as product:
+        for position, layer in enumerate(layers):
+            curvature = curvature_of(product, layer, settings, seeded_number(problem.seed, position))
+            spectra[layer.name] = _spectrum(curvature)
+            predictions[layer.name] = []
+            for candidate in problem.candidates[layer.name]:
+                predictions[layer.name].append(_judge(curvature, candidate, layer))
+                problem.advance()
+    _logger.info(
+        "CET: %d Hessian-vector products; %d of %d layers' eigenpairs not within %g; %d indefinite",
+        sum(spectrum.num_products for spectrum in spectra.values()),
+        sum(not spectrum.converged for spectrum in spectra.values()),
+        len(spectra),
+        settings.tolerance,
+        sum(not spectrum.definite for spectrum in spectra.values()),
+    )
+    return predictions | predictions_of_kept(problem), spectra
+
+
+def _judge(curvature: LayerCurvature, candidate: Candidate, layer: Layer) -> Prediction:
+    if candidate.kind == "kept":
+        return Prediction(0.0)
+    change = predicted_loss_change(curvature, candidate.error(layer.matrix.detach()))
+    return Prediction(change if math.isfinite(change) else math.inf)
+
+
+def _spectrum(curvature: LayerCurvature) -> LayerSpectrum:
+    pairs = curvature.eigenpairs
+    return LayerSpectrum(
+        values=tuple(pairs.values.tolist()),
+        residuals=tuple(pairs.residuals.tolist()),
+        num_weights=curvature.num_weights,
+        status=pairs.describe(),
+        converged=pairs.status != "not converged",
+        rest=curvature.rest,
+        rest_error=curvature.rest_error,
+        num_products=curvature.num_products,
+    )

@@ -1,0 +1,120 @@
+"""LLC's lossless decomposition ("Compression for Better", Algorithm 2, Eq. 10).
+
+For a layer with weight W, a candidate W + d of low rank, the mean gradient dl/dw and the mean loss f:
+
+    minimise   f(w + d) - f(w) ~ <dl/dw, d>                                              (10)
+    subject to || W - L R ||_F <= gamma, element by element                              (10a)
+               0 < rank < N M / (N + M)                                                  (10b, see `candidates.ranks`)
+
+Algorithm 2 goes through the ranks from the smallest up, keeps those inside the neighbourhood (line 9) whose error
+points down the gradient (line 10), records their loss (line 11), and stops early (lines 12-14).
+
+What the paper leaves open, and how it is read here:
+
+- gamma. Eq. 10a bounds a norm "for all i, j", so that its scale is that of single weights: the root mean square
+  `||d||_F / sqrt(NM)` is compared. Section 3 gives 8e-3 as the noise of weights up to which first-order terms lead,
+  and LLC uses nothing but first-order terms.
+- Early stopping. The algorithm stops where the error goes to zero, the text where "a candidate decomposition meets the
+  loss threshold with a sufficiently low loss". We stop at a measured change below `error_max` of Algorithm 1 (1e-4),
+  which holds where the error goes to zero as well. Factors may be stored in several widths; each is a search of its
+  own.
+- The loss (line 11) is measured on the calibration data. Beside widths, whose predictions are sums of absolute values
+  (see `llc`), a rank would win by noise alone if its measured change counted with its sign; so the absolute value is
+  taken here too. The sign has had its say in line 10.
+- Line 10 looks at the error of the rank alone, before the factors are rounded to a grid: rounding has a first-order
+  change of random sign. So has an error that is nothing but the rounding of arithmetic, and passes.
+"""
+
+import math
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from hf_lossless.candidates.proposal import Candidate
+from hf_lossless.layers import Layer
+from hf_lossless.theories.measurement import measured_change
+from hf_lossless.theories.problem import Prediction, Problem
+
+GAMMA = 8e-3
+"""Radius of the first-order neighbourhood of weights (LLC section 3, Fig. 1), root mean square."""
+
+LOSS_THRESHOLD = 1e-4
+"""A change of the loss that is as good as none (error_max of LLC section 5.1): the search stops."""
+
+_ROUNDINGS = 8.0
+"""Errors of fewer relative precisions of the weight's dtype than this come from arithmetic."""
+
+
+def within_neighbourhood(error: Tensor, gamma: float = GAMMA) -> bool:
+    """Eq. 10a: `||d||_F / sqrt(NM) <= gamma`.
+
+    Example:
+        >>> within_neighbourhood(torch.full((2, 2), 0.004)), within_neighbourhood(torch.full((2, 2), 0.02))
+        (True, False)
+    """
+    return _rms(error) <= gamma
+
+
+def points_down(error: Tensor, gradient: Tensor, matrix: Tensor) -> bool:
+    """Line 10 of Algorithm 2: `<dl/dw, d> < 0`, or an error of rounding only.
+
+    Args:
+        error: d [out, in] of the rank.
+        gradient: dl/dw [out, in].
+        matrix: W [out, in].
+    """
+    first_order = (error.double() * gradient.double()).sum().item()
+    rounding = _ROUNDINGS * torch.finfo(matrix.dtype).eps * _rms(matrix)
+    return first_order < 0 or _rms(error) <= rounding
+
+
+def predict_layer(
+    problem: Problem, layer: Layer, candidates: list[Candidate], gamma: float = GAMMA
+) -> list[Prediction]:
+    """Algorithm 2 for one layer.
+
+    Args:
+        problem: Model, data, statistics with gradients.
+        layer: The layer.
+        candidates: Those with factors, from the smallest rank up.
+        gamma: Radius of the neighbourhood.
+
+    Returns:
+        For each candidate the absolute measured change of the loss; infinity for those outside the neighbourhood, those
+        that point up the gradient, and those of higher rank than the one at which the search stopped. One forward pass
+        for each that is measured.
+    """
+    gradient = problem.calibration.layers[layer.name].gradient
+    assert gradient is not None
+    predictions = []
+    finished = set()
+    for candidate in candidates:
+        change = math.inf
+        search = (candidate.grid, _widths(candidate))
+        if search not in finished:
+            error = candidate.error(layer.matrix)
+            if within_neighbourhood(error, gamma) and points_down(_of_rank(candidate, layer), gradient, layer.matrix):
+                change = abs(measured_change(problem, layer, error))
+                if change <= LOSS_THRESHOLD:
+                    finished.add(search)
+        predictions.append(Prediction(change))
+        problem.advance()
+    return predictions
+
+
+def _widths(candidate: Candidate) -> tuple[int | None, ...]:
+    """Widths of L and R."""
+    assert candidate.low_rank is not None
+    return tuple(grid and grid.bits for grid in (candidate.low_rank.left, candidate.low_rank.right))
+
+
+def _of_rank(candidate: Candidate, layer: Layer) -> Tensor:
+    """The error before the factors go to their grids."""
+    assert candidate.low_rank is not None
+    exact = candidate.low_rank.model_copy(update={"left": None, "right": None})
+    return replace(candidate, low_rank=exact).error(layer.matrix)
+
+
+def _rms(values: Tensor) -> float:
+    return values.detach().double().square().mean().sqrt().item()

@@ -1,0 +1,147 @@
+"""Everything the knapsack may choose from: widths as before, then factors cut in the way of each theory."""
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from hf_lossless import LosslessCompressionConfig
+from hf_lossless.calibration.loss import batch_loss
+from hf_lossless.calibration.statistics import Calibration, calibrate
+from hf_lossless.candidates import menu as menus
+from hf_lossless.candidates.low_rank import factorise
+from hf_lossless.candidates.menu import menu
+from hf_lossless.candidates.proposal import Candidate, propose
+from hf_lossless.candidates.ranks import ranks_by_layer
+from hf_lossless.candidates.uniform import on_grid
+from hf_lossless.errors import CalibrationError
+from hf_lossless.layers import Layer, find_layers
+
+TRUNCATIONS = pytest.mark.parametrize("truncation", ["plain", "descent", "metric"])
+BATCHES = [(torch.randn(9, 24, generator=torch.Generator().manual_seed(0)), torch.arange(9) % 3)]
+
+
+class Model(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(1)
+        self.first, self.last, self.idle = nn.Linear(24, 40), nn.Linear(40, 3), nn.Linear(24, 24)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return self.last(torch.relu(self.first(inputs)))
+
+
+def prepared(curvature: bool = True) -> tuple[list[Layer], Calibration]:
+    model = Model().eval()
+    layers = find_layers(model)
+    return layers, calibrate(model, BATCHES, layers, batch_loss, gradients=True, curvature=curvature)
+
+
+def candidates(truncation: str, asked="auto", bits=(2, 4, 8, 16)) -> dict[str, list[Candidate]]:
+    layers, calibration = prepared()
+    config = LosslessCompressionConfig(ratio=2, bits=bits, ranks=asked, group_size=16)
+    return menu(layers, calibration, config, ranks_by_layer(layers, config.ranks), truncation)
+
+
+@TRUNCATIONS
+def test_without_ranks_only_widths(truncation):
+    layers, calibration = prepared()
+    config = LosslessCompressionConfig(ratio=2, group_size=16)
+    found = menu(layers, calibration, config, {}, truncation)
+    for layer in layers:
+        expected = propose(layer, calibration.layers[layer.name], config.bits, 16, True)
+        assert [(one.grid, one.cost_bytes) for one in found[layer.name]] == [
+            (one.grid, one.cost_bytes) for one in expected
+        ]
+
+
+@TRUNCATIONS
+def test_widths_then_ranks_then_sums(truncation):
+    found = candidates(truncation)
+    assert list(found) == ["first", "last", "idle"]
+    assert [one.kind for one in found["idle"]] == ["kept"]  # no data reached it
+    for name in ("first", "last"):
+        kinds = [one.kind for one in found[name]]
+        order = ["grid"] * 3 + ["kept"] + ["low_rank"] * kinds.count("low_rank") + ["sum"] * kinds.count("sum")
+        assert kinds == order and {"low_rank", "sum"} <= set(kinds)
+        ranks = [one.low_rank.rank for one in found[name] if one.kind == "low_rank"]
+        assert ranks == sorted(ranks)
+
+
+def products(found: list[Candidate]) -> dict[int, Tensor]:
+    """L R by rank."""
+    return {one.low_rank.rank: one.factors.left @ one.factors.right for one in found if one.kind == "low_rank"}
+
+
+def test_plain_is_the_truncated_svd():
+    layers, _ = prepared()
+    for rank, product in products(candidates("plain")["first"]).items():
+        factors = factorise(layers[0].matrix).truncated(rank)
+        torch.testing.assert_close(product, factors.left @ factors.right)
+
+
+def test_the_metric_is_that_of_the_calibration():
+    layers, calibration = prepared()
+    metric = calibration.layers["first"].metric
+    found = candidates("metric")["first"]
+    for rank, product in products(found).items():
+        factors = factorise(layers[0].matrix, metric).truncated(rank)
+        torch.testing.assert_close(product, factors.left @ factors.right, rtol=1e-4, atol=1e-5)
+    for one in found:
+        if one.kind == "sum":
+            remainder = layers[0].matrix.detach() - on_grid(layers[0].matrix, one.grid)
+            factors = factorise(remainder, metric).truncated(one.low_rank.rank)
+            product = one.factors.left @ one.factors.right
+            torch.testing.assert_close(product, factors.left @ factors.right, rtol=1e-4, atol=1e-5)
+
+
+def test_descent_points_down_the_gradient():
+    layers, calibration = prepared()
+    gradient = calibration.layers["first"].gradient
+    plain, aligned = (products(candidates(truncation)["first"]) for truncation in ("plain", "descent"))
+    assert set(plain) <= set(aligned)
+    changes = [((product - layers[0].matrix) * gradient).sum().item() for product in aligned.values()]
+    assert max(changes) < 1e-6
+    assert max(((product - layers[0].matrix) * gradient).sum().item() for product in plain.values()) > 1e-4
+
+
+def test_descent_adds_the_smallest_rank_within_the_tolerance(monkeypatch):
+    monkeypatch.setattr(menus, "smallest_rank", lambda factorisation, matrix, gradient, largest: 5)
+    assert 5 not in products(candidates("plain")["first"])
+    assert 5 in products(candidates("descent")["first"])
+    assert 5 not in products(candidates("descent", {"first": (3, 6)})["first"])  # only what was asked
+    monkeypatch.setattr(menus, "smallest_rank", lambda factorisation, matrix, gradient, largest: None)
+    assert set(products(candidates("descent")["first"])) == set(products(candidates("plain")["first"]))
+
+
+@TRUNCATIONS
+def test_explicit_ranks(truncation):
+    found = candidates(truncation, {"first": (3, 6)}, bits=(4, 16))
+    assert [one.kind for one in found["last"]] == ["grid", "kept"]
+    assert list(products(found["first"])) == [3, 6]
+    widths = [one.low_rank.left and one.low_rank.left.bits for one in found["first"] if one.kind == "low_rank"]
+    assert widths == [4, None, 4, None]
+
+
+@TRUNCATIONS
+def test_ranks_for_a_layer_that_no_data_reaches(truncation):
+    assert [one.kind for one in candidates(truncation, {"idle": (3,)})["idle"]] == ["kept"]
+
+
+def test_factors_are_views_of_one_factorisation():
+    found = candidates("plain", bits=(16,))["first"]
+    assert len({one.factors.left.untyped_storage().data_ptr() for one in found if one.kind == "low_rank"}) == 1
+
+
+@TRUNCATIONS
+def test_no_candidate_holds_a_graph(truncation):
+    for group in candidates(truncation).values():
+        for one in group:
+            if one.factors is not None:
+                assert not one.factors.left.requires_grad and not one.factors.right.requires_grad
+
+
+def test_a_weight_that_is_not_finite():
+    layers, calibration = prepared()
+    layers[1].weight.data[0, 0] = torch.nan
+    with pytest.raises(CalibrationError, match="weight of layer 'last' holds NaN"):
+        menu(layers, calibration, LosslessCompressionConfig(ratio=2), {}, "plain")
