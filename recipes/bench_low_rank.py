@@ -227,7 +227,7 @@ def lod(bench: Bench) -> Callable[[float], Ranks]:
 
 def metrics_of(bench: Bench) -> dict[str, KroneckerFactors]:
     """The metric of the loss for each layer."""
-    return {name: bench.calibration.layers[name].metric for name in bench.matrices()}
+    return {name: bench.calibration.layers[name].curvature for name in bench.matrices()}
 
 
 def gradient_aligned(bench: Bench) -> Callable[[float], Ranks]:

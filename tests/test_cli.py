@@ -84,7 +84,13 @@ def test_text_from_compress_to_inspect(run: Run, text_folder: Path, text_file: P
     inspected = json.loads(run("inspect", out, "--json"))
     assert inspected["size_bytes"] == alone["size_bytes"] and inspected["ratio"] == alone["ratio"]
     layer = inspected["layers"][HEAD]
-    assert layer.keys() == {"kind", "bits", "group_size", "rank", "cost_bytes", "predicted_loss_change"}
+    assert layer.keys() == {
+        *("kind", "bits", "group_size", "rank", "factor_bits", "multiplications", "saves_time"),
+        *("cost_bytes", "predicted_loss_change", "regime"),
+    }
+    assert [layer[key] for key in ("rank", "factor_bits", "multiplications", "saves_time", "regime")] == [
+        *(None, None, 1.0, False, None)
+    ]
     assert {name for name, module in model.named_modules() if isinstance(module, CompressedModule)} == {
         name for name, layer in inspected["layers"].items() if layer["kind"] == "grid"
     }
@@ -132,6 +138,62 @@ def test_tables_lose_nothing_on_a_narrow_terminal(
 
     said = run("evaluate", tmp_path / "small", "--data", text_file, "--against", text_folder)
     assert all(word in said for word in ("compressed", "original", "bytes", "ratio", "loss", "accuracy", "rows"))
+
+
+def test_ranks_from_compress_to_inspect(run: Run, text_folder: Path, text_file: Path, tmp_path: Path) -> None:
+    out = tmp_path / "small"
+    said = run(
+        *("compress", text_folder, "--data", text_file, "--out", out),
+        *("--ratio", 1.5, "--bits", "4,16", "--ranks", "auto"),
+    )
+    assert "rank" in said and "work" in said
+    plan = read_entry(out).plan
+    factored = {name: layer for name, layer in plan.layers.items() if layer.low_rank is not None}
+    assert factored
+    inspected = json.loads(run("inspect", out, "--json"))
+    assert inspected["layers"].keys() == plan.layers.keys()
+    for name, layer in inspected["layers"].items():
+        low_rank = plan.layers[name].low_rank
+        assert layer["regime"] is None and layer["bits"] == plan.layers[name].bits
+        if low_rank is None:
+            assert layer["rank"] is layer["factor_bits"] is None and not layer["saves_time"]
+            assert layer["multiplications"] == 1
+            continue
+        outputs, inputs = low_rank.shape
+        work = low_rank.rank * (outputs + inputs) / (outputs * inputs) + (layer["kind"] == "sum")
+        assert layer["rank"] == low_rank.rank and layer["multiplications"] == pytest.approx(work)
+        assert layer["saves_time"] == (work < 1)
+        assert len(layer["factor_bits"]) == 2 and set(layer["factor_bits"]) <= {4, 16}
+    assert any(layer["saves_time"] for layer in inspected["layers"].values())
+    assert json.loads(run("evaluate", out, "--data", text_file, "--json"))["ratio"] >= 1.5
+
+
+def test_ranks_by_layer(plan_with: Callable[..., CompressionPlan]) -> None:
+    query, output = "bert.encoder.layer.0.attention.self.query", "bert.encoder.layer.1.output.dense"
+    options = ("--bits", "16", "--loss-budget", 100, "--theory", "curvature")
+    plan = plan_with(*options, "--ranks", f"{query}=5", "--ranks", "1.output.dense=3,4")
+    ranks = {name: layer.low_rank.rank for name, layer in plan.layers.items() if layer.low_rank is not None}
+    assert ranks == {query: 5, output: 3}
+    again = plan_with(*options, "--ranks", f"{query}=9", "--ranks", f"{query}=7,8")  # a layer may be named twice
+    assert {layer.low_rank.rank for layer in again.layers.values() if layer.low_rank is not None} == {7}
+    assert not any(layer.low_rank for layer in plan_with(*options).layers.values())
+
+
+def test_regimes_of_lod(run: Run, text_folder: Path, text_file: Path, tmp_path: Path) -> None:
+    out = tmp_path / "small"
+    said = run("compress", text_folder, "--data", text_file, "--out", out, "--ratio", 3, "--theory", "lod")
+    assert "regime" in said and "measured" in said
+    inspected = json.loads(run("inspect", out, "--json"))
+    assert inspected["theory"] == "lod"
+    for layer in inspected["layers"].values():
+        if layer["kind"] == "kept":
+            assert layer["regime"] is None
+            continue
+        regime = layer["regime"]
+        assert regime.keys() == {"verdict", "snr", "chebyshev", "central_limit"}
+        assert regime["verdict"] in ("analytic", "measured") and regime["snr"] >= 0
+        assert 0 <= regime["central_limit"] <= regime["chebyshev"] <= 1
+        assert regime["verdict"] == "measured" or regime["chebyshev"] <= 0.05
 
 
 def test_bits(plan_with: Callable[..., CompressionPlan]) -> None:

@@ -35,6 +35,29 @@ def test_widths(given: object, widths: tuple[int, ...]) -> None:
     assert LosslessCompressionConfig(ratio=2, bits=given).bits == widths
 
 
+@pytest.mark.parametrize(
+    ("given", "ranks"),
+    [
+        (None, None),
+        ("auto", "auto"),
+        ({"a": 4}, {"a": (4,)}),
+        ({"a.b": (8, 2, 8), "*.query": iter([3])}, {"a.b": (2, 8), "*.query": (3,)}),
+        ({"a": {5, 1}}, {"a": (1, 5)}),
+        ({"a": range(1, 4)}, {"a": (1, 2, 3)}),
+    ],
+    ids=str,
+)
+def test_ranks(given: object, ranks: object) -> None:
+    config = LosslessCompressionConfig(ratio=2, ranks=given)
+    assert config.ranks == ranks
+    settings = config.to_dict()
+    assert json.loads(json.dumps(settings)) == settings
+    assert copy.deepcopy(config).ranks == ranks
+    if isinstance(ranks, dict):
+        assert settings["ranks"] == {name: list(numbers) for name, numbers in ranks.items()}
+        assert LosslessCompressionConfig(ratio=2, ranks=settings["ranks"]).ranks == ranks
+
+
 def test_modules_to_leave_alone() -> None:
     for given in ("classifier", ["classifier"], ("classifier",)):
         assert LosslessCompressionConfig(ratio=2, modules_to_not_convert=given).modules_to_not_convert == (

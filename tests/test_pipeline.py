@@ -1,11 +1,13 @@
 """`compress` on plain modules: targets, honest sizes, errors that leave the model alone."""
 
 import copy
+import dataclasses
 import itertools
 import re
 
 import pytest
 import torch
+from tiny_models import TINY_MODELS
 from torch import Tensor, nn
 
 from hf_lossless import LosslessCompressionConfig, compress, pipeline
@@ -20,7 +22,7 @@ from hf_lossless.errors import (
     LosslessError,
     UnreachableTargetError,
 )
-from hf_lossless.layers import find_layers
+from hf_lossless.layers import Layer, find_layers
 from hf_lossless.modules.base import CompressedModule
 from hf_lossless.pipeline import CompressionResult, tensor_bytes
 from hf_lossless.plan import KEPT_BITS, CompressionPlan, LayerPlan, json_bytes
@@ -313,6 +315,195 @@ def test_a_loss_of_ones_own():
     assert result.ratio >= 2.5
 
 
+# Low rank.
+
+
+def make_low_rank(layer: Layer, rank: int) -> None:
+    """Draws a weight of this rank and of the same size, all its singular values alike."""
+    out_features, in_features = layer.matrix.shape
+    left, _ = torch.linalg.qr(torch.randn(out_features, rank, dtype=torch.float64))
+    right, _ = torch.linalg.qr(torch.randn(in_features, rank, dtype=torch.float64))
+    size = layer.weight.detach().double().norm() / rank**0.5
+    matrix = (size * left @ right.T).to(layer.weight.dtype)
+    layer.weight.data = matrix.T.contiguous() if layer.kind == "conv1d" else matrix.view(layer.weight.shape)
+
+
+class Deficient(nn.Module):
+    """Layers of rank 5: linear, convolution, embedding; each full-rank one is small."""
+
+    def __init__(self, dtype: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embedding, self.conv = nn.Embedding(96, 64), nn.Conv2d(4, 24, 3, padding=1)
+        self.linear, self.head = nn.Linear(96, 64), nn.Linear(88, CLASSES)
+        self.to(dtype)
+        for layer in find_layers(self):
+            if layer.name != "head":
+                make_low_rank(layer, 5)
+
+    def forward(self, batch: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+        ids, images, features = batch
+        embedded = self.embedding(ids).mean(1) + torch.tanh(self.linear(features))
+        return self.head(torch.cat([embedded, torch.relu(self.conv(images)).mean((2, 3))], dim=1))
+
+
+def deficient_batches() -> list[tuple]:
+    generator = torch.Generator().manual_seed(0)
+    batches = []
+    for rows in (24, 8):
+        ids = torch.randint(0, 96, (rows, 7), generator=generator)
+        images = torch.randn(rows, 4, 6, 6, generator=generator)
+        features, targets = torch.randn(rows, 96, generator=generator), torch.arange(rows) % CLASSES
+        batches.append(((ids, images, features), targets))
+    return batches
+
+
+def deficient_loss(model: nn.Module, batch: tuple) -> Tensor:
+    return nn.functional.cross_entropy(model(batch[0]).float(), batch[1])
+
+
+FACTORED = ("embedding", "conv", "linear")
+
+
+@pytest.mark.parametrize(
+    ("theory", "bits"),
+    # LoD may find that 2 bits lower the loss of so few rows, and is right to take them then.
+    [*((theory, (16,)) for theory in THEORIES), ("llc", (2, 3, 4, 8)), ("curvature", (2, 3, 4, 8)), ("lod", (8,))],
+    ids=str,
+)
+def test_layers_of_rank_five_are_found_and_stored_so(theory, bits):
+    model, batches = Deficient().eval(), deficient_batches()
+    with torch.no_grad():
+        outputs = model(batches[0][0])
+    original_bytes = stored_bytes(model)
+    config = LosslessCompressionConfig(
+        loss_budget=1e-5, theory=theory, bits=bits, ranks="auto", modules_to_not_convert=["head"]
+    )
+    result = compress(model, batches, config, loss=deficient_loss)
+    assert_honest(result, original_bytes)
+    for name in FACTORED:
+        layer = result.plan.layers[name]
+        assert layer.kind == "low_rank" and layer.low_rank.rank == 5, (name, layer)
+        assert layer.low_rank.shape == tuple(find_layers(Deficient())[list(FACTORED).index(name)].matrix.shape)
+        assert layer.multiplications_share < 1
+        if layer.bits == 16:
+            assert layer.cost_bytes == 4 * 5 * sum(layer.low_rank.shape)
+    if bits == (16,):
+        assert result.ratio > 3
+        assert {layer.bits for layer in result.plan.layers.values()} == {16}
+        with torch.no_grad():
+            torch.testing.assert_close(model(batches[0][0]), outputs, rtol=1e-4, atol=1e-5)
+    assert all(layer.gradient is layer.curvature is None for layer in result.calibration.layers.values())
+
+
+@pytest.mark.parametrize("theory", THEORIES)
+def test_without_ranks_nothing_is_factorised(theory):
+    config = LosslessCompressionConfig(ratio=4, theory=theory, modules_to_not_convert=["head"])
+    result = compress(Deficient(), deficient_batches(), config, loss=deficient_loss)
+    assert {layer.kind for layer in result.plan.layers.values()} <= {"grid", "kept"}
+
+
+@pytest.mark.parametrize("theory", THEORIES)
+def test_ranks_never_predict_more_loss_for_the_same_bytes(theory):
+    """What is added to a menu can only help, by the theory's own word."""
+    frontiers = []
+    for ranks in (None, "auto"):
+        config = LosslessCompressionConfig(max_bytes=9000, theory=theory, ranks=ranks)
+        result = compress(Deficient(), deficient_batches(), config, loss=deficient_loss)
+        assert_honest(result, stored_bytes(Deficient()))
+        points = zip(result.frontier.cost_bytes.tolist(), result.frontier.predicted_loss_change.tolist(), strict=True)
+        frontiers.append(list(points))
+    for cost, loss in frontiers[0]:
+        assert min(other for other_cost, other in frontiers[1] if other_cost <= cost) <= loss + 1e-9
+
+
+@pytest.mark.parametrize("theory", THEORIES)
+def test_ranks_by_layer(theory):
+    model, batches = Deficient(), deficient_batches()
+    config = LosslessCompressionConfig(loss_budget=1e9, theory=theory, bits=(16,), ranks={"linear": (5,), "conv": 5})
+    result = compress(model, batches, config, loss=deficient_loss)
+    ranks = {name: layer.low_rank and layer.low_rank.rank for name, layer in result.plan.layers.items()}
+    assert ranks == {"embedding": None, "conv": 5, "linear": 5, "head": None}
+    assert_honest(result, stored_bytes(Deficient()))
+
+
+@pytest.mark.parametrize("theory", THEORIES)
+def test_a_rank_above_the_numerical_one_leaves_the_model_alone(theory):
+    config = LosslessCompressionConfig(ratio=2, theory=theory, ranks={"linear": (4, 6)})
+    model = Deficient()
+    state = state_of(model)
+    message = r"layer 'linear' \[64, 96\] the rank 6, but its matrix has the numerical rank 5, so that rank 5 holds"
+    with pytest.raises(ConfigurationError, match=message):
+        compress(model, deficient_batches(), config, loss=deficient_loss)
+    assert_unchanged(model, state)
+
+
+@pytest.mark.parametrize("theory", THEORIES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
+def test_ranks_in_other_precisions(theory, dtype):
+    model = Deficient(dtype)
+    batches = [
+        ((ids, images.to(dtype), features.to(dtype)), targets)
+        for (ids, images, features), targets in deficient_batches()
+    ]
+    original_bytes = stored_bytes(model)
+    with torch.no_grad():
+        outputs = model(batches[0][0])
+    config = LosslessCompressionConfig(
+        loss_budget=1.0,
+        theory=theory,
+        bits=(16,),
+        ranks=dict.fromkeys(("conv", "linear"), 5),
+        modules_to_not_convert=["head", "embedding"],  # in bfloat16 its large weights round by more than LoD's tau
+    )
+    result = compress(model, batches, config, loss=deficient_loss)
+    assert_honest(result, original_bytes)
+    assert {layer.low_rank and layer.low_rank.rank for layer in result.plan.layers.values()} == {5}
+    with torch.no_grad():
+        close = 1e-5 if dtype == torch.float64 else 0.05  # factors are computed in float32
+        torch.testing.assert_close(model(batches[0][0]), outputs, rtol=close, atol=close)
+
+
+def test_the_same_plan_whatever_the_number_of_threads():
+    plans, before = [], torch.get_num_threads()
+    try:
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            config = LosslessCompressionConfig(ratio=5, ranks="auto", theory="lod")
+            plans.append(compress(Deficient(), deficient_batches(), config, loss=deficient_loss).plan)
+    finally:
+        torch.set_num_threads(before)
+    assert [layer.low_rank for layer in plans[0].layers.values()] == [
+        layer.low_rank for layer in plans[1].layers.values()
+    ]
+
+
+@pytest.mark.parametrize("theory", THEORIES)
+@pytest.mark.parametrize("name", ["bert", "vit", "resnet", "gpt2"])
+def test_factors_come_back_bit_for_bit(name, theory, tmp_path):
+    tiny = TINY_MODELS[name]
+    original = tiny.build()
+    for layer in find_layers(original):
+        if min(layer.matrix.shape) > 8:
+            make_low_rank(layer, 3)
+    original.save_pretrained(tmp_path / "model")
+    config = LosslessCompressionConfig(
+        [tiny.batch(6), tiny.batch(3, seed=5)], loss_budget=1e-3, bits=(16,), theory=theory, ranks="auto"
+    )
+    model = tiny.auto_class.from_pretrained(tmp_path / "model", quantization_config=config)
+    result = model.hf_quantizer.result
+    factored = [name for name, layer in result.plan.layers.items() if layer.low_rank is not None]
+    assert len(factored) >= 3
+    model.save_pretrained(tmp_path / "small")
+    again = tiny.auto_class.from_pretrained(tmp_path / "small")
+    assert again.config.quantization_config.plan == result.plan
+    state = model.state_dict()
+    assert state.keys() == again.state_dict().keys()
+    assert all(torch.equal(value, state[name]) for name, value in again.state_dict().items())
+    with torch.no_grad():
+        assert torch.equal(again(**tiny.inputs()).logits, model(**tiny.inputs()).logits)
+
+
 # Errors leave the model as it was.
 
 
@@ -400,8 +591,22 @@ def test_an_error_while_predicting_leaves_the_model_alone(monkeypatch):
     def fail(*arguments: object) -> None:
         raise CalibrationError("stop")
 
-    monkeypatch.setitem(pipeline._THEORIES, "llc", fail)
+    monkeypatch.setitem(pipeline._THEORIES, "llc", dataclasses.replace(pipeline._THEORIES["llc"], predict=fail))
     refused(network(), BATCHES, LosslessCompressionConfig(ratio=2), CalibrationError, "stop")
+
+
+@pytest.mark.parametrize(
+    ("ranks", "message"),
+    [
+        ({"3": 39}, r"layer '3' \[64, 96\] the rank 39, .* only below N M / \(N \+ M\) = 38\.4\. Give ranks from 1"),
+        ({"5": 4}, r"layer '5' \[4, 64\] the rank 4, .* Give ranks from 1 to 3"),
+        ({"7": 1}, r"ranks names '7', but no layer that is to be compressed has such a name"),
+    ],
+)
+@pytest.mark.parametrize("theory", THEORIES)
+def test_bad_ranks(ranks, message, theory):
+    config = LosslessCompressionConfig(ratio=2, ranks=ranks, theory=theory)
+    refused(network(), BATCHES, config, ConfigurationError, message)
 
 
 def test_an_error_of_the_loss_under_noise_leaves_the_model_alone():

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from hf_lossless.errors import PlanError
-from hf_lossless.plan import KEPT_BITS, CompressionPlan, Grid, LayerPlan, json_bytes
+from hf_lossless.plan import KEPT_BITS, CompressionPlan, Grid, LayerPlan, LowRank, Regime, json_bytes, kind_of_parts
 
 GRIDS = st.builds(
     Grid,
@@ -24,8 +24,21 @@ COMMON = {
     "predicted_loss_change": st.floats(allow_nan=False, allow_infinity=False),
     "tied": st.lists(st.text(max_size=8), max_size=3).map(tuple),
 }
-LAYERS = st.builds(LayerPlan, kind=st.just("kept"), **COMMON) | st.builds(
-    LayerPlan, kind=st.just("grid"), grid=GRIDS, **COMMON
+COMMON["regime"] = st.none() | st.builds(
+    Regime, snr=st.floats(0, 1e9), verdict=st.sampled_from(["analytic", "measured"])
+)
+LOW_RANKS = st.builds(
+    LowRank,
+    rank=st.integers(1, 9),
+    shape=st.tuples(st.integers(9, 10**6), st.integers(9, 10**6)),
+    left=st.none() | GRIDS,
+    right=st.none() | GRIDS,
+)
+LAYERS = st.one_of(
+    st.builds(LayerPlan, kind=st.just("kept"), **COMMON),
+    st.builds(LayerPlan, kind=st.just("grid"), grid=GRIDS, **COMMON),
+    st.builds(LayerPlan, kind=st.just("low_rank"), low_rank=LOW_RANKS, **COMMON),
+    st.builds(LayerPlan, kind=st.just("sum"), grid=GRIDS, low_rank=LOW_RANKS, **COMMON),
 )
 PLANS = st.builds(
     CompressionPlan,
@@ -164,6 +177,87 @@ def test_a_message_is_short_whatever_the_plan():
     with pytest.raises(PlanError, match="Field required") as caught:
         CompressionPlan.from_dict(values)
     assert len(str(caught.value)) < 1000
+
+
+def test_factors_are_read():
+    values = changed(LAYER + "low_rank", {"rank": 2, "shape": [8, 12], "right": {"bits": 4}})
+    values["layers"]["body.0"] |= {"kind": "sum", "regime": {"snr": 3.5, "verdict": "measured"}}
+    layer = CompressionPlan.from_dict(values).layers["body.0"]
+    assert layer.low_rank == LowRank(rank=2, shape=(8, 12), right=Grid(bits=4)) and layer.low_rank.left is None
+    assert layer.regime == Regime(snr=3.5, verdict="measured")
+    assert CompressionPlan.from_dict(values).to_dict() == values  # defaults are not written
+
+
+SMALL = LowRank(rank=2, shape=(8, 12))
+
+
+@pytest.mark.parametrize(
+    ("grid", "low_rank", "kind"),
+    [(None, None, "kept"), (Grid(bits=3), None, "grid"), (None, SMALL, "low_rank"), (Grid(bits=3), SMALL, "sum")],
+)
+def test_kinds_and_their_parts(grid, low_rank, kind):
+    assert kind_of_parts(grid, low_rank) == kind
+    for other in ("kept", "grid", "low_rank", "sum"):
+        fields = {"grid": grid, "low_rank": low_rank, "cost_bytes": 1, "predicted_loss_change": 0.0}
+        if other == kind:
+            assert LayerPlan(kind=other, **fields).kind == kind
+        else:
+            with pytest.raises(ValidationError, match=f"kind '{other}' does not go with its parts, .* kind '{kind}'"):
+                LayerPlan(kind=other, **fields)
+
+
+@pytest.mark.parametrize(
+    ("left", "right", "grid", "bits"),
+    [
+        (None, None, None, 16),
+        (4, 8, None, 8),
+        (8, 4, None, 8),
+        (None, 4, None, 16),
+        (4, 4, None, 4),
+        (8, 8, 3, 3),
+        (None, None, 2, 2),
+    ],
+)
+def test_bits_of_factors(left, right, grid, bits):
+    grids = [None if width is None else Grid(bits=width) for width in (left, right, grid)]
+    low_rank = LowRank(rank=2, shape=(8, 12), left=grids[0], right=grids[1])
+    kind = kind_of_parts(grids[2], low_rank)
+    layer = LayerPlan(kind=kind, grid=grids[2], low_rank=low_rank, cost_bytes=1, predicted_loss_change=0.0)
+    assert layer.bits == bits
+
+
+def test_multiplications():
+    """L (R x) does rank (out + in) multiplications, W x does out in."""
+    fields = {"low_rank": SMALL, "cost_bytes": 1, "predicted_loss_change": 0.0}
+    assert LayerPlan(kind="low_rank", **fields).multiplications_share == 2 * (8 + 12) / (8 * 12)
+    assert LayerPlan(kind="sum", grid=Grid(bits=3), **fields).multiplications_share == 1 + 2 * (8 + 12) / (8 * 12)
+    del fields["low_rank"]
+    assert LayerPlan(kind="kept", **fields).multiplications_share == 1
+    assert LayerPlan(kind="grid", grid=Grid(bits=3), **fields).multiplications_share == 1
+
+
+@given(st.integers(1, 60), st.integers(1, 60), st.integers(1, 60))
+def test_less_time_is_fewer_numbers(out_features, in_features, rank):
+    if rank > min(out_features, in_features):
+        with pytest.raises(ValidationError, match=f"rank {rank} is above the sides"):
+            LowRank(rank=rank, shape=(out_features, in_features))
+        return
+    low_rank = LowRank(rank=rank, shape=(out_features, in_features))
+    layer = LayerPlan(kind="low_rank", low_rank=low_rank, cost_bytes=1, predicted_loss_change=0.0)
+    assert (layer.multiplications_share < 1) == (rank * (out_features + in_features) < out_features * in_features)
+
+
+def test_bounds_of_a_regime():
+    """A.2.2: Chebyshev's 1 / SNR^2 and the normal Phi(-SNR)."""
+    certain, unsure = Regime(snr=77.2, verdict="analytic"), Regime(snr=0.5, verdict="measured")
+    assert certain.chebyshev == pytest.approx(1.68e-4, rel=0.01) and unsure.chebyshev == 1.0
+    assert Regime(snr=0.0, verdict="measured").chebyshev == 1.0
+    assert Regime(snr=0.0, verdict="measured").central_limit == 0.5
+    assert Regime(snr=1.0, verdict="measured").central_limit == pytest.approx(0.158655, abs=1e-6)
+    assert unsure.central_limit == pytest.approx(0.308538, abs=1e-6)
+    for snr in (0.1, 1.0, 1.5, 3.0, 40.0):
+        regime = Regime(snr=snr, verdict="measured")
+        assert regime.central_limit <= regime.chebyshev <= 1
 
 
 def test_records_are_frozen():

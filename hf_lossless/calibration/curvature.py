@@ -22,7 +22,8 @@ Sources: Martens & Grosse 2015 (arXiv 1503.05671), Eq. 1; for convolutions Gross
 layers used at many positions the "expand" setting of Eschenhagen et al. 2023 (arXiv 2311.00636).
 """
 
-from collections.abc import Iterator
+import copy
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -35,9 +36,6 @@ from hf_lossless.layers import Layer, kind_of
 LARGEST_FACTOR = 4096
 """A longer side keeps only the diagonal of its factor: a full one of 4,096 takes 64 MiB, one of 50,257 takes 9.4 GiB.
 A layer so takes at most 128 MiB, and while a Linear's weight is tied to an embedding 64 MiB more."""
-
-DAMPING = 0.1
-"""Share of the mean diagonal that is added to R and C, in the metric of factorisations and in predictions."""
 
 PATCH_BYTES = 64 * 2**20
 """A convolution's patches are laid out for as many images at once as fit; one image's at least."""
@@ -120,8 +118,9 @@ class _Sums:
     columns: Tensor
     positions: Tensor
 
-    def over_processes(self) -> "_Sums":
-        return _Sums(*(sum_over_processes(part) for part in (self.rows, self.columns, self.positions)))
+    @property
+    def parts(self) -> tuple[Tensor, Tensor, Tensor]:
+        return self.rows, self.columns, self.positions
 
 
 class CurvatureSums:
@@ -201,12 +200,34 @@ class CurvatureSums:
         _add_columns(self.products.columns, inputs.float())
         self.products.positions += len(gradients)
 
-    def factors(self) -> KroneckerFactors:
-        """The factors of the sums over all processes, the same in each."""
-        terms = []
-        for sums in (self.lookups, self.products):
-            if sums is not None:
-                terms.append(_factors(sums.over_processes(), self.num_examples))
+    def over_processes(self) -> "CurvatureSums":
+        """The sums over all processes, the same in each."""
+        return self._with(lambda sums: _Sums(*map(sum_over_processes, sums.parts)))
+
+    def plus(self, other: "CurvatureSums") -> "CurvatureSums":
+        """The sums of both, of one layer."""
+        others = iter([sums for sums in (other.lookups, other.products) if sums is not None])
+
+        def added(sums: _Sums) -> _Sums:
+            return _Sums(*(a + b for a, b in zip(sums.parts, next(others).parts, strict=True)))
+
+        return self._with(added)
+
+    def _with(self, change: Callable[[_Sums], _Sums]) -> "CurvatureSums":
+        twin = copy.copy(self)
+        twin.lookups = None if self.lookups is None else change(self.lookups)
+        twin.products = None if self.products is None else change(self.products)
+        return twin
+
+    def factors(self, num_rows: int | None = None) -> KroneckerFactors:
+        """The factors that the sums come to.
+
+        Args:
+            num_rows: How many of the N rows were added; None: all.
+        """
+        # The gradients are 1/N of each row's own, and the mean is over the rows that were added.
+        row_weight = self.num_examples**2 / (self.num_examples if num_rows is None else num_rows)
+        terms = [_factors(sums, row_weight) for sums in (self.lookups, self.products) if sums is not None]
         scale = sum(term.scale for term in terms)
         rows, columns = terms[0].rows, terms[0].columns
         if len(terms) > 1 and scale:  # partial traces add: scale R = sum_u scale_u R_u, and so for C
@@ -218,7 +239,7 @@ class CurvatureSums:
         return KroneckerFactors(rows, columns, scale)
 
 
-def _factors(sums: _Sums, num_examples: int) -> KroneckerFactors:
+def _factors(sums: _Sums, row_weight: float) -> KroneckerFactors:
     """One Kronecker product with the partial traces of the sum over groups; of one group, that group's product."""
     groups = len(sums.columns)
     rows = _diagonal(sums.rows).double()  # sum_t r^2
@@ -228,7 +249,7 @@ def _factors(sums: _Sums, num_examples: int) -> KroneckerFactors:
     if mean == 0:
         return KroneckerFactors(torch.zeros_like(sums.rows), torch.zeros_like(sums.columns[0]), 0.0)
     # With the gradients of 1/N of each row: N/T (sum r r') (x) (sum c c') = T/N (mean r r') (x) (mean c c')
-    scale = num_examples * mean / sums.positions.item()
+    scale = row_weight * mean / sums.positions.item()
     if groups == 1:
         return KroneckerFactors(sums.rows / rows.mean().float(), sums.columns[0] / energy[0].float(), scale)
     group_rows = rows.view(groups, -1)

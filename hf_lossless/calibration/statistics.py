@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_lossless.calibration.curvature import DAMPING, CurvatureSums, KroneckerFactors
+from hf_lossless.calibration.curvature import CurvatureSums, KroneckerFactors
 from hf_lossless.calibration.loss import Batch, LossFunction, model_device, num_examples, to_device
 from hf_lossless.calibration.processes import (
     failing_together,
@@ -63,6 +63,8 @@ class LayerStatistics:
         weight_gradient: Moments of dl/dw of the mean loss.
         gradient: dl/dw itself as a matrix [out, in], float32; None unless asked for.
         curvature: Factors of the second derivatives of the mean loss; None unless asked for.
+        halves: The same of the even batches alone and of the odd ones, to judge on one what was fitted to the other;
+            None unless asked for, and where there is one batch only.
     """
 
     calls: int
@@ -70,12 +72,7 @@ class LayerStatistics:
     weight_gradient: Moments
     gradient: Tensor | None = field(default=None, compare=False, repr=False)
     curvature: KroneckerFactors | None = field(default=None, compare=False, repr=False)
-
-    @property
-    def metric(self) -> KroneckerFactors:
-        """The metric in which the loss sees errors of the weight: the curvature, damped."""
-        assert self.curvature is not None
-        return self.curvature.damped(DAMPING)
+    halves: tuple[KroneckerFactors, KroneckerFactors] | None = field(default=None, compare=False, repr=False)
 
 
 @dataclass(frozen=True)
@@ -94,7 +91,9 @@ class Calibration:
 
     def without_tensors(self) -> "Calibration":
         """The same without gradients and curvature: a few numbers for each layer, fit to be kept with the model."""
-        layers = {name: replace(layer, gradient=None, curvature=None) for name, layer in self.layers.items()}
+        layers = {
+            name: replace(layer, gradient=None, curvature=None, halves=None) for name, layer in self.layers.items()
+        }
         return replace(self, layers=layers)
 
 
@@ -138,6 +137,38 @@ class _Sums:
         return LayerStatistics(int(calls), inputs, _moments(total, square, weight_gradient.numel()))
 
 
+class _Halves:
+    """Curvature sums of the even and of the odd batches.
+
+    Attributes:
+        sums: Both, by layer name.
+        now: Which of them the present batch belongs to.
+    """
+
+    def __init__(self, model: nn.Module, layers: list[Layer], batches: list[Batch]) -> None:
+        sizes = [num_examples(batch) for batch in batches]
+        self.num_examples = sum(sizes[::2]), sum(sizes[1::2])
+        self.sums = {
+            layer.name: tuple(CurvatureSums(layer, modules_of(model, layer), sum(sizes)) for _ in range(2))
+            for layer in layers
+        }
+        self.now = 0
+
+    def add(self, name: str, module: nn.Module, inputs: Tensor, gradient: Tensor) -> None:
+        self.sums[name][self.now].add(module, inputs, gradient)
+
+    def curvature_of(self, name: str) -> dict[str, Any]:
+        """The fields of a layer's statistics, summed over processes; forgets the sums."""
+        if name not in self.sums:
+            return {}
+        even, odd = (half.over_processes() for half in self.sums.pop(name))
+        found: dict[str, Any] = {"curvature": even.plus(odd).factors()}
+        if all(self.num_examples):
+            pairs = zip((even, odd), self.num_examples, strict=True)
+            found["halves"] = tuple(half.factors(num_examples) for half, num_examples in pairs)
+        return found
+
+
 def calibrate(
     model: nn.Module,
     batches: list[Batch],
@@ -171,13 +202,12 @@ def calibrate(
     device = model_device(model)
     total_examples = sum(num_examples(batch) for batch in batches)
     sums = {layer.name: _Sums() for layer in layers}
-    curvatures = {
-        layer.name: CurvatureSums(layer, modules_of(model, layer), total_examples) for layer in layers if curvature
-    }
+    halves = _Halves(model, layers if curvature else [], batches)
     total_loss = torch.zeros(1, dtype=torch.float64)
-    with torch.enable_grad(), _only_gradients_of(model, layers), _watched(model, layers, sums, curvatures):
+    with torch.enable_grad(), _only_gradients_of(model, layers), _watched(model, layers, sums, halves):
         with failing_together():
             for index, batch in own_share(batches):
+                halves.now = index % 2
                 value = loss(model, to_device(batch, device))
                 _check(value, index, len(batches))
                 share = num_examples(batch) / total_examples
@@ -195,7 +225,7 @@ def calibrate(
         statistics[layer.name] = replace(
             sums[layer.name].statistics(gradient),
             gradient=as_matrix(gradient, layer.kind).float() if gradients else None,
-            curvature=curvatures.pop(layer.name).factors() if curvature else None,
+            **halves.curvature_of(layer.name),
         )
     return Calibration(statistics, sum_over_processes(total_loss).item(), total_examples)
 
@@ -243,17 +273,15 @@ def _only_gradients_of(model: nn.Module, layers: list[Layer]) -> Iterator[None]:
 
 
 @contextmanager
-def _watched(
-    model: nn.Module, layers: list[Layer], sums: dict[str, _Sums], curvatures: dict[str, CurvatureSums]
-) -> Iterator[None]:
+def _watched(model: nn.Module, layers: list[Layer], sums: dict[str, _Sums], halves: _Halves) -> Iterator[None]:
     """Hooks that feed the sums; a tied layer counts the calls of every module that uses its weight."""
     handles = []
     for layer in layers:
         hook = _input_hook(sums[layer.name])
         for module in modules_of(model, layer):
             handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
-            if layer.name in curvatures:
-                output_hook = _output_hook(curvatures[layer.name])
+            if layer.name in halves.sums:
+                output_hook = _output_hook(halves, layer.name)
                 handles.append(module.register_forward_hook(output_hook, with_kwargs=True))
     try:
         yield
@@ -286,11 +314,11 @@ def _input_hook(layer_sums: _Sums) -> Callable[..., tuple[Any, Any] | None]:
     return watch
 
 
-def _output_hook(curvature: CurvatureSums) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any], Tensor], None]:
+def _output_hook(halves: _Halves, name: str) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any], Tensor], None]:
     def watch(module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any], output: Tensor) -> None:
         if output.requires_grad:
             inputs = layer_input(arguments, keywords).detach()  # autograd keeps the same memory for the weight's sake
-            output.register_hook(lambda gradient: curvature.add(module, inputs, gradient))  # type: ignore[no-untyped-call]
+            output.register_hook(lambda gradient: halves.add(name, module, inputs, gradient))  # type: ignore[no-untyped-call]
 
     return watch
 

@@ -15,6 +15,7 @@ steps wrecks a trained model.
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from hf_lossless.candidates.low_rank import Factorisation, Factors
 
@@ -39,14 +40,13 @@ def aligned_factors(factorisation: Factorisation, rank: int, matrix: Tensor, gra
     first_order = _inner(gradient, factors.left @ factors.right - matrix)
     if first_order <= 0:
         return factors
-    root = factorisation.singular_values[:rank].sqrt().float().clamp(min=torch.finfo(torch.float32).tiny)
-    U, Vt = factors.left / root, factors.right / root[:, None]
+    U, Vt = functional.normalize(factors.left, dim=0), functional.normalize(factors.right, dim=1)
     inside = U.T @ gradient @ Vt.T  # U_c' g V_c
     square = inside.square().sum()
     if square == 0:
         return factors
-    step = first_order / square
-    return Factors(U @ (root.square().diag() - step * inside), Vt)
+    singular_values = factorisation.singular_values[:rank].float()
+    return Factors(U, (singular_values.diag() - first_order / square * inside) @ Vt)
 
 
 def largest_errors(factorisation: Factorisation, matrix: Tensor, largest: int) -> Tensor:

@@ -6,7 +6,9 @@ In the Kronecker-factored metric of a layer (see `calibration.curvature`), an er
 
 so that by Eckart and Young the best matrix of rank r is the truncated SVD of `C_rows' W C_columns`, taken back:
 
-    C_rows' W C_columns = U S V',      L = C_rows^-T U_r S_r^1/2,      R = S_r^1/2 V_r' C_columns^-1.
+    C_rows' W C_columns = U S V',      L = C_rows^-T U_r D^-1,      R = D S_r V_r' C_columns^-1,
+
+with a diagonal D that gives the columns of L the root mean square 1.
 
 Any square root gives the same optimum; Cholesky factors are an order of magnitude cheaper than symmetric roots, and
 are undone by triangular solves. Identity metrics give the plain SVD (LLC section 4); a diagonal metric of the columns
@@ -21,6 +23,10 @@ import torch
 from torch import Tensor
 
 from hf_lossless.calibration.curvature import KroneckerFactors
+
+DAMPING = 0.1
+"""Share of a metric's mean diagonal that is added to it: calibration rows span a part of the space only. On three
+models 0.01, 0.1 and 1 gave much the same loss of other rows."""
 
 WIDE = 2048
 """From this shorter side on, only the leading singular vectors are computed, by a randomised SVD."""
@@ -82,9 +88,10 @@ class Whitening:
     columns: Tensor
 
     @classmethod
-    def of(cls, metric: KroneckerFactors) -> "Whitening":
-        """The roots of a positive definite metric: `M = C C'`."""
-        return cls(_root(metric.rows), _root(metric.columns))
+    def of(cls, curvature: KroneckerFactors) -> "Whitening":
+        """The roots of a layer's damped curvature: `M = C C'`."""
+        damped = curvature.damped(DAMPING)
+        return cls(_root(damped.rows), _root(damped.columns))
 
 
 def factorise(matrix: Tensor, whitening: Whitening | None = None, *, largest: int | None = None) -> Factorisation:
@@ -100,21 +107,23 @@ def factorise(matrix: Tensor, whitening: Whitening | None = None, *, largest: in
         `excess` of the squared norm.
 
     Example:
-        >>> matrix = torch.tensor([[2.0, 0.0], [0.0, 1.0]])
+        >>> matrix = torch.tensor([[4.0, 0.0], [0.0, 1.0]])
         >>> factors = factorise(matrix).truncated(1)
         >>> factors.left @ factors.right
-        tensor([[2., 0.],
+        tensor([[4., 0.],
                 [0., 0.]])
     """
     weighted = matrix.detach().double()
     if whitening is not None:
         weighted = _transposed_times(whitening.columns, _transposed_times(whitening.rows, weighted).mT).mT
     U, S, Vt, excess = _svd(weighted, largest)
-    left, right = U * S.sqrt(), S.sqrt()[:, None] * Vt
+    left, right = U, S[:, None] * Vt
     if whitening is not None:
         left = _transposed_solve(whitening.rows, left)
         right = _transposed_solve(whitening.columns, right.mT).mT
-    return Factorisation(Factors(left.float(), right.float()), S, excess)
+    # Groups of a grid run along a row: those of R lie in one component, those of L across many, which so need one size.
+    sizes = left.square().mean(0).sqrt().clamp(min=torch.finfo(torch.float32).tiny)
+    return Factorisation(Factors((left / sizes).float(), (right * sizes[:, None]).float()), S, excess)
 
 
 def _svd(matrix: Tensor, largest: int | None) -> tuple[Tensor, Tensor, Tensor, float]:
@@ -126,9 +135,27 @@ def _svd(matrix: Tensor, largest: int | None) -> tuple[Tensor, Tensor, Tensor, f
             excess = excess_bound(matrix, S)
             if excess <= LARGEST_EXCESS:
                 return U, S, V.mT, excess
-    U, S, Vt = torch.linalg.svd(matrix, full_matrices=False)
+    U, S, Vt = (
+        _svd_of_long(matrix) if max(matrix.shape) >= 2 * shorter else torch.linalg.svd(matrix, full_matrices=False)
+    )
     kept = shorter if largest is None else min(largest, shorter)
     return U[:, :kept], S[:kept], Vt[:kept], 0.0
+
+
+def _svd_of_long(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The SVD by way of the eigenvectors of the shorter side's Gram matrix, several times as fast.
+
+    In float64 singular values below 1e-8 of the largest are lost in rounding, as they are in the float32 of weights;
+    the truncated products are projections, `W V_r V_r'`, and do not suffer from it.
+    """
+    if matrix.shape[0] < matrix.shape[1]:
+        U, S, Vt = _svd_of_long(matrix.mT)
+        return Vt.mT, S, U.mT
+    squares, vectors = torch.linalg.eigh(matrix.mT @ matrix)
+    S = squares.clamp(min=0).sqrt().flip(0)
+    V = vectors.flip(1)
+    U = matrix @ V / torch.where(S > 0, S, 1.0)
+    return U, S, V.mT
 
 
 def _randomised(matrix: Tensor, rank: int, power_iterations: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -63,7 +63,10 @@ def _with_factors(
     truncation: Truncation,
 ) -> list[Candidate]:
     """Low rank for the matrix, and for what its narrow grids leave of it."""
-    whitening = Whitening.of(statistics.metric) if truncation == "metric" else None
+    whitening = None
+    if truncation == "metric":
+        assert statistics.curvature is not None
+        whitening = Whitening.of(statistics.curvature)
     factorisation = factorise(layer.matrix, whitening, largest=max(ranks))
     factors_of: Callable[[int], Factors] = factorisation.truncated
     if truncation == "descent":

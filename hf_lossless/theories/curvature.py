@@ -2,8 +2,9 @@
 
     dL ~ 1/2 scale tr(R d C d')
 
-with R and C the damped second moments of the layer's output gradients and inputs, all from the one calibration pass
-(see `calibration.curvature`). No forward pass is needed for a candidate, so that many can be compared.
+with R and C the second moments of the layer's output gradients and inputs, all from the one calibration pass (see
+`calibration.curvature`). No forward pass is needed for a candidate, so that many can be compared. Ranks are judged on
+other rows than those that they are fitted to, see `truncation`.
 
 The first-order term `<g, d>` of the mean gradient g is left out. A trained model's true gradient is near zero, that of
 some calibration rows is their sampling noise, and a knapsack that may choose among thousands of errors finds those that
@@ -12,23 +13,60 @@ factors raised the loss of other rows by 0.27, without it by less than 0.0001 (c
 what exceeds two standard errors of `<g, d>` gave 0.04 and less). LLC and LoD, which are first-order, keep it.
 """
 
+from torch import Tensor
+
 from hf_lossless.calibration.curvature import second_order_change
+from hf_lossless.candidates.parallel import for_each
+from hf_lossless.candidates.proposal import Candidate
+from hf_lossless.candidates.uniform import on_grid
+from hf_lossless.layers import Layer
+from hf_lossless.plan import Grid
 from hf_lossless.theories.problem import Prediction, Problem
+from hf_lossless.theories.truncation import rounding_change, truncation_changes
 
 
 def predict(problem: Problem) -> dict[str, list[Prediction]]:
-    """Predicted loss change of every candidate, by layer; 0 for keeping a layer.
+    """Predicted loss change of every candidate, by layer; 0 for keeping a layer. Several layers at a time.
 
     Args:
         problem: With curvature in its statistics. Model and data are not used.
     """
-    predictions: dict[str, list[Prediction]] = {}
-    for layer in problem.layers:
-        metric = problem.calibration.layers[layer.name].metric
-        predictions[layer.name] = []
-        for candidate in problem.candidates[layer.name]:
-            kept = candidate.kind == "kept"
-            change = 0.0 if kept else second_order_change(candidate.error(layer.matrix), metric)
-            predictions[layer.name].append(Prediction(change))
-            problem.advance()
-    return predictions
+    layers = {layer.name: layer for layer in problem.layers}
+    changes = for_each(lambda name: _changes(problem, layers[name]), layers)
+    return {name: [Prediction(change) for change in group] for name, group in changes.items()}
+
+
+def _changes(problem: Problem, layer: Layer) -> list[float]:
+    statistics = problem.calibration.layers[layer.name]
+    candidates = problem.candidates[layer.name]
+    changes_of_rank = {
+        base: truncation_changes(_left_by(layer, base), statistics, largest)
+        for base, largest in _largest_ranks(candidates).items()
+    }
+    changes = []
+    for candidate in candidates:
+        if candidate.kind == "kept":
+            changes.append(0.0)
+        elif candidate.low_rank is None or candidate.factors is None:
+            assert statistics.curvature is not None
+            changes.append(second_order_change(candidate.error(layer.matrix), statistics.curvature))
+        else:
+            assert statistics.curvature is not None
+            of_rank = changes_of_rank[candidate.grid][candidate.low_rank.rank].item()
+            changes.append(of_rank + rounding_change(candidate.factors, candidate.low_rank, statistics.curvature))
+        problem.advance()
+    return changes
+
+
+def _largest_ranks(candidates: list[Candidate]) -> dict[Grid | None, int]:
+    """The largest rank of the factors beside each grid, and of those without one."""
+    largest: dict[Grid | None, int] = {}
+    for candidate in candidates:
+        if candidate.low_rank is not None:
+            largest[candidate.grid] = max(candidate.low_rank.rank, largest.get(candidate.grid, 0))
+    return largest
+
+
+def _left_by(layer: Layer, base: Grid | None) -> Tensor:
+    """What the factors are to stand for: the matrix, or what a grid leaves of it."""
+    return layer.matrix if base is None else layer.matrix.detach().float() - on_grid(layer.matrix, base)

@@ -43,7 +43,8 @@ LOSS_THRESHOLD = 1e-4
 """A change of the loss that is as good as none (error_max of LLC section 5.1): the search stops."""
 
 _ROUNDINGS = 8.0
-"""Errors of fewer relative precisions of the weight's dtype than this come from arithmetic."""
+"""Errors of fewer relative precisions than this come from arithmetic: of the weight's dtype, or of float32, in which
+factors are computed."""
 
 
 def within_neighbourhood(error: Tensor, gamma: float = GAMMA) -> bool:
@@ -65,8 +66,8 @@ def points_down(error: Tensor, gradient: Tensor, matrix: Tensor) -> bool:
         matrix: W [out, in].
     """
     first_order = (error.double() * gradient.double()).sum().item()
-    rounding = _ROUNDINGS * torch.finfo(matrix.dtype).eps * _rms(matrix)
-    return first_order < 0 or _rms(error) <= rounding
+    precision = max(torch.finfo(matrix.dtype).eps, torch.finfo(torch.float32).eps)
+    return first_order < 0 or _rms(error) <= _ROUNDINGS * precision * _rms(matrix)
 
 
 def predict_layer(
@@ -106,7 +107,7 @@ def predict_layer(
 def _widths(candidate: Candidate) -> tuple[int | None, ...]:
     """Widths of L and R."""
     assert candidate.low_rank is not None
-    return tuple(grid and grid.bits for grid in (candidate.low_rank.left, candidate.low_rank.right))
+    return tuple(None if grid is None else grid.bits for grid in (candidate.low_rank.left, candidate.low_rank.right))
 
 
 def _of_rank(candidate: Candidate, layer: Layer) -> Tensor:

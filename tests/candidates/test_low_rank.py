@@ -10,7 +10,8 @@ from torch import Tensor
 
 from hf_lossless.calibration.curvature import KroneckerFactors
 from hf_lossless.candidates import low_rank
-from hf_lossless.candidates.low_rank import excess_bound, factorise, factorise_all
+from hf_lossless.candidates.low_rank import Factorisation, Whitening, excess_bound, factorise
+from hf_lossless.candidates.parallel import for_each
 
 SHAPES = [(7, 11), (11, 7), (8, 8), (1, 6), (6, 1), (1, 1)]
 
@@ -37,6 +38,10 @@ def metric_of(kind: str, rows: int, columns: int, seed: int = 1) -> KroneckerFac
         "full-diagonal": KroneckerFactors(left, right.diagonal(), 1.0),
         "diagonal-diagonal": KroneckerFactors(left.diagonal(), right.diagonal(), 1.0),
     }[kind]
+
+
+def in_metric(matrix: Tensor, metric: KroneckerFactors | None, largest: int | None = None) -> Factorisation:
+    return factorise(matrix, None if metric is None else Whitening.of(metric), largest=largest)
 
 
 METRICS = ["plain", "full-full", "diagonal-full", "full-diagonal", "diagonal-diagonal", "unreached"]
@@ -93,7 +98,7 @@ def test_plain_truncation_is_eckart_and_youngs(shape):
 @pytest.mark.parametrize("shape", [(9, 6), (6, 9)], ids=str)
 def test_truncation_is_the_best_in_the_metric(kind, shape):
     matrix, metric = random_matrix(*shape), metric_of(kind, *shape)
-    factorisation = factorise(matrix, metric)
+    factorisation = in_metric(matrix, metric)
     values = whitened_values(matrix, metric)
     torch.testing.assert_close(factorisation.singular_values, values, rtol=1e-6, atol=1e-6)
     generator = torch.Generator().manual_seed(5)
@@ -110,13 +115,13 @@ def test_truncation_is_the_best_in_the_metric(kind, shape):
 
 def test_the_metric_matters():
     matrix, metric = random_matrix(9, 6), metric_of("full-full", 9, 6)
-    plain, weighted = (factorise(matrix, one).truncated(2) for one in (None, metric))
+    plain, weighted = (in_metric(matrix, one).truncated(2) for one in (None, metric))
     assert cost(weighted.left @ weighted.right - matrix, metric) < 0.9 * cost(plain.left @ plain.right - matrix, metric)
 
 
 def test_where_the_loss_never_reaches_the_metric_is_plain():
     matrix = random_matrix(9, 6)
-    plain, unreached = (factorise(matrix, metric_of(kind, 9, 6)).factors for kind in ("plain", "unreached"))
+    plain, unreached = (in_metric(matrix, metric_of(kind, 9, 6)).factors for kind in ("plain", "unreached"))
     torch.testing.assert_close(plain.left @ plain.right, unreached.left @ unreached.right)
 
 
@@ -124,7 +129,7 @@ def test_where_the_loss_never_reaches_the_metric_is_plain():
 @pytest.mark.parametrize("rank", [0, 1, 4])
 def test_the_numerical_rank_is_exact_in_any_metric(kind, rank):
     matrix = random_matrix(12, rank, 3) @ random_matrix(rank, 10, 4)
-    factors = factorise(matrix, metric_of(kind, 12, 10)).truncated(max(rank, 1))
+    factors = in_metric(matrix, metric_of(kind, 12, 10)).truncated(max(rank, 1))
     torch.testing.assert_close(factors.left @ factors.right, matrix, rtol=0, atol=1e-5)
 
 
@@ -132,7 +137,7 @@ def test_the_numerical_rank_is_exact_in_any_metric(kind, rank):
 @given(st.integers(1, 12), st.integers(1, 12), st.integers(1, 12), st.sampled_from(METRICS), st.integers(0, 1000))
 def test_any_shape_and_rank(rows, columns, rank, kind, seed):
     matrix, metric = random_matrix(rows, columns, seed), metric_of(kind, rows, columns, seed)
-    factorisation = factorise(matrix, metric, largest=rank)
+    factorisation = in_metric(matrix, metric, rank)
     factors = factorisation.truncated(rank)
     assert factors.rank == min(rank, rows, columns) == len(factorisation.singular_values)
     assert factors.left.shape == (rows, factors.rank) and factors.right.shape == (factors.rank, columns)
@@ -220,7 +225,7 @@ def test_the_full_svd_is_taken_where_the_bound_is_too_large(wide, spectrum, call
 
 def test_randomised_in_a_metric(wide):
     matrix, metric = with_spectrum(DECAYING, 40, 60).float(), metric_of("full-full", 40, 60)
-    factorisation = factorise(matrix, metric, largest=9)
+    factorisation = in_metric(matrix, metric, 9)
     assert wide and 0 < factorisation.excess <= low_rank.LARGEST_EXCESS
     factors, values = factorisation.truncated(6), whitened_values(matrix, metric)
     best = values[6:].square().sum().item() + factorisation.excess * values.square().sum().item()
@@ -256,14 +261,28 @@ def test_randomness_of_several_threads(wide):
         assert torch.equal(one.factors.left, factorise(matrix, largest=5).factors.left)
 
 
-def test_all_equals_one_by_one(wide):
+def test_several_at_a_time_equal_one_by_one(wide):
     matrices = {f"m{index}": random_matrix(20 + index, 30, index) for index in range(5)}
     matrices["wide"] = with_spectrum(DECAYING, 40, 60).float()
     metrics = {"m1": metric_of("full-full", 21, 30), "m3": metric_of("diagonal-full", 23, 30)}
-    largest = {name: 3 + index for index, name in enumerate(matrices)}
-    found = factorise_all(matrices, metrics, largest)
+
+    def work(name: str) -> Factorisation:
+        return in_metric(matrices[name], metrics.get(name), 5)
+
+    found = for_each(work, matrices)
     assert list(found) == list(matrices) and wide
     for name, one in found.items():
-        expected = factorise(matrices[name], metrics.get(name), largest=largest[name])
-        assert one.factors.rank == largest[name] and one.excess == expected.excess
+        expected = work(name)
+        assert one.factors.rank == 5 and one.excess == pytest.approx(expected.excess)
         torch.testing.assert_close(one.factors.left @ one.factors.right, expected.factors.left @ expected.factors.right)
+
+
+@pytest.mark.parametrize("kind", METRICS[1:])
+def test_whitening_is_a_root_of_the_metric(kind):
+    metric = metric_of(kind, 9, 6)
+    whitening = Whitening.of(metric)
+    for root, side in ((whitening.rows, metric.rows), (whitening.columns, metric.columns)):
+        assert root.dtype == torch.float64 and root.ndim == side.ndim
+        full = root.diag() if root.ndim == 1 else root
+        assert torch.equal(full, full.tril())
+        torch.testing.assert_close(full @ full.T, dense(side, len(side)), rtol=1e-6, atol=1e-7)

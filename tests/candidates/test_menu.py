@@ -1,5 +1,7 @@
 """Everything the knapsack may choose from: widths as before, then factors cut in the way of each theory."""
 
+import dataclasses
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -8,7 +10,7 @@ from hf_lossless import LosslessCompressionConfig
 from hf_lossless.calibration.loss import batch_loss
 from hf_lossless.calibration.statistics import Calibration, calibrate
 from hf_lossless.candidates import menu as menus
-from hf_lossless.candidates.low_rank import factorise
+from hf_lossless.candidates.low_rank import Whitening, factorise
 from hf_lossless.candidates.menu import menu
 from hf_lossless.candidates.proposal import Candidate, propose
 from hf_lossless.candidates.ranks import ranks_by_layer
@@ -36,8 +38,11 @@ def prepared(curvature: bool = True) -> tuple[list[Layer], Calibration]:
     return layers, calibrate(model, BATCHES, layers, batch_loss, gradients=True, curvature=curvature)
 
 
-def candidates(truncation: str, asked="auto", bits=(2, 4, 8, 16)) -> dict[str, list[Candidate]]:
+def candidates(truncation: str, asked="auto", bits=(2, 4, 8, 16), gradient=1.0) -> dict[str, list[Candidate]]:
+    """All candidates; the first layer's gradient multiplied by `gradient`."""
     layers, calibration = prepared()
+    first = calibration.layers["first"]
+    calibration.layers["first"] = dataclasses.replace(first, gradient=gradient * first.gradient)
     config = LosslessCompressionConfig(ratio=2, bits=bits, ranks=asked, group_size=16)
     return menu(layers, calibration, config, ranks_by_layer(layers, config.ranks), truncation)
 
@@ -81,34 +86,35 @@ def test_plain_is_the_truncated_svd():
 
 def test_the_metric_is_that_of_the_calibration():
     layers, calibration = prepared()
-    metric = calibration.layers["first"].metric
+    whitening = Whitening.of(calibration.layers["first"].metric)
     found = candidates("metric")["first"]
     for rank, product in products(found).items():
-        factors = factorise(layers[0].matrix, metric).truncated(rank)
+        factors = factorise(layers[0].matrix, whitening).truncated(rank)
         torch.testing.assert_close(product, factors.left @ factors.right, rtol=1e-4, atol=1e-5)
     for one in found:
         if one.kind == "sum":
             remainder = layers[0].matrix.detach() - on_grid(layers[0].matrix, one.grid)
-            factors = factorise(remainder, metric).truncated(one.low_rank.rank)
+            factors = factorise(remainder, whitening).truncated(one.low_rank.rank)
             product = one.factors.left @ one.factors.right
             torch.testing.assert_close(product, factors.left @ factors.right, rtol=1e-4, atol=1e-5)
 
 
 def test_descent_points_down_the_gradient():
     layers, calibration = prepared()
-    gradient = calibration.layers["first"].gradient
-    plain, aligned = (products(candidates(truncation)["first"]) for truncation in ("plain", "descent"))
-    assert set(plain) <= set(aligned)
-    changes = [((product - layers[0].matrix) * gradient).sum().item() for product in aligned.values()]
-    assert max(changes) < 1e-6
-    assert max(((product - layers[0].matrix) * gradient).sum().item() for product in plain.values()) > 1e-4
+    largest = {"plain": [], "descent": []}
+    for sign in (1, -1):
+        gradient = sign * calibration.layers["first"].gradient
+        for truncation, changes in largest.items():
+            found = products(candidates(truncation, gradient=sign)["first"]).values()
+            changes.append(max(((product - layers[0].matrix) * gradient).sum().item() for product in found))
+    assert max(largest["descent"]) < 1e-6 < 1e-3 < max(largest["plain"])
 
 
 def test_descent_adds_the_smallest_rank_within_the_tolerance(monkeypatch):
-    monkeypatch.setattr(menus, "smallest_rank", lambda factorisation, matrix, gradient, largest: 5)
-    assert 5 not in products(candidates("plain")["first"])
-    assert 5 in products(candidates("descent")["first"])
-    assert 5 not in products(candidates("descent", {"first": (3, 6)})["first"])  # only what was asked
+    monkeypatch.setattr(menus, "smallest_rank", lambda factorisation, matrix, gradient, largest: 6)
+    assert 6 not in products(candidates("plain")["first"])
+    assert 6 in products(candidates("descent")["first"])
+    assert 6 not in products(candidates("descent", {"first": (3, 7)})["first"])  # only what was asked
     monkeypatch.setattr(menus, "smallest_rank", lambda factorisation, matrix, gradient, largest: None)
     assert set(products(candidates("descent")["first"])) == set(products(candidates("plain")["first"]))
 

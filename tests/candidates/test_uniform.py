@@ -398,6 +398,27 @@ def test_stored_bytes_are_those_of_the_module(bits, symmetric, group_size, magni
         torch.testing.assert_close(module.matrix(), values_of(quantised), rtol=0, atol=0)
 
 
+@SYMMETRIES
+@pytest.mark.parametrize("group_size", [None, 1, 3, 4, 8], ids=lambda size: f"g{size}")
+def test_no_rows(symmetric, group_size):
+    """An embedding may be asked for the vectors of no tokens."""
+    grid = Grid(bits=4, group_size=group_size, symmetric=symmetric)
+    groups = grid.num_groups(8)
+    scales = torch.zeros(0, groups)
+    values = dequantise(torch.zeros(0, 8, dtype=torch.uint8), scales, None if symmetric else scales, grid)
+    assert values.shape == (0, 8) and values.dtype == torch.float32
+
+
+@pytest.mark.parametrize("group_size", [None, 4], ids=["row", "g4"])
+def test_an_embedding_of_no_tokens(group_size):
+    model = nn.ModuleDict({"embedding": nn.Embedding(7, 10)})
+    (layer,) = find_layers(model)
+    quantised = quantise(layer.matrix, Grid(bits=3, group_size=group_size))
+    module = PACKED["embedding"](layer, quantised.grid)
+    module.store(quantised)
+    assert module(torch.zeros(2, 0, dtype=torch.long)).shape == (2, 0, 10)
+
+
 def test_stored_bytes_by_hand():
     grid = Grid(bits=3, group_size=64, symmetric=False)
     # 16 * 384 codes of 3 bits; 6 groups a row, each a scale and a zero of 2 bytes
