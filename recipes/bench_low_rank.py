@@ -49,7 +49,7 @@ from hf_lossless.calibration.statistics import Calibration, calibrate
 from hf_lossless.candidates.descent import aligned_factors, largest_errors
 from hf_lossless.candidates.factored import propose_factored
 from hf_lossless.candidates.low_rank import Factorisation, Factors, Whitening, factorise
-from hf_lossless.candidates.parallel import for_each
+from hf_lossless.candidates.parallel import for_each_layer
 from hf_lossless.candidates.proposal import Candidate
 from hf_lossless.candidates.ranks import largest_rank, ranks_to_try
 from hf_lossless.evaluation import evaluate
@@ -90,13 +90,13 @@ class Bench:
 
     def factorisations(self, metrics: dict[str, KroneckerFactors]) -> dict[str, Factorisation]:
         """Their SVDs, in the metrics where there are any."""
+
+        def of_layer(layer: Layer) -> Factorisation:
+            whitening = Whitening.of(metrics[layer.name]) if layer.name in metrics else None
+            return factorise(layer.matrix, whitening, largest=largest_rank(*layer.matrix.shape))
+
         matrices = self.matrices()
-
-        def of_layer(name: str) -> Factorisation:
-            whitening = Whitening.of(metrics[name]) if name in metrics else None
-            return factorise(matrices[name], whitening, largest=largest_rank(*matrices[name].shape))
-
-        return for_each(of_layer, matrices)
+        return for_each_layer(of_layer, [layer for layer in self.layers if layer.name in matrices])
 
 
 def same_share(found: dict[str, Factorisation], matrices: dict[str, Tensor], share: float) -> Ranks:

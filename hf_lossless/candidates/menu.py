@@ -8,7 +8,7 @@ from hf_lossless.calibration.statistics import Calibration, LayerStatistics
 from hf_lossless.candidates.descent import aligned_factors, smallest_rank
 from hf_lossless.candidates.factored import propose_factored, propose_sums
 from hf_lossless.candidates.low_rank import Factors, Whitening, factorise
-from hf_lossless.candidates.parallel import for_each
+from hf_lossless.candidates.parallel import for_each_layer
 from hf_lossless.candidates.proposal import Candidate, propose
 from hf_lossless.config import LosslessCompressionConfig
 from hf_lossless.layers import Layer
@@ -41,17 +41,16 @@ def menu(
     Raises:
         CalibrationError: A weight holds NaN or infinity.
     """
-    by_name = {layer.name: layer for layer in layers}
 
-    def of_layer(name: str) -> list[Candidate]:
-        layer, statistics = by_name[name], calibration.layers[name]
+    def of_layer(layer: Layer) -> list[Candidate]:
+        statistics = calibration.layers[layer.name]
         widths = propose(layer, statistics, config.bits, config.group_size, config.symmetric)
-        tried = ranks.get(name)
+        tried = ranks.get(layer.name)
         if tried is None or not statistics.calls:
             return widths
         return [*widths, *_with_factors(layer, statistics, widths, tried, config, truncation)]
 
-    return for_each(of_layer, by_name)
+    return for_each_layer(of_layer, layers)
 
 
 def _with_factors(

@@ -1,4 +1,4 @@
-"""Linear algebra on many matrices at once."""
+"""Linear algebra on many layers at once."""
 
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -6,20 +6,24 @@ from typing import TypeVar
 
 import torch
 
+from hf_lossless.layers import Layer
+
 Result = TypeVar("Result")
 
 
-def for_each(work: Callable[[str], Result], names: Iterable[str]) -> dict[str, Result]:
-    """What `work` gives for each name, computed by as many threads as torch uses, each with one core.
+def for_each_layer(work: Callable[[Layer], Result], layers: Iterable[Layer]) -> dict[str, Result]:
+    """What `work` gives for each layer, by its name, computed by as many threads as torch uses, each with one core.
 
     LAPACK gains more from several matrices at a time than from several cores on one, and torch's batched SVD takes one
     after the other: two cores did 8 SVDs of 384 x 384 in 0.109 s this way, in 0.137 s as a batch, and 16 of 64 x 576 in
-    0.013 s against 0.047 s.
+    0.013 s against 0.047 s. The largest layers come first, so that none of them is left for the end.
     """
-    names = list(names)
+    layers = list(layers)
+    largest_first = sorted(layers, key=lambda layer: layer.weight.numel(), reverse=True)
     num_threads = torch.get_num_threads()
     try:
         with ThreadPoolExecutor(num_threads, initializer=lambda: torch.set_num_threads(1)) as pool:
-            return dict(zip(names, pool.map(work, names), strict=True))
+            results = dict(zip((layer.name for layer in largest_first), pool.map(work, largest_first), strict=True))
     finally:
         torch.set_num_threads(num_threads)
+    return {layer.name: results[layer.name] for layer in layers}

@@ -6,7 +6,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from hf_lossless.candidates.parallel import for_each
+from hf_lossless.candidates.parallel import for_each_layer
 from hf_lossless.candidates.proposal import refuse_infinite
 from hf_lossless.errors import ConfigurationError
 from hf_lossless.layers import Layer, matches
@@ -82,9 +82,9 @@ def ranks_by_layer(
     for layer in layers:
         refuse_infinite(layer)
     if asked == "auto":
-        matrices = {layer.name: layer.matrix for layer in layers if _factorable(layer)}
-        found = for_each(lambda name: numerical_rank(matrices[name]), matrices)
-        ladders = {name: ranks_to_try(matrices[name].shape, rank) for name, rank in found.items()}
+        ladders = for_each_layer(
+            lambda layer: ranks_to_try(layer.matrix.shape, numerical_rank(layer.matrix)), filter(_factorable, layers)
+        )
         return {name: ladder for name, ladder in ladders.items() if ladder}
     chosen: dict[str, tuple[int, ...]] = {}
     for pattern, ranks in asked.items():

@@ -16,13 +16,13 @@ what exceeds two standard errors of `<g, d>` gave 0.04 and less). LLC and LoD, w
 from torch import Tensor
 
 from hf_lossless.calibration.curvature import second_order_change
-from hf_lossless.candidates.parallel import for_each
+from hf_lossless.candidates.parallel import for_each_layer
 from hf_lossless.candidates.proposal import Candidate
 from hf_lossless.candidates.uniform import on_grid
 from hf_lossless.layers import Layer
 from hf_lossless.plan import Grid
 from hf_lossless.theories.problem import Prediction, Problem
-from hf_lossless.theories.truncation import rounding_change, truncation_changes
+from hf_lossless.theories.truncation import CrossFit, rounding_change
 
 
 def predict(problem: Problem) -> dict[str, list[Prediction]]:
@@ -31,17 +31,16 @@ def predict(problem: Problem) -> dict[str, list[Prediction]]:
     Args:
         problem: With curvature in its statistics. Model and data are not used.
     """
-    layers = {layer.name: layer for layer in problem.layers}
-    changes = for_each(lambda name: _changes(problem, layers[name]), layers)
+    changes = for_each_layer(lambda layer: _changes(problem, layer), problem.layers)
     return {name: [Prediction(change) for change in group] for name, group in changes.items()}
 
 
 def _changes(problem: Problem, layer: Layer) -> list[float]:
     statistics = problem.calibration.layers[layer.name]
     candidates = problem.candidates[layer.name]
+    cross_fit = CrossFit(statistics)
     changes_of_rank = {
-        base: truncation_changes(_left_by(layer, base), statistics, largest)
-        for base, largest in _largest_ranks(candidates).items()
+        base: cross_fit.changes(_left_by(layer, base), largest) for base, largest in _largest_ranks(candidates).items()
     }
     changes = []
     for candidate in candidates:

@@ -13,51 +13,67 @@ With the components `W = sum_k l_k r_k' + E` of the SVD (E: what a partial SVD l
     P = (L' M_rows L) o (R M_columns R'),      q_k = l_k' M_rows E M_columns r_k.
 """
 
+import functools
+
 import torch
 from torch import Tensor
 
 from hf_lossless.calibration.curvature import KroneckerFactors, second_order_change
 from hf_lossless.calibration.statistics import LayerStatistics
-from hf_lossless.candidates.low_rank import Factors, Whitening, factorise
+from hf_lossless.candidates.low_rank import WIDE, Factors, Whitening, factorise
 from hf_lossless.candidates.uniform import on_grid
 from hf_lossless.plan import LowRank
 
 
-def truncation_changes(matrix: Tensor, statistics: LayerStatistics, largest: int) -> Tensor:
-    """Predicted change of the loss for every rank, from both halves of the calibration batches.
+class CrossFit:
+    """Predicts the change of the loss for every rank, from both halves of a layer's calibration batches.
 
-    Args:
-        matrix: What is cut to a rank, [out, in].
-        statistics: Of its layer, with curvature. Where there was one batch only, there are no halves, and the cut is
-            judged by the rows it is made for.
-        largest: The largest rank that will be asked.
-
-    Returns:
-        [largest + 1], float64: the change at rank 0, 1, ... `largest`.
+    Where there was one batch only, there are no halves, and the cut is judged by the rows that it is made for.
     """
-    assert statistics.curvature is not None
-    even, odd = statistics.halves or (statistics.curvature, statistics.curvature)
-    return (changes_of_ranks(matrix, even, odd, largest) + changes_of_ranks(matrix, odd, even, largest)) / 2
+
+    def __init__(self, statistics: LayerStatistics) -> None:
+        """Takes a layer's statistics, with curvature; its roots serve for the matrix and for what grids leave of it."""
+        self.statistics = statistics
+
+    @functools.cached_property
+    def _folds(self) -> list[tuple[Whitening, KroneckerFactors]]:
+        """Roots to fit with, and the curvature to judge by."""
+        assert self.statistics.curvature is not None
+        even, odd = self.statistics.halves or (self.statistics.curvature, self.statistics.curvature)
+        return [(Whitening.of(even), odd), (Whitening.of(odd), even)]
+
+    def changes(self, matrix: Tensor, largest: int) -> Tensor:
+        """The change at rank 0, 1, ... `largest`: [largest + 1], float64.
+
+        Args:
+            matrix: What is cut to a rank, [out, in].
+            largest: The largest rank that will be asked.
+        """
+        return torch.stack([changes_of_ranks(matrix, fit, judge, largest) for fit, judge in self._folds]).mean(0)
 
 
-def changes_of_ranks(matrix: Tensor, fit: KroneckerFactors, judge: KroneckerFactors, largest: int) -> Tensor:
-    """`1/2 scale tr(M_rows d M_columns d')` of every rank, in another metric than that of the SVD.
+def changes_of_ranks(matrix: Tensor, fit: Whitening, judge: KroneckerFactors, largest: int) -> Tensor:
+    """`1/2 scale tr(M_rows d M_columns d')` of every rank, in another metric than that of the SVD; [largest + 1].
 
     Args:
         matrix: [out, in].
-        fit: The curvature in whose metric the SVD is.
+        fit: Roots of the metric of the SVD.
         judge: The curvature that gives scale and metric.
         largest: The largest rank.
     """
-    factorisation = factorise(matrix, Whitening.of(fit), largest=max(largest, 1))
+    wide = min(matrix.shape) > WIDE
+    factorisation = factorise(matrix, fit, largest=max(largest, 1) if wide else None)
     left, right = factorisation.factors.left, factorisation.factors.right
-    remainder = matrix.detach().float() - left @ right
     pairs = _inner(left.mT, judge.rows) * _inner(right, judge.columns)
-    weighed = _times(_times(remainder.mT, judge.rows).mT, judge.columns)  # M_rows E M_columns
-    crossed = ((left.mT @ weighed) * right).sum(1, dtype=torch.float64)
-    tails = pairs.flip(0, 1).cumsum(0).cumsum(1).diagonal().flip(0) + 2 * crossed.flip(0).cumsum(0).flip(0)
-    tails = torch.cat([tails, tails.new_zeros(1)])[: largest + 1]
-    return 0.5 * judge.scale * (tails + (remainder * weighed).sum(dtype=torch.float64))
+    zero = pairs.new_zeros(1)
+    tails = torch.cat([pairs.flip(0, 1).cumsum(0).cumsum(1).diagonal().flip(0), zero])
+    if wide:
+        remainder = matrix.detach().float() - left @ right
+        weighed = _times(_times(remainder.mT, judge.rows).mT, judge.columns)  # M_rows E M_columns
+        crossed = ((left.mT @ weighed) * right).sum(1, dtype=torch.float64)
+        tails += 2 * torch.cat([crossed.flip(0).cumsum(0).flip(0), zero])
+        tails += (remainder * weighed).sum(dtype=torch.float64)
+    return 0.5 * judge.scale * tails[: largest + 1]
 
 
 def rounding_change(factors: Factors, low_rank: LowRank, curvature: KroneckerFactors) -> float:
