@@ -1,4 +1,4 @@
-"""The command line: compress, evaluate, inspect, demo."""
+"""The command line: compress, evaluate, inspect, neighbourhood, demo."""
 
 import json
 import sys
@@ -6,21 +6,27 @@ import tempfile
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import torch
 import typer
 from rich.console import Console
 from safetensors import SafetensorError
+from tqdm.auto import tqdm
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
+from hf_lossless.calibration.data import calibration_batches
 from hf_lossless.calibration.processes import process_state
 from hf_lossless.checkpoint import new_folder, read_entry, refuse_occupied, refuse_other_bytes
 from hf_lossless.config import LosslessCheckpointConfig, LosslessCompressionConfig
 from hf_lossless.demo import run_demo
 from hf_lossless.errors import CheckpointError, ConfigurationError, LosslessError, reason
 from hf_lossless.evaluation import Evaluation, evaluate
+from hf_lossless.layers import find_layers
 from hf_lossless.pipeline import tensor_bytes
 from hf_lossless.report import comparison_table, inspection, plan_table
+from hf_lossless.report_neighbourhood import gap_tables, layer_table, plot_neighbourhood
 from hf_lossless.tasks.base import Task
 from hf_lossless.tasks.registry import TASKS, task_named, task_of_class
+from hf_lossless.theories.neighbourhood import MAX_LAYERS, named_layers, neighbourhood, spread_layers
 
 app = typer.Typer(
     help="Loss-preserving compression of Hugging Face checkpoints.",
@@ -135,6 +141,58 @@ def inspect(
     else:
         _console.print(plan_table(config.plan))
         _console.print(f"{values['size_bytes']:,} bytes, {values['ratio']:.2f} times smaller")
+
+
+@app.command(name="neighbourhood")
+def neighbourhood_command(
+    model: Annotated[str, typer.Argument(help="A checkpoint's folder or Hub id.")],
+    data: _Data,
+    task: _TaskName = None,
+    split: _Split = None,
+    layer: Annotated[
+        list[str] | None,
+        typer.Option(help=f"A layer or pattern; may be repeated. Default: {MAX_LAYERS} spread over the model."),
+    ] = None,
+    samples: Annotated[int, typer.Option(help="Rows to measure on.")] = 128,
+    seed: Annotated[int, typer.Option(help="Seed of sampling and noise.")] = 0,
+    out: Annotated[
+        Path | None, typer.Option(help="A folder for JSON and plot; must not exist, or be empty. Default: none.")
+    ] = None,
+    as_json: _Json = False,
+) -> None:
+    """Measure how large noise may be before first and second order no longer explain the loss (LLC Eq. 5 and 6).
+
+    Each layer costs some 18 forward passes and 4 backward passes over the rows.
+    """
+    if out is not None:
+        refuse_occupied(out)
+    # Of the configuration of a compression only what concerns rows is used; one target must be given, any.
+    config = LosslessCompressionConfig(
+        dataset=data, split=split, task=task, num_samples=samples, seed=seed, loss_budget=0.0
+    )
+    chosen_task = _task(model, task)
+    _refuse_quantised(model)
+    loaded = _load_model(chosen_task, model, dtype=torch.float32)  # the rounding of 16 bits would drown small noise
+    layers = find_layers(loaded)
+    layers = named_layers(layers, layer) if layer else spread_layers(layers)
+    batches = calibration_batches(loaded, config)
+    silent = {} if process_state().is_main_process else {"disable": True}  # None would override TQDM_DISABLE
+    with tqdm(total=len(layers), desc="layers", **silent) as bar:
+        found = neighbourhood(loaded, batches, layers, seed=seed, advance=bar.update)
+    if not process_state().is_main_process:
+        return
+    values = {"model": model, "data": data, **found.to_dict()}
+    if out is not None:
+        with new_folder(out) as folder:
+            (folder / "neighbourhood.json").write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+            plot_neighbourhood(found, folder / "neighbourhood.png")
+    if as_json:
+        _print_json(values)
+        return
+    for table in (*gap_tables(found), layer_table(found)):
+        _console.print(table)
+    if out is not None:
+        _console.print(f"{out}: neighbourhood.json, neighbourhood.png", soft_wrap=True)
 
 
 @app.command()

@@ -48,7 +48,7 @@ from hf_lossless.calibration.loss import Batch, batch_loss
 from hf_lossless.calibration.statistics import Calibration, calibrate
 from hf_lossless.candidates.descent import aligned_factors, largest_errors
 from hf_lossless.candidates.factored import propose_factored
-from hf_lossless.candidates.low_rank import Factorisation, Factors, Whitening, factorise
+from hf_lossless.candidates.low_rank import DAMPING, Factorisation, Factors, Whitening, factorise
 from hf_lossless.candidates.parallel import for_each_layer
 from hf_lossless.candidates.proposal import Candidate
 from hf_lossless.candidates.ranks import largest_rank, ranks_to_try
@@ -88,11 +88,13 @@ class Bench:
         """Those layers that some rank makes smaller."""
         return {layer.name: layer.matrix for layer in self.layers if largest_rank(*layer.matrix.shape)}
 
-    def factorisations(self, metrics: dict[str, KroneckerFactors]) -> dict[str, Factorisation]:
+    def factorisations(
+        self, metrics: dict[str, KroneckerFactors], damping: float = DAMPING
+    ) -> dict[str, Factorisation]:
         """Their SVDs, in the metrics where there are any."""
 
         def of_layer(layer: Layer) -> Factorisation:
-            whitening = Whitening.of(metrics[layer.name]) if layer.name in metrics else None
+            whitening = Whitening.of(metrics[layer.name], damping) if layer.name in metrics else None
             return factorise(layer.matrix, whitening, largest=largest_rank(*layer.matrix.shape))
 
         matrices = self.matrices()
@@ -163,7 +165,7 @@ def fisher_weighted(bench: Bench) -> Callable[[float], Ranks]:
         name: KroneckerFactors(torch.ones(len(matrices[name])), one, 1.0).damped(1e-3)
         for name, one in information.items()
     }
-    found = bench.factorisations(metrics)
+    found = bench.factorisations(metrics, damping=1e-6)  # the paper has none
     return lambda share: same_share(found, matrices, share)
 
 

@@ -94,7 +94,7 @@ class HessianProducts:
         weights = [layer.weight for layer in layers]
         directions = [_as_weight(vectors[layer.name], layer) for layer in layers]
         products = [torch.zeros_like(weight, dtype=_precise(weight)) for weight in weights]
-        with failing_together(), _naming_what_has_no_derivative():
+        with failing_together(), naming_what_has_no_derivative():
             for gradients in self._gradients:
                 curved = [place for place, layer in enumerate(layers) if gradients[layer.name].requires_grad]
                 if not curved:
@@ -155,13 +155,13 @@ def hessian(
     total_examples = sum(map(num_examples, batches))
     weights = [layer.weight for layer in layers]
     gradients: list[dict[str, Tensor]] = []
-    with torch.enable_grad(), _only_these_require_gradients(model, weights):
-        with failing_together(), _naming_what_has_no_derivative(), sdpa_kernel(SDPBackend.MATH):
+    with torch.enable_grad(), only_these_require_gradients(model, weights):
+        with failing_together(), naming_what_has_no_derivative(), sdpa_kernel(SDPBackend.MATH):
             for _, batch in own_share(list(batches)):
                 value = loss(model, to_device(batch, device)) * (num_examples(batch) / total_examples)
                 if not value.requires_grad:  # the loss does not depend on these layers
                     continue
-                _refuse_once_differentiable(value)
+                refuse_once_differentiable(value)
                 parts = torch.autograd.grad(
                     value, weights, create_graph=True, allow_unused=True, materialize_grads=True
                 )
@@ -257,7 +257,7 @@ def _precise(weight: Tensor) -> torch.dtype:
 
 
 @contextmanager
-def _only_these_require_gradients(model: nn.Module, weights: list[nn.Parameter]) -> Iterator[None]:
+def only_these_require_gradients(model: nn.Module, weights: list[nn.Parameter]) -> Iterator[None]:
     """Gradients are asked for by `torch.autograd.grad`, so that `.grad` is never touched; the flags come back."""
     before = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     wanted = set(map(id, weights))
@@ -279,7 +279,7 @@ def _no_second_derivative(operation: str, detail: str) -> CalibrationError:
 
 
 @contextmanager
-def _naming_what_has_no_derivative() -> Iterator[None]:
+def naming_what_has_no_derivative() -> Iterator[None]:
     """Turns torch's refusal to differentiate twice into our own error."""
     try:
         yield
@@ -293,7 +293,7 @@ def _naming_what_has_no_derivative() -> Iterator[None]:
         raise
 
 
-def _refuse_once_differentiable(loss: Tensor) -> None:
+def refuse_once_differentiable(loss: Tensor) -> None:
     """Refuses a `torch.autograd.Function` whose backward is marked @once_differentiable.
 
     torch's own check is lost when gradients are asked for by `torch.autograd.grad`: the second derivative by way of

@@ -88,9 +88,9 @@ class Whitening:
     columns: Tensor
 
     @classmethod
-    def of(cls, curvature: KroneckerFactors) -> "Whitening":
+    def of(cls, curvature: KroneckerFactors, damping: float = DAMPING) -> "Whitening":
         """The roots of a layer's damped curvature: `M = C C'`."""
-        damped = curvature.damped(DAMPING)
+        damped = curvature.damped(damping)
         return cls(_root(damped.rows), _root(damped.columns))
 
 

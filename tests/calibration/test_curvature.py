@@ -525,3 +525,21 @@ def test_a_damped_singular_metric_is_positive_definite():
     direction = torch.randn(8, generator=torch.Generator().manual_seed(0))
     damped = KroneckerFactors(torch.outer(direction, direction), torch.ones(2), 1.0).damped(1e-2)
     assert torch.linalg.eigvalsh(damped.rows).min() > 0
+
+
+def test_halves_are_the_even_and_the_odd_batches_alone():
+    model = Partial().eval()
+    batches = [classified(rows) for rows in (3, 5, 2, 4, 6)]
+    layers = find_layers(model)
+    calibration = calibrate(model, batches, layers, batch_loss, curvature=True)
+    for start in (0, 1):
+        alone = calibrate(model, batches[start::2], layers, batch_loss, curvature=True)
+        for name, statistics in calibration.layers.items():
+            expected, found = alone.layers[name].curvature, statistics.halves[start]
+            assert found.scale == pytest.approx(expected.scale, rel=1e-5)
+            close(found.rows, expected.rows)
+            close(found.columns, expected.columns)
+    assert all(layer.halves is None for layer in calibrate(model, batches, layers, batch_loss).layers.values())
+    one = calibrate(model, batches[:1], layers, batch_loss, curvature=True)
+    assert all(layer.halves is None and layer.curvature is not None for layer in one.layers.values())
+    assert all(layer.halves is None for layer in calibration.without_tensors().layers.values())

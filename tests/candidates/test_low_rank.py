@@ -6,12 +6,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
 
 from hf_lossless.calibration.curvature import KroneckerFactors
 from hf_lossless.candidates import low_rank
 from hf_lossless.candidates.low_rank import Factorisation, Whitening, excess_bound, factorise
-from hf_lossless.candidates.parallel import for_each
+from hf_lossless.candidates.parallel import for_each_layer
+from hf_lossless.layers import Layer
 
 SHAPES = [(7, 11), (11, 7), (8, 8), (1, 6), (6, 1), (1, 1)]
 
@@ -41,7 +42,7 @@ def metric_of(kind: str, rows: int, columns: int, seed: int = 1) -> KroneckerFac
 
 
 def in_metric(matrix: Tensor, metric: KroneckerFactors | None, largest: int | None = None) -> Factorisation:
-    return factorise(matrix, None if metric is None else Whitening.of(metric), largest=largest)
+    return factorise(matrix, None if metric is None else Whitening.of(metric, damping=0.0), largest=largest)
 
 
 METRICS = ["plain", "full-full", "diagonal-full", "full-diagonal", "diagonal-diagonal", "unreached"]
@@ -90,8 +91,8 @@ def test_plain_truncation_is_eckart_and_youngs(shape):
         product = factors.left @ factors.right
         torch.testing.assert_close(product, U[:, :rank] * S[:rank] @ Vt[:rank], rtol=1e-4, atol=1e-5)
         assert (product - matrix).square().sum().item() == pytest.approx(S[rank:].square().sum().item(), abs=1e-5)
-        # Balanced: neither factor is larger than the other.
-        torch.testing.assert_close(factors.left.norm(dim=0), factors.right.norm(dim=1))
+        # A grid's groups run along the rows of L, across its columns: these have one size.
+        torch.testing.assert_close(factors.left.square().mean(0), torch.ones(rank))
 
 
 @pytest.mark.parametrize("kind", METRICS)
@@ -266,13 +267,14 @@ def test_several_at_a_time_equal_one_by_one(wide):
     matrices["wide"] = with_spectrum(DECAYING, 40, 60).float()
     metrics = {"m1": metric_of("full-full", 21, 30), "m3": metric_of("diagonal-full", 23, 30)}
 
-    def work(name: str) -> Factorisation:
-        return in_metric(matrices[name], metrics.get(name), 5)
+    def work(layer: Layer) -> Factorisation:
+        return in_metric(matrices[layer.name], metrics.get(layer.name), 5)
 
-    found = for_each(work, matrices)
+    layers = [Layer(name, nn.Linear(*matrix.T.shape), "linear") for name, matrix in matrices.items()]
+    found = for_each_layer(work, layers)
     assert list(found) == list(matrices) and wide
-    for name, one in found.items():
-        expected = work(name)
+    for layer, one in zip(layers, found.values(), strict=True):
+        expected = work(layer)
         assert one.factors.rank == 5 and one.excess == pytest.approx(expected.excess)
         torch.testing.assert_close(one.factors.left @ one.factors.right, expected.factors.left @ expected.factors.right)
 
@@ -280,7 +282,7 @@ def test_several_at_a_time_equal_one_by_one(wide):
 @pytest.mark.parametrize("kind", METRICS[1:])
 def test_whitening_is_a_root_of_the_metric(kind):
     metric = metric_of(kind, 9, 6)
-    whitening = Whitening.of(metric)
+    whitening = Whitening.of(metric, damping=0.0)
     for root, side in ((whitening.rows, metric.rows), (whitening.columns, metric.columns)):
         assert root.dtype == torch.float64 and root.ndim == side.ndim
         full = root.diag() if root.ndim == 1 else root

@@ -86,7 +86,7 @@ def test_plain_is_the_truncated_svd():
 
 def test_the_metric_is_that_of_the_calibration():
     layers, calibration = prepared()
-    whitening = Whitening.of(calibration.layers["first"].metric)
+    whitening = Whitening.of(calibration.layers["first"].curvature)
     found = candidates("metric")["first"]
     for rank, product in products(found).items():
         factors = factorise(layers[0].matrix, whitening).truncated(rank)
