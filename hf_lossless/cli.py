@@ -16,7 +16,7 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from hf_lossless.calibration.data import calibration_batches
 from hf_lossless.calibration.processes import process_state
 from hf_lossless.checkpoint import new_folder, read_entry, refuse_occupied, refuse_other_bytes
-from hf_lossless.config import LosslessCheckpointConfig, LosslessCompressionConfig
+from hf_lossless.config import THEORIES, LosslessCheckpointConfig, LosslessCompressionConfig
 from hf_lossless.demo import run_demo
 from hf_lossless.errors import CheckpointError, ConfigurationError, LosslessError, reason
 from hf_lossless.evaluation import Evaluation, evaluate
@@ -49,7 +49,7 @@ def compress(
     out: Annotated[Path, typer.Option("--out", help="The folder to write; must not exist, or be empty.")],
     task: _TaskName = None,
     split: _Split = None,
-    theory: Annotated[str, typer.Option(help="What predicts the change of the loss.")] = "llc",
+    theory: Annotated[str, typer.Option(help=f"What predicts the change of the loss: {', '.join(THEORIES)}.")] = "llc",
     ratio: Annotated[float | None, typer.Option(help="Target: at least so many times smaller.")] = None,
     max_bytes: Annotated[int | None, typer.Option(help="Target: at most so many bytes.")] = None,
     loss_budget: Annotated[float | None, typer.Option(help="Target: predicted rise of the loss, at most.")] = None,
@@ -162,7 +162,7 @@ def neighbourhood_command(
 ) -> None:
     """Measure how large noise may be before first and second order no longer explain the loss (LLC Eq. 5 and 6).
 
-    Each layer costs some 18 forward passes and 4 backward passes over the rows.
+    Each layer costs 18 forward passes over the rows, and second derivatives through the layers above it, twice.
     """
     if out is not None:
         refuse_occupied(out)

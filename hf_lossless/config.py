@@ -21,7 +21,7 @@ QUANT_METHOD = "lossless"
 FORMAT_VERSION = 1
 """Version of the layout on disk; raised when an older release could not read a newer folder."""
 
-THEORIES = ("llc", "lod", "curvature")
+THEORIES = ("llc", "lod", "cet", "hawq", "curvature")
 
 _REMEDY = "Take config.json again from where the checkpoint came from."
 _SAY = {"ratio": "ratio=6", "max_bytes": "max_bytes=1_000_000", "loss_budget": "loss_budget=0.01"}
@@ -39,7 +39,7 @@ class LosslessCompressionConfig(QuantizationConfigMixin):
         ratio: Bytes of the original model's tensors over bytes of the compressed one's tensors and plan, at least.
         max_bytes: The most bytes that tensors and plan may take.
         loss_budget: The most that the predicted loss may rise, in the loss's unit (nats).
-        theory: What predicts the loss changes: "llc", "lod" or "curvature".
+        theory: What predicts the loss changes: "llc", "lod", "cet", "hawq" or "curvature".
         activation_noise: Count the noise of activations quantised to the width of their layer's weight, as LLC
             Algorithm 1 does. The run time keeps activations in floating point either way, and the plan says so.
         bits: Widths to choose from, 1 to 8; 16 stands for keeping a layer as it is.

@@ -139,3 +139,9 @@ def matches(name: str, pattern: str) -> bool:
     if any(character in pattern for character in "*?["):
         return fnmatch.fnmatchcase(name, pattern)
     return name == pattern or name.startswith(pattern + ".") or name.endswith("." + pattern) or f".{pattern}." in name
+
+
+def modules_of(model: nn.Module, layer: Layer) -> list[nn.Module]:
+    """The modules that use a layer's weight; a module that has several names, once."""
+    modules = [model.get_submodule(name) for name in (layer.name, *layer.tied)]
+    return list({id(module): module for module in modules}.values())

@@ -25,7 +25,7 @@ from hf_lossless.layers import Layer, find_layers
 from hf_lossless.modules.base import CompressedModule
 from hf_lossless.plan import CompressionPlan, LayerPlan
 from hf_lossless.target import choose_plan
-from hf_lossless.theories import curvature, llc, lod
+from hf_lossless.theories import cet, curvature, hawq, llc, lod
 from hf_lossless.theories.problem import Prediction, Problem
 
 
@@ -42,6 +42,8 @@ class _Theory:
 _THEORIES = {
     "llc": _Theory(llc.predict, "plain"),
     "lod": _Theory(lod.predict, "descent", gradients=True),
+    "cet": _Theory(cet.predict, "plain"),
+    "hawq": _Theory(hawq.predict, "plain"),
     "curvature": _Theory(curvature.predict, "metric", curvature=True),
 }
 

@@ -3,7 +3,7 @@
 import math
 import os
 from collections.abc import Callable, Sequence
-from statistics import median
+from statistics import median, median_low
 
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -29,23 +29,23 @@ _SMALLEST = 1e-9
 
 
 def gap_tables(found: Neighbourhood) -> list[Table]:
-    """U by noise size, the largest first, for weights and for activations: the median over layers, and the largest.
+    """U by noise size, the largest first, for weights and for activations, in nats.
 
-    "change" is the median of the measured |dL|, "explained" how many layers' change the order explains.
+    "change" is the measured |dL|, U1 the gap to the first order alone, U2 to both; each the median over layers, and
+    beside U the largest of a layer.
     """
     tables = []
     for kind, responses in _responses(found).items():
         if not responses:
             continue
-        table = Table(title=f"{kind}: gap U between measured and predicted change, median (largest) of layers")
-        for heading in ("noise", "change", "U, first order", "explained", "U, first and second", "explained"):
+        table = Table(title=f"noise in {kind}, median of {len(responses)} layers: U1 first order, U2 and second")
+        for heading in ("noise", "change", "U1", "largest", "U2", "largest"):
             table.add_column(heading, justify="right")
         for gaps in reversed(_by_size(responses)):
             cells = [f"{gaps[0].size:.0e}", f"{median(abs(gap.measured) for gap in gaps):.1e}"]
             for gap_of in _ORDERS.values():
                 values = [gap_of(gap) for gap in gaps]
-                explained = sum(value <= gap.tolerance for value, gap in zip(values, gaps, strict=True))
-                cells += [f"{median(values):.1e} ({max(values):.1e})", f"{explained} of {len(gaps)}"]
+                cells += [f"{median(values):.1e}", f"{max(values):.1e}"]
             table.add_row(*cells)
         tables.append(table)
     return tables
@@ -53,21 +53,17 @@ def gap_tables(found: Neighbourhood) -> list[Table]:
 
 def layer_table(found: Neighbourhood) -> Table:
     """Up to which noise each order explains every smaller one, layer by layer, beside the rms of what carries it."""
-    table = Table(title="largest noise explained; - : not even the smallest")
+    table = Table(title="largest noise that each order explains; <: not even the smallest")
     table.add_column("layer", overflow="fold")
-    for kind in ("weight", "input"):
-        for heading in (f"{kind} rms", "first order", "first and second"):
-            table.add_column(heading, justify="right")
+    for heading in ("noise in", "rms", "first", "and second"):
+        table.add_column(heading, justify="left" if heading == "noise in" else "right")
     for layer in found.layers:
-        cells = [layer.name]
-        for response in (layer.weight, layer.inputs):
-            if response is None:
-                cells += ["", "", ""]
-                continue
-            cells.append(f"{response.rms:.2g}")
-            for until in (response.first_order_until, response.second_order_until):
-                cells.append("-" if until is None else f"{until:.0e}")
-        table.add_row(*cells)
+        for kind, response in (("weight", layer.weight), ("input", layer.inputs)):
+            if response is not None:
+                ends = [until(response) for until in _UNTIL.values()]
+                smallest = f"< {response.gaps[0].size:.0e}"
+                cells = [smallest if end is None else f"{end:.0e}" for end in ends]
+                table.add_row(layer.name if kind == "weight" else "", kind, f"{response.rms:.2g}", *cells)
     return table
 
 
@@ -90,6 +86,8 @@ def plot_neighbourhood(found: Neighbourhood, path: str | os.PathLike[str]) -> No
         if responses:
             _plot_by_size(above, kind, responses)
             _plot_by_layer(below, names[kind], responses)
+    handles, labels = axes[1, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, title="noise", loc="outside right lower", fontsize="small")
     axes[0, 0].set_ylabel("U, nats")
     axes[1, 0].set_ylabel("U with both orders, nats")
     figure.savefig(path, dpi=150)
@@ -102,9 +100,9 @@ def _plot_by_size(axes: Axes, kind: str, responses: Sequence[NoiseResponse]) -> 
         values = [[_drawn(gap_of(gap)) for gap in gaps] for gaps in by_size]
         axes.plot(sizes, [median(row) for row in values], "o-", color=_COLOURS[order], label=order)
         axes.fill_between(sizes, list(map(min, values)), list(map(max, values)), color=_COLOURS[order], alpha=0.15)
-        end = median(_UNTIL[order](response) or 0.0 for response in responses)
+        end = median_low(_UNTIL[order](response) or 0.0 for response in responses)  # a size that was tried
         if end:
-            axes.axvline(end, color=_COLOURS[order], linestyle="--", label=f"{order} explains up to {end:.0e}")
+            axes.axvline(end, color=_COLOURS[order], linestyle="--", label=f"{order}: up to {end:.0e}")
     for mark, label in zip(PAPER_MARKS[kind], ("LLC Fig. 1", None), strict=True):
         axes.axvline(mark, color="grey", linestyle=":", label=label)
     axes.set_xscale("log")
@@ -123,7 +121,6 @@ def _plot_by_layer(axes: Axes, names: Sequence[str], responses: Sequence[NoiseRe
     axes.set_yscale("log")
     axes.set_xticks(range(len(names)), [_short(name) for name in names], rotation=60, ha="right", fontsize="x-small")
     axes.grid(alpha=0.3)
-    axes.legend(fontsize="x-small", ncols=2, title="noise")
 
 
 def _responses(found: Neighbourhood) -> dict[str, list[NoiseResponse]]:

@@ -30,8 +30,7 @@ from hf_lossless.calibration.hessian import (
 from hf_lossless.calibration.loss import Batch, LossFunction, model_device, num_examples, to_device
 from hf_lossless.calibration.perturbation import input_noise, seeded_number
 from hf_lossless.calibration.processes import failing_together, own_share, sum_over_processes
-from hf_lossless.calibration.statistics import modules_of
-from hf_lossless.layers import Layer
+from hf_lossless.layers import Layer, modules_of
 
 
 @dataclass(frozen=True)
@@ -48,7 +47,7 @@ class Direction:
 
 
 def weight_direction(model: nn.Module, layer: Layer, seed: int) -> Direction:
-    """r ~ N(0, 1) for each number of a layer's weight, drawn as a matrix [out, in] on the CPU."""
+    """Noise r ~ N(0, 1) for each number of a layer's weight, drawn as a matrix [out, in] on the CPU."""
     matrix = torch.randn(layer.matrix.shape, generator=torch.Generator().manual_seed(seed))
     weight = layer.weight
     noise = (matrix.T if layer.kind == "conv1d" else matrix).reshape(weight.shape).to(weight)
@@ -69,7 +68,7 @@ def weight_direction(model: nn.Module, layer: Layer, seed: int) -> Direction:
 
 
 def input_direction(model: nn.Module, layer: Layer, seed: int) -> Direction:
-    """r ~ N(0, 1) for each real number that goes into a layer, drawn on the CPU, anew for each batch."""
+    """Noise r ~ N(0, 1) for each real number that goes into a layer, drawn on the CPU, anew for each batch."""
     generator = torch.Generator()
 
     def at(position: Tensor) -> AbstractContextManager[None]:

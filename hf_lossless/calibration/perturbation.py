@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from hf_lossless.calibration.loss import Batch, LossFunction, model_device, num_examples, to_device
 from hf_lossless.calibration.processes import own_share
-from hf_lossless.calibration.statistics import layer_input, modules_of, with_layer_input
-from hf_lossless.layers import Layer
+from hf_lossless.calibration.statistics import layer_input, with_layer_input
+from hf_lossless.layers import Layer, modules_of
 
 
 def mean_loss_share(

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_lossless.calibration.curvature import CurvatureSums, KroneckerFactors
+from hf_lossless.calibration.curvature import KroneckerFactors
+from hf_lossless.calibration.halves import HalvedCurvature
 from hf_lossless.calibration.loss import Batch, LossFunction, model_device, num_examples, to_device
 from hf_lossless.calibration.processes import (
     failing_together,
@@ -22,7 +23,7 @@ from hf_lossless.calibration.processes import (
     sum_over_processes,
 )
 from hf_lossless.errors import CalibrationError
-from hf_lossless.layers import Layer, as_matrix
+from hf_lossless.layers import Layer, as_matrix, modules_of
 
 
 @dataclass(frozen=True)
@@ -137,38 +138,6 @@ class _Sums:
         return LayerStatistics(int(calls), inputs, _moments(total, square, weight_gradient.numel()))
 
 
-class _Halves:
-    """Curvature sums of the even and of the odd batches.
-
-    Attributes:
-        sums: Both, by layer name.
-        now: Which of them the present batch belongs to.
-    """
-
-    def __init__(self, model: nn.Module, layers: list[Layer], batches: list[Batch]) -> None:
-        sizes = [num_examples(batch) for batch in batches]
-        self.num_examples = sum(sizes[::2]), sum(sizes[1::2])
-        self.sums = {
-            layer.name: tuple(CurvatureSums(layer, modules_of(model, layer), sum(sizes)) for _ in range(2))
-            for layer in layers
-        }
-        self.now = 0
-
-    def add(self, name: str, module: nn.Module, inputs: Tensor, gradient: Tensor) -> None:
-        self.sums[name][self.now].add(module, inputs, gradient)
-
-    def curvature_of(self, name: str) -> dict[str, Any]:
-        """The fields of a layer's statistics, summed over processes; forgets the sums."""
-        if name not in self.sums:
-            return {}
-        even, odd = (half.over_processes() for half in self.sums.pop(name))
-        found: dict[str, Any] = {"curvature": even.plus(odd).factors()}
-        if all(self.num_examples):
-            pairs = zip((even, odd), self.num_examples, strict=True)
-            found["halves"] = tuple(half.factors(num_examples) for half, num_examples in pairs)
-        return found
-
-
 def calibrate(
     model: nn.Module,
     batches: list[Batch],
@@ -202,7 +171,7 @@ def calibrate(
     device = model_device(model)
     total_examples = sum(num_examples(batch) for batch in batches)
     sums = {layer.name: _Sums() for layer in layers}
-    halves = _Halves(model, layers if curvature else [], batches)
+    halves = HalvedCurvature(model, layers if curvature else [], batches)
     total_loss = torch.zeros(1, dtype=torch.float64)
     with torch.enable_grad(), _only_gradients_of(model, layers), _watched(model, layers, sums, halves):
         with failing_together():
@@ -273,7 +242,7 @@ def _only_gradients_of(model: nn.Module, layers: list[Layer]) -> Iterator[None]:
 
 
 @contextmanager
-def _watched(model: nn.Module, layers: list[Layer], sums: dict[str, _Sums], halves: _Halves) -> Iterator[None]:
+def _watched(model: nn.Module, layers: list[Layer], sums: dict[str, _Sums], halves: HalvedCurvature) -> Iterator[None]:
     """Hooks that feed the sums; a tied layer counts the calls of every module that uses its weight."""
     handles = []
     for layer in layers:
@@ -288,12 +257,6 @@ def _watched(model: nn.Module, layers: list[Layer], sums: dict[str, _Sums], halv
     finally:
         for handle in handles:
             handle.remove()
-
-
-def modules_of(model: nn.Module, layer: Layer) -> list[nn.Module]:
-    """The modules that use a layer's weight; a module that has several names, once."""
-    modules = [model.get_submodule(name) for name in (layer.name, *layer.tied)]
-    return list({id(module): module for module in modules}.values())
 
 
 def _input_hook(layer_sums: _Sums) -> Callable[..., tuple[Any, Any] | None]:
@@ -314,7 +277,9 @@ def _input_hook(layer_sums: _Sums) -> Callable[..., tuple[Any, Any] | None]:
     return watch
 
 
-def _output_hook(halves: _Halves, name: str) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any], Tensor], None]:
+def _output_hook(
+    halves: HalvedCurvature, name: str
+) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any], Tensor], None]:
     def watch(module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any], output: Tensor) -> None:
         if output.requires_grad:
             inputs = layer_input(arguments, keywords).detach()  # autograd keeps the same memory for the weight's sake

@@ -7,11 +7,12 @@ For layer i, noise d = s r in its weight or e = s r in its input, and the mean l
     second = 1/2 d' H d                    or  1/2 e' H e
     U1 = |dL - first|        U2 = |dL - first - second|                        (LLC Eq. 5 and 6, CET Eq. 7)
 
-LLC prints `dL - first + 1/2 d'Hd + O(.)` between the bars; that the terms are subtracted is what its words say: "the gap
-between theory and practice". Fig. 1 and Table 1 of LLC and Fig. 2 of CET show U. An order *explains* a noise size when
-its U is at most `max(RELATIVE_TOLERANCE |dL|, ABSOLUTE_TOLERANCE)`: the change is known to within half of itself, or it
-does not matter, for LLC (section 5.1) counts no noise that moves the loss by less than 1e-4. The neighbourhood of an
-order ends at the largest size up to which it explains every one that was tried.
+LLC prints `dL - first + 1/2 d'Hd + O(.)` between the bars; that both terms are subtracted is what its words say: "the
+gap U(x) between theory and practice". Fig. 1 and Table 1 of LLC and Fig. 2 of CET show U.
+
+An order *explains* a noise size when its U is at most `max(RELATIVE_TOLERANCE |dL|, ABSOLUTE_TOLERANCE)`: the change is
+known to within half of itself, or it does not matter, for LLC (section 5.1) counts no noise that moves the loss by less
+than 1e-4. The neighbourhood of an order ends at the largest size up to which it explains every one that was tried.
 
 Choices where the papers are silent or differ:
 
@@ -220,8 +221,9 @@ def neighbourhood(
         advance: Called after every layer, for a progress bar.
 
     Returns:
-        The same in every process. For each layer it costs `2 (len(sizes) + 1)` forward passes over the batches and at
-        most four backward passes; one forward-backward pass and one forward pass more for all together.
+        The same in every process. For each layer it costs `2 (len(sizes) + 1)` forward passes over the batches, and two
+        times the backward passes of a first and a second derivative, through the layers above; and one forward-backward
+        pass and one forward pass for all together.
 
     Raises:
         ConfigurationError: There are no layers, a size cannot be used, or a weight is of 16 bits.

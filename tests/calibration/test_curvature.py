@@ -15,8 +15,8 @@ from hf_lossless.calibration.curvature import (
     second_order_change,
 )
 from hf_lossless.calibration.loss import batch_loss
-from hf_lossless.calibration.statistics import calibrate, modules_of
-from hf_lossless.layers import Layer, find_layers
+from hf_lossless.calibration.statistics import calibrate
+from hf_lossless.layers import Layer, find_layers, modules_of
 from tests.tiny_models import TINY_MODELS
 
 Use = tuple[str, Tensor, Tensor]  # kind of module, input and output gradient of one call for one row
@@ -376,18 +376,19 @@ def test_a_long_side_keeps_its_diagonal(largest, monkeypatch):
         assert found.columns.mean().item() == pytest.approx(1, rel=1e-5)
 
 
+class Partial(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.used, self.idle, self.ignored, self.frozen = (nn.Linear(6, 3) for _ in range(4))
+        self.conv = nn.Conv2d(1, 2, 3, groups=1)
+
+    def forward(self, x):
+        with torch.no_grad():
+            self.frozen(x)
+        return self.used(x) + 0 * self.ignored(x)
+
+
 def test_zero_where_the_loss_does_not_reach():
-    class Partial(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.used, self.idle, self.ignored, self.frozen = (nn.Linear(6, 3) for _ in range(4))
-            self.conv = nn.Conv2d(1, 2, 3, groups=1)
-
-        def forward(self, x):
-            with torch.no_grad():
-                self.frozen(x)
-            return self.used(x) + 0 * self.ignored(x)
-
     model = Partial().eval()
     calibration = calibrate(model, [classified(6)], find_layers(model), batch_loss, gradients=True, curvature=True)
     for name in ("idle", "ignored", "frozen", "conv"):
@@ -436,7 +437,7 @@ def test_sums_of_processes_are_added(monkeypatch):
     halves = []
     for part in (slice(0, 5), slice(5, 8)):
         with monkeypatch.context() as patch:
-            patch.setattr(module_under_test.CurvatureSums, "factors", lambda sums: sums)
+            patch.setattr(module_under_test.CurvatureSums, "factors", lambda sums, *rows: sums)
             patch.setattr("hf_lossless.calibration.statistics.num_examples", lambda rows: len(rows[1]))
             halves.append(calibrate(model, [(batch[0][part], batch[1][part])], layers, batch_loss, curvature=True))
     for name, statistics in whole.layers.items():
@@ -449,7 +450,7 @@ def test_sums_of_processes_are_added(monkeypatch):
         monkeypatch.setattr(
             module_under_test, "sum_over_processes", lambda values, others=others: values + next(others)
         )
-        found = first.factors()
+        found = first.over_processes().factors()
         assert found.scale == pytest.approx(statistics.curvature.scale, rel=1e-4)
         close(found.rows, statistics.curvature.rows)
         close(found.columns, statistics.curvature.columns)
