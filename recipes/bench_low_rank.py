@@ -42,7 +42,7 @@ from transformers import PreTrainedModel
 import hf_lossless
 from hf_lossless import LosslessCompressionConfig, knapsack
 from hf_lossless.apply import apply_plan
-from hf_lossless.calibration.curvature import KroneckerFactors
+from hf_lossless.calibration.curvature import KroneckerFactors, second_order_change
 from hf_lossless.calibration.data import calibration_batches
 from hf_lossless.calibration.loss import Batch, batch_loss
 from hf_lossless.calibration.statistics import Calibration, calibrate
@@ -242,7 +242,19 @@ def gradient_aligned_same_share(bench: Bench) -> Callable[[float], Ranks]:
 
 
 def plain_by_curvature(bench: Bench) -> Callable[[float], Ranks]:
-    return by_knapsack(bench, bench.factorisations({}), curvature.predict)
+    """Factors that no data has gone into are judged by all of it."""
+
+    def predict(problem: Problem) -> dict[str, list[Prediction]]:
+        return {
+            layer.name: [
+                Prediction(second_order_change(one.error(layer.matrix), metrics[layer.name]) if one.factors else 0.0)
+                for one in problem.candidates[layer.name]
+            ]
+            for layer in problem.layers
+        }
+
+    metrics = {name: statistics.curvature for name, statistics in bench.calibration.layers.items()}
+    return by_knapsack(bench, bench.factorisations({}), predict)
 
 
 METHODS: dict[str, Callable[[Bench], Callable[[float], Ranks]]] = {

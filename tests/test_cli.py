@@ -1,6 +1,7 @@
 """Every command of the README's table, in one process; test_readme.py runs them as a shell does."""
 
 import json
+import math
 import subprocess
 import sys
 from collections.abc import Callable
@@ -293,6 +294,69 @@ def test_an_empty_output_folder_is_taken(run: Run, text_folder: Path, text_file:
     assert read_entry(tmp_path / "small").plan.layers
 
 
+def test_neighbourhood_of_a_text_model(run: Run, text_folder: Path, text_file: Path, tmp_path: Path) -> None:
+    out = tmp_path / "new/found"
+    layers = ("--layer", "bert.encoder.layer.1.*.query", "--layer", "word_embeddings", "--layer", HEAD)
+    said = run("neighbourhood", text_folder, "--data", text_file, "--out", out, *layers)
+    assert {path.name for path in out.iterdir()} == {"neighbourhood.json", "neighbourhood.png"}
+    saved = json.loads((out / "neighbourhood.json").read_text())
+    query = "bert.encoder.layer.1.attention.self.query"
+    assert list(saved["layers"]) == ["bert.embeddings.word_embeddings", query, HEAD]
+    assert saved["layers"]["bert.embeddings.word_embeddings"]["inputs"] is None
+    assert saved["num_examples"] == len(text_rows()) and saved["model"] == str(text_folder)
+    assert "noise in weights" in said and "noise in activations" in said and HEAD in said and str(out) in said
+    for gap in saved["layers"][HEAD]["weight"]["gaps"]:
+        assert gap["first_order_gap"] == pytest.approx(abs(gap["measured"] - gap["first"]))
+    assert json.loads(run("neighbourhood", text_folder, "--data", text_file, *layers, "--json")) == saved
+    other = json.loads(run("neighbourhood", text_folder, "--data", text_file, *layers, "--json", "--seed", 1))
+    assert other["layers"] != saved["layers"]
+
+
+def test_neighbourhood_of_an_image_model(run: Run, image_folder: Path, image_file: Path) -> None:
+    options = ("--samples", 4, "--task", "image-classification", "--json")
+    found = json.loads(run("neighbourhood", image_folder, "--data", image_file, *options))
+    assert found["num_examples"] == 4
+    assert len(found["layers"]) == 8 and HEAD in found["layers"]  # spread over all
+    for layer in found["layers"].values():
+        for response in layer.values():
+            assert response["second_order_until"] is not None
+            assert response["gaps"][0]["second_order_gap"] < 1e-5
+
+
+def test_neighbourhood_of_rows_without_labels(run: Run, text_folder: Path, tmp_path: Path) -> None:
+    rows = tmp_path / "bare.csv"
+    datasets.Dataset.from_list(without(text_rows(), "label")).to_csv(rows)
+    found = json.loads(run("neighbourhood", text_folder, "--data", rows, "--layer", HEAD, "--json"))
+    assert found["loss"] < math.log(3)  # of the model's own predictions
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--layer", "nowhere"), "--layer 'nowhere' names none of the model's 17 layers"),
+        (("--samples", 0), "num_samples=0 is not a whole number of at least 1"),
+        (("--task", "image-classification"), "which does not do the task image-classification"),
+    ],
+    ids=["layer", "samples", "task"],
+)
+def test_neighbourhood_says_what_is_wrong(
+    options: tuple[object, ...],
+    message: str,
+    text_folder: Path,
+    text_file: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    arguments = ("neighbourhood", text_folder, "--data", text_file, "--out", tmp_path / "out", *options)
+    monkeypatch.setattr(sys, "argv", ["hf-lossless", *map(str, arguments)])
+    with pytest.raises(SystemExit) as exit:
+        cli.main()
+    assert exit.value.code == 1
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 def test_demo(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What it does is in test_demo.py; here, where it does it."""
     folders: list[Path] = []
@@ -306,7 +370,7 @@ def test_demo(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
 
 def test_python_m() -> None:
     result = subprocess.run([sys.executable, "-m", "hf_lossless", "--help"], capture_output=True, text=True, check=True)
-    for command in ("demo", "compress", "evaluate", "inspect"):
+    for command in ("demo", "compress", "evaluate", "inspect", "neighbourhood"):
         assert command in result.stdout
     assert result.stderr == ""
 

@@ -369,7 +369,12 @@ FACTORED = ("embedding", "conv", "linear")
     ("theory", "bits"),
     # LoD may find that 2 bits lower the loss of so few rows, and is right to take them then. CET and HAWQ see directions
     # of no or negative curvature, in which a rank below the true one costs nothing.
-    [*((theory, (16,)) for theory in ("llc", "lod", "curvature")), ("llc", (2, 3, 4, 8)), ("curvature", (2, 3, 4, 8)), ("lod", (8,))],
+    [
+        *((theory, (16,)) for theory in ("llc", "lod", "curvature")),
+        ("llc", (2, 3, 4, 8)),
+        ("curvature", (2, 3, 4, 8)),
+        ("lod", (8,)),
+    ],
     ids=str,
 )
 def test_layers_of_rank_five_are_found_and_stored_so(theory, bits):
@@ -377,8 +382,9 @@ def test_layers_of_rank_five_are_found_and_stored_so(theory, bits):
     with torch.no_grad():
         outputs = model(batches[0][0])
     original_bytes = stored_bytes(model)
+    budget = 1e-8 if theory == "curvature" else 1e-5  # what is measured carries the rounding of float32 losses
     config = LosslessCompressionConfig(
-        loss_budget=1e-5, theory=theory, bits=bits, ranks="auto", modules_to_not_convert=["head"]
+        loss_budget=budget, theory=theory, bits=bits, ranks="auto", modules_to_not_convert=["head"]
     )
     result = compress(model, batches, config, loss=deficient_loss)
     assert_honest(result, original_bytes)

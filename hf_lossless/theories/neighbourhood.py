@@ -269,9 +269,11 @@ def named_layers(layers: Sequence[Layer], patterns: Sequence[str]) -> list[Layer
     for pattern in patterns:
         named = {layer.name for layer in layers if any(matches(name, pattern) for name in (layer.name, *layer.tied))}
         if not named:
+            some = ", ".join(layer.name for layer in layers[:10])
             raise ConfigurationError(
-                f"--layer {pattern!r} names none of the model's {len(layers)} layers. Give a layer's full name, its "
-                f"last part, a parent's name, or a glob pattern; there are {', '.join(layer.name for layer in layers)}."
+                f"--layer {pattern!r} names none of the model's {len(layers)} layers ({some}"
+                f"{', ...' if len(layers) > 10 else ''}). Give a layer's full name, its last part, a parent's name, or "
+                "a glob pattern such as '*.query'."
             )
         chosen |= named
     return [layer for layer in layers if layer.name in chosen]

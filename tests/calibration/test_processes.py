@@ -25,6 +25,8 @@ from hf_lossless.calibration.processes import (
     sum_over_processes,
 )
 from hf_lossless.errors import CalibrationError, DataError
+from hf_lossless.layers import find_layers
+from hf_lossless.theories.neighbourhood import neighbourhood
 
 SIZES = {"uneven": (6, 1, 4, 4, 2), "one-batch": (5,)}  # batches; with one only, the second process has none
 
@@ -64,6 +66,14 @@ def outcome(sizes: tuple[int, ...]) -> dict:
         "size_bytes": result.size_bytes,
         "codes": {name: value.tolist() for name, value in result.model.state_dict().items() if "codes" in name},
     }
+
+
+def gaps(sizes: tuple[int, ...]) -> list[tuple[float, float, float]]:
+    """Measured, first and second order of strong noise in every layer's weight and input."""
+    model = Model().eval()
+    found = neighbourhood(model, batches_of(sizes), find_layers(model), sizes=[0.1])
+    responses = [response for layer in found.layers for response in (layer.weight, layer.inputs)]
+    return [(gap.measured, gap.first, gap.second) for response in responses if response for gap in response.gaps]
 
 
 def collectives() -> dict:
@@ -138,6 +148,16 @@ def test_two_processes_agree_with_one(two_processes, sizes):
 
 
 @pytest.mark.parametrize("sizes", SIZES)
+def test_two_processes_find_the_same_neighbourhood(two_processes, sizes):
+    one = gaps(SIZES[sizes])
+    assert len(one) == 6 + 4  # the embedding's input is no real number, one layer never runs
+    for found in two_processes:
+        for gap, expected in zip(found["gaps"][sizes], one, strict=True):
+            assert gap == pytest.approx(expected, rel=1e-3, abs=1e-6)
+    assert two_processes[0]["gaps"] == two_processes[1]["gaps"]
+
+
+@pytest.mark.parametrize("sizes", SIZES)
 def test_both_processes_have_the_very_same_result(two_processes, sizes):
     assert two_processes[0][sizes] == two_processes[1][sizes]
 
@@ -184,6 +204,7 @@ if __name__ == "__main__":
         "gloo", init_method=f"file://{home / 'store'}", rank=int(os.environ["RANK"]), world_size=2
     )
     found: dict = {name: outcome(sizes) for name, sizes in SIZES.items()}
+    found["gaps"] = {name: gaps(sizes) for name, sizes in SIZES.items()}
     found["collectives"] = collectives()
     (home / f"{os.environ['RANK']}.json").write_text(json.dumps(found))
     torch.distributed.destroy_process_group()
