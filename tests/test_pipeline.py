@@ -367,8 +367,8 @@ FACTORED = ("embedding", "conv", "linear")
 
 @pytest.mark.parametrize(
     ("theory", "bits"),
-    # LoD may find that 2 bits lower the loss of so few rows, and is right to take them then. CET and HAWQ see directions
-    # of no or negative curvature, in which a rank below the true one costs nothing.
+    # LoD may find that 2 bits lower the loss of so few rows, and is right to take them then. CET and HAWQ see no or
+    # negative curvature in some directions, in which a rank below the true one costs nothing.
     [
         *((theory, (16,)) for theory in ("llc", "lod", "curvature")),
         ("llc", (2, 3, 4, 8)),

@@ -20,8 +20,10 @@ Choices where the papers are silent or differ:
   has, would move the mean of an activation, and that alone would be seen. One draw for each layer serves every size,
   so that U over s shows the orders and not the draws: U1 rises as s^2, U2 as s^3.
 - s is absolute, as in the papers; it means more where numbers are small. Each layer's rms is reported beside it.
-- Both terms are exact and of all rows (see `calibration.directional`), one layer at a time: no cross terms. Kinks count
-  for what their two sides are, so that in a network of ReLUs U2 keeps what the kinks contribute.
+- Both terms are exact and of all rows (see `calibration.directional`), one layer at a time: no cross terms.
+- A kink is no part of either term, so that in a network of ReLUs U2 keeps what its kinks contribute, and is hardly
+  less than U1 where they do most. Where inputs tie exactly, as the blank background of images under a max pool, noise
+  starts on a kink: there both U rise as s from the smallest size on.
 - U is of the mean loss, where LLC writes it for a sample x_i.
 
 In float32 the mean loss itself is known to about 1e-7; U below that is rounding.
