@@ -40,6 +40,7 @@ from hf_lossless.calibration.hessian import HessianProducts, hessian, random_sig
 from hf_lossless.calibration.perturbation import seeded_number
 from hf_lossless.candidates.proposal import Candidate
 from hf_lossless.layers import Layer
+from hf_lossless.theories.boundary import refuse_beyond
 from hf_lossless.theories.hawq import layers_with_a_choice, predictions_of_kept
 from hf_lossless.theories.lanczos import Eigenpairs, lanczos
 from hf_lossless.theories.problem import Prediction, Problem
@@ -245,7 +246,8 @@ def examine(
     candidates are judged.
 
     Returns:
-        Predictions by layer, and reports by layer for those that have a choice.
+        Predictions by layer, infinity for noise beyond the second order (see `boundary`), and reports by layer for
+        those that have a choice.
 
     Raises:
         CalibrationError: The loss has no second derivative, or it is not finite.
@@ -263,6 +265,7 @@ def examine(
             for candidate in problem.candidates[layer.name]:
                 predictions[layer.name].append(_judge(curvature, candidate, layer))
                 problem.advance()
+            predictions[layer.name] = refuse_beyond(layer, problem.candidates[layer.name], predictions[layer.name])
     _logger.info(
         "CET: %d Hessian-vector products; %d of %d layers' eigenpairs not within %g; %d indefinite",
         sum(spectrum.num_products for spectrum in spectra.values()),

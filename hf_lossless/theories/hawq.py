@@ -25,6 +25,7 @@ from hf_lossless.calibration.hessian import TraceEstimate, block_traces, hessian
 from hf_lossless.calibration.perturbation import seeded_number
 from hf_lossless.candidates.proposal import Candidate
 from hf_lossless.layers import Layer
+from hf_lossless.theories.boundary import refuse_beyond
 from hf_lossless.theories.problem import Prediction, Problem
 
 MAX_ROWS = 32
@@ -71,7 +72,8 @@ def predict(problem: Problem) -> dict[str, list[Prediction]]:
     """Predicted loss change of every candidate, by layer; 0 for keeping a layer.
 
     Returns:
-        As many predictions as there are candidates, the same in every process. Costs one forward-backward pass over
+        As many predictions as there are candidates, the same in every process; infinity for noise beyond the second
+        order (see `boundary`). Costs one forward-backward pass over
         `TraceSettings.max_rows` rows, and for each layer and probe half of one on average.
 
     Raises:
@@ -86,6 +88,7 @@ def predict(problem: Problem) -> dict[str, list[Prediction]]:
             for candidate in problem.candidates[layer.name]:
                 predictions[layer.name].append(_judge(estimate.trace, candidate, layer))
                 problem.advance()
+            predictions[layer.name] = refuse_beyond(layer, problem.candidates[layer.name], predictions[layer.name])
     _log(traces)
     return predictions | predictions_of_kept(problem)
 

@@ -17,7 +17,8 @@ Where activations stay in floating point, as this release runs them, e = 0 and s
 weight; the plan then says so. Noise that never happens misleads the choice among widths, so it is not counted unless
 asked.
 
-Candidates with factors are judged by Algorithm 2, see `llc_decomposition`.
+Widths whose noise is beyond the second order are refused, see `boundary`. Candidates with factors are judged by
+Algorithm 2, see `llc_decomposition`.
 
 The paper's P is never negative, though its aim is a loss that falls: the absolute values of lines 8 and 9 make it an
 estimate of how far the loss may move either way, and as such it is used here.
@@ -43,6 +44,7 @@ from hf_lossless.candidates.proposal import Candidate
 from hf_lossless.candidates.uniform import per_weight
 from hf_lossless.layers import Layer
 from hf_lossless.theories import llc_decomposition
+from hf_lossless.theories.boundary import refuse_beyond
 from hf_lossless.theories.problem import Prediction, Problem
 
 ERROR_MAX = 1e-4
@@ -118,7 +120,7 @@ def _predict_widths(problem: Problem, position: int, layer: Layer, candidates: l
         )
         problem.advance()
     losses = sum_over_processes(torch.tensor(shares, dtype=torch.float64)).tolist()
-    return [
+    predictions = [
         Prediction(
             predicted_loss_change(
                 input_change=input_loss - problem.calibration.loss,
@@ -131,6 +133,7 @@ def _predict_widths(problem: Problem, position: int, layer: Layer, candidates: l
         )
         for candidate, noise, (input_loss, weight_loss) in zip(candidates, noises, losses, strict=True)
     ]
+    return refuse_beyond(layer, candidates, predictions)
 
 
 def _activation_noise(statistics: LayerStatistics, candidate: Candidate, counted: bool) -> ActivationNoise:

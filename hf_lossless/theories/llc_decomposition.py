@@ -33,11 +33,12 @@ from torch import Tensor
 
 from hf_lossless.candidates.proposal import Candidate
 from hf_lossless.layers import Layer
+from hf_lossless.theories.boundary import FIRST_ORDER, rms
 from hf_lossless.theories.measurement import measured_change
 from hf_lossless.theories.problem import Prediction, Problem
 
-GAMMA = 8e-3
-"""Radius of the first-order neighbourhood of weights (LLC section 3, Fig. 1), root mean square."""
+GAMMA = FIRST_ORDER
+"""Radius of the neighbourhood (LLC section 3, Fig. 1), root mean square."""
 
 LOSS_THRESHOLD = 1e-4
 """A change of the loss that is as good as none (error_max of LLC section 5.1): the search stops."""
@@ -54,7 +55,7 @@ def within_neighbourhood(error: Tensor, gamma: float = GAMMA) -> bool:
         >>> within_neighbourhood(torch.full((2, 2), 0.004)), within_neighbourhood(torch.full((2, 2), 0.02))
         (True, False)
     """
-    return _rms(error) <= gamma
+    return rms(error) <= gamma
 
 
 def points_down(error: Tensor, gradient: Tensor, matrix: Tensor) -> bool:
@@ -67,7 +68,7 @@ def points_down(error: Tensor, gradient: Tensor, matrix: Tensor) -> bool:
     """
     first_order = (error.double() * gradient.double()).sum().item()
     precision = max(torch.finfo(matrix.dtype).eps, torch.finfo(torch.float32).eps)
-    return first_order < 0 or _rms(error) <= _ROUNDINGS * precision * _rms(matrix)
+    return first_order < 0 or rms(error) <= _ROUNDINGS * precision * rms(matrix)
 
 
 def predict_layer(
@@ -115,7 +116,3 @@ def _of_rank(candidate: Candidate, layer: Layer) -> Tensor:
     assert candidate.low_rank is not None
     exact = candidate.low_rank.model_copy(update={"left": None, "right": None})
     return replace(candidate, low_rank=exact).error(layer.matrix)
-
-
-def _rms(values: Tensor) -> float:
-    return values.detach().double().square().mean().sqrt().item()

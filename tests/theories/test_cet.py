@@ -23,6 +23,13 @@ from hf_lossless.theories.cet import (
 )
 from hf_lossless.theories.problem import Problem
 
+
+@pytest.fixture(autouse=True)
+def _no_boundary(monkeypatch):
+    """The formula, whatever the size of the noise; see test_boundary for the refusals."""
+    monkeypatch.setattr("hf_lossless.theories.boundary.SECOND_ORDER", float("inf"))
+
+
 KEPT = SimpleNamespace(kind="kept", error=lambda matrix: torch.zeros_like(matrix))
 EVERYTHING = CurvatureSettings(num_eigenpairs=100, max_iterations=100, trace_probes=4)
 LAYERS = ["embedding", "body", "head"]

@@ -1,0 +1,53 @@
+"""How far a theory is believed: the noise sizes of LLC section 3, and the refusal of what lies beyond.
+
+LLC names two sizes of weight noise, read off its Fig. 1: up to 8e-3 the first order leads, up to 2e-1 the second order
+has to be counted too, and beyond "higher-order terms should not be omitted", which no theory here has. Sizes are root
+mean squares in the weights' own unit, as the paper has them; `hf-lossless neighbourhood` measures them on a model.
+"""
+
+import math
+
+from torch import Tensor
+
+from hf_lossless.candidates.proposal import Candidate
+from hf_lossless.layers import Layer
+from hf_lossless.theories.problem import Prediction
+
+FIRST_ORDER = 8e-3
+"""Largest root mean square of weight noise up to which the first order leads."""
+
+SECOND_ORDER = 2e-1
+"""Largest root mean square up to which the first and second order explain the loss."""
+
+
+def rms(values: Tensor) -> float:
+    """Root mean square over all elements.
+
+    Example:
+        >>> import torch
+        >>> rms(torch.tensor([3.0, 4.0, 0.0, 0.0]))
+        2.5
+    """
+    return values.detach().double().square().mean().sqrt().item()
+
+
+def refuse_beyond(layer: Layer, candidates: list[Candidate], predictions: list[Prediction]) -> list[Prediction]:
+    """Refuses the candidates of a layer whose noise is beyond `SECOND_ORDER`.
+
+    Where that would be all of them the least noisy one is left: a layer has to be stored somehow.
+
+    Args:
+        layer: The layer.
+        candidates: Its candidates.
+        predictions: What a theory said of each.
+    """
+    sizes = [_noise(layer, candidate) for candidate in candidates]
+    largest = max(SECOND_ORDER, min(sizes, default=0.0))
+    return [
+        prediction if size <= largest else Prediction(math.inf)
+        for size, prediction in zip(sizes, predictions, strict=True)
+    ]
+
+
+def _noise(layer: Layer, candidate: Candidate) -> float:
+    return 0.0 if candidate.kind == "kept" else rms(candidate.error(layer.matrix))
