@@ -355,9 +355,8 @@ def bench_model(name: str, assets: Path, methods: list[str]) -> dict[str, Any]:
     return report
 
 
-def bench_latency(threads: int) -> list[dict[str, Any]]:
+def bench_latency() -> list[dict[str, Any]]:
     """Forward latency of layers at several ranks beside the dense layer, all in float32."""
-    torch.set_num_threads(threads)
     cases: list[tuple[str, Callable[[], nn.Module], Tensor]] = [
         ("linear 384x384, 128 tokens", lambda: nn.Linear(384, 384), torch.randn(128, 384)),
         ("linear 384x1536, 128 tokens", lambda: nn.Linear(1536, 384), torch.randn(128, 1536)),
@@ -414,6 +413,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if not arguments.assets.is_dir():
         raise SystemExit(f"{arguments.assets} is not there: the benchmark needs its models and data. Name it: --assets")
+    torch.set_num_threads(1)  # times of one thread are steadier on a machine that others use
     report = {
         "machine": {
             "cpu": platform.processor() or platform.machine(),
@@ -424,7 +424,7 @@ def main() -> None:
         },
         "calibration_rows": _ROWS,
         "models": {name: bench_model(name, arguments.assets, arguments.methods) for name in arguments.models},
-        "latency": bench_latency(torch.get_num_threads()),
+        "latency": bench_latency(),
     }
     arguments.out.write_text(json.dumps(report, indent=1) + "\n")
 

@@ -69,7 +69,7 @@ _THEORIES = {
 _WIDTHS = (2, 3, 4, 8)
 _RATIOS = (6, 8, 10)
 _ROWS = 128
-_MEASURED_ROWS = 256
+_MEASURED_ROWS = 128
 _DATA = {  # model: calibration rows, test rows, how many of those judge the plans
     "minilm-sst2": ("minilm-sst2/validation.jsonl", "minilm-sst2/test.jsonl", None),
     "resnet-fashion-mnist": ("fashion-mnist/validation.parquet", "fashion-mnist/test.parquet", 4000),
@@ -337,6 +337,7 @@ def main() -> None:
         raise SystemExit(
             f"{arguments.assets} is not there: the comparison needs its models and data. Name it: --assets"
         )
+    torch.set_num_threads(1)  # times of one thread are steadier on a machine that others use
     report = {
         "machine": {
             "cpu": platform.processor() or platform.machine(),
