@@ -16,6 +16,7 @@ gives FWSVD (Hsu et al., "Language model compression with weighted low-rank fact
 Chekalina et al. (2025) call generalised Fisher-weighted SVD.
 """
 
+import logging
 from dataclasses import dataclass
 from threading import Lock
 
@@ -34,7 +35,12 @@ WIDE = 2048
 LARGEST_EXCESS = 1e-2
 """A randomised SVD may leave at most this share of the squared norm more than the best of its rank would."""
 
+OVERSAMPLING = 16
+"""Components of a randomised SVD beyond those that are asked: they make the last of these right."""
+
 _RANDOM_STATE = Lock()
+
+_logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -130,11 +136,17 @@ def _svd(matrix: Tensor, largest: int | None) -> tuple[Tensor, Tensor, Tensor, f
     """U, S, V' and the excess; only the leading triplets of a wide matrix, where few are asked."""
     shorter = min(matrix.shape)
     if largest is not None and shorter > WIDE and 4 * largest < shorter:
-        for power_iterations in (2, 8):
-            U, S, V = _randomised(matrix, largest, power_iterations)
-            excess = excess_bound(matrix, S)
-            if excess <= LARGEST_EXCESS:
-                return U, S, V.mT, excess
+        U, S, V = _randomised(matrix, min(largest + OVERSAMPLING, shorter))
+        excess = excess_bound(matrix, S)
+        _logger.info(
+            "randomised SVD of a %d x %d matrix to rank %d: at most %.2g of its squared norm above the best, %s",
+            *matrix.shape,
+            largest,
+            excess,
+            "taken" if excess <= LARGEST_EXCESS else "too much, so a full one follows",
+        )
+        if excess <= LARGEST_EXCESS:
+            return U[:, :largest], S[:largest], V[:, :largest].mT, excess
     U, S, Vt = (
         _svd_of_long(matrix) if max(matrix.shape) >= 2 * shorter else torch.linalg.svd(matrix, full_matrices=False)
     )
@@ -158,12 +170,12 @@ def _svd_of_long(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return U, S, V.mT
 
 
-def _randomised(matrix: Tensor, rank: int, power_iterations: int) -> tuple[Tensor, Tensor, Tensor]:
+def _randomised(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
     """Halko et al. (2011) by way of torch, with its global random state put back; one thread at a time has that."""
     devices = [matrix.device] if matrix.is_cuda else []
     with _RANDOM_STATE, torch.random.fork_rng(devices):
         torch.manual_seed(0)
-        found: tuple[Tensor, Tensor, Tensor] = torch.svd_lowrank(matrix, rank, niter=power_iterations)
+        found: tuple[Tensor, Tensor, Tensor] = torch.svd_lowrank(matrix, rank, niter=4)
     return found
 
 

@@ -44,8 +44,8 @@ LOSS_THRESHOLD = 1e-4
 """A change of the loss that is as good as none (error_max of LLC section 5.1): the search stops."""
 
 _ROUNDINGS = 8.0
-"""Errors of fewer relative precisions than this come from arithmetic: of the weight's dtype, or of float32, in which
-factors are computed."""
+"""A product of factors, computed in float32, is off by so many of its relative precisions at most; a weight in half
+precision is off by one of its own."""
 
 
 def within_neighbourhood(error: Tensor, gamma: float = GAMMA) -> bool:
@@ -67,8 +67,8 @@ def points_down(error: Tensor, gradient: Tensor, matrix: Tensor) -> bool:
         matrix: W [out, in].
     """
     first_order = (error.double() * gradient.double()).sum().item()
-    precision = max(torch.finfo(matrix.dtype).eps, torch.finfo(torch.float32).eps)
-    return first_order < 0 or rms(error) <= _ROUNDINGS * precision * rms(matrix)
+    precision = max(torch.finfo(matrix.dtype).eps, _ROUNDINGS * torch.finfo(torch.float32).eps)
+    return first_order < 0 or rms(error) <= precision * rms(matrix)
 
 
 def predict_layer(

@@ -176,15 +176,16 @@ SPECTRA = {
 
 @pytest.fixture
 def wide(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Every matrix counts as wide; gives the power iterations that were asked of each randomised SVD."""
+    """Every matrix counts as wide, and little is oversampled; gives the rank that was asked of each randomised SVD."""
     calls: list[int] = []
     randomised = low_rank._randomised
 
-    def watched(matrix: Tensor, rank: int, power_iterations: int) -> tuple[Tensor, Tensor, Tensor]:
-        calls.append(power_iterations)
-        return randomised(matrix, rank, power_iterations)
+    def watched(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
+        calls.append(rank)
+        return randomised(matrix, rank)
 
     monkeypatch.setattr(low_rank, "WIDE", 16)
+    monkeypatch.setattr(low_rank, "OVERSAMPLING", 2)
     monkeypatch.setattr(low_rank, "_randomised", watched)
     return calls
 
@@ -195,26 +196,29 @@ def test_the_bound_holds(spectrum, shape):
     values = SPECTRA[spectrum]
     matrix = with_spectrum(values, *shape)
     for computed in (4, 8):
-        for power_iterations in (0, 2):
-            U, S, V = low_rank._randomised(matrix, computed, power_iterations)
-            bound = excess_bound(matrix, S)
-            whole = max(values.square().sum().item(), 1e-300)
-            for rank in range(1, computed + 1):
-                left = matrix - U[:, :rank] * S[:rank] @ V[:, :rank].T
-                excess = (left.square().sum() - values[rank:].square().sum()).item() / whole
-                assert bound >= excess - 1e-12
+        U, S, V = low_rank._randomised(matrix, computed)
+        bound = excess_bound(matrix, S)
+        whole = max(values.square().sum().item(), 1e-300)
+        for rank in range(1, computed + 1):
+            left = matrix - U[:, :rank] * S[:rank] @ V[:, :rank].T
+            excess = (left.square().sum() - values[rank:].square().sum()).item() / whole
+            assert bound >= excess - 1e-12
 
 
 @pytest.mark.parametrize(
-    ("spectrum", "calls"), [("decaying", [2]), ("low-rank", [2]), ("zero", [2]), ("flat", [2, 8]), ("slowly", [2, 8])]
+    ("spectrum", "full"),
+    [("decaying", False), ("low-rank", False), ("zero", False), ("flat", True), ("slowly", True)],
 )
-def test_the_full_svd_is_taken_where_the_bound_is_too_large(wide, spectrum, calls):
+def test_the_full_svd_is_taken_where_the_bound_is_too_large(wide, spectrum, full, caplog):
     values = SPECTRA[spectrum]
     matrix = with_spectrum(values, 40, 60)
-    factorisation = factorise(matrix, largest=8)
-    assert wide == calls
+    with caplog.at_level("INFO", logger="hf_lossless"):
+        factorisation = factorise(matrix, largest=8)
+    assert wide == [10]
+    assert "randomised SVD of a 40 x 60 matrix to rank 8" in caplog.text
+    assert ("a full one follows" in caplog.text) == full
     assert factorisation.excess <= low_rank.LARGEST_EXCESS and factorisation.factors.rank == 8
-    if len(calls) == 2:
+    if full:
         assert factorisation.excess == 0
         torch.testing.assert_close(factorisation.singular_values, values[:8])
     for rank in (1, 4, 8):
