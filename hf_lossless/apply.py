@@ -111,7 +111,7 @@ def _refuse_misfit(layer: Layer, layer_plan: LayerPlan, low_rank: LowRank) -> No
             f"the plan factorises layer {layer.name!r}, a convolution in {groups} groups: only one in one group has "
             "such factors. Plan a grid for it."
         )
-    if layer_plan.kind == "low_rank" and layer_plan.multiplications_share >= 1:
+    if layer_plan.kind == "low_rank" and low_rank.numbers_share >= 1:
         most = shape[0] * shape[1] / sum(shape)
         raise PlanError(
             f"the plan gives layer {layer.name!r} {list(shape)} the rank {low_rank.rank}, which saves nothing: its "

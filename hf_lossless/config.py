@@ -129,6 +129,11 @@ class LosslessCompressionConfig(QuantizationConfigMixin):
                 )
         if self.theory not in THEORIES:
             raise ConfigurationError(f"theory={self.theory!r} is unknown. Choose one of {', '.join(THEORIES)}.")
+        if self.activation_noise and self.theory != "llc":
+            raise ConfigurationError(
+                f"activation_noise=True, but theory={self.theory!r} counts no noise of activations. "
+                'Leave it out, or take theory="llc".'
+            )
         for name, lowest in (("group_size", 1), ("num_samples", 1), ("batch_size", 1), ("seed", 0)):
             value = getattr(self, name)
             if name == "group_size" and value is None:

@@ -13,6 +13,7 @@ from tqdm.auto import tqdm
 from hf_lossless import knapsack
 from hf_lossless.apply import apply_plan
 from hf_lossless.calibration.loss import Batch, LossFunction, batch_loss
+from hf_lossless.calibration.perturbation import mean_loss
 from hf_lossless.calibration.processes import own_share, process_state, same_in_every_process
 from hf_lossless.calibration.statistics import Calibration, calibrate
 from hf_lossless.candidates.low_rank import Factors
@@ -36,15 +37,17 @@ class _Theory:
     predict: Callable[[Problem], dict[str, list[Prediction]]]
     truncation: Truncation
     gradients: bool = False
+    gradients_for_ranks: bool = False
     curvature: bool = False
+    by_derivatives: bool = False
 
 
 _THEORIES = {
-    "llc": _Theory(llc.predict, "plain"),
+    "llc": _Theory(llc.predict, "plain", gradients_for_ranks=True),
     "lod": _Theory(lod.predict, "descent", gradients=True),
-    "cet": _Theory(cet.predict, "plain"),
-    "hawq": _Theory(hawq.predict, "plain"),
-    "curvature": _Theory(curvature.predict, "metric", curvature=True),
+    "cet": _Theory(cet.predict, "plain", by_derivatives=True),
+    "hawq": _Theory(hawq.predict, "plain", by_derivatives=True),
+    "curvature": _Theory(curvature.predict, "metric", curvature=True, by_derivatives=True),
 }
 
 
@@ -58,6 +61,8 @@ class CompressionResult:
         frontier: Every plan that no other plan beats in both bytes and predicted loss.
         calibration: The statistics that the choice rests on.
         size_bytes: Bytes of the compressed model's tensors and plan.
+        measured_loss_change: Change of the mean loss on the calibration rows, beside which the plan's
+            `predicted_loss_change` can be judged. These rows have had a hand in the plan.
     """
 
     model: nn.Module
@@ -65,6 +70,7 @@ class CompressionResult:
     frontier: knapsack.Frontier
     calibration: Calibration
     size_bytes: int
+    measured_loss_change: float
 
     @property
     def ratio(self) -> float:
@@ -124,10 +130,10 @@ def compress(
                 layers,
                 loss,
                 advance,
-                gradients=theory.gradients or bool(ranks),
+                gradients=theory.gradients or (theory.gradients_for_ranks and bool(ranks)),
                 curvature=theory.curvature,
             )
-        candidates = menu(layers, calibration, config, ranks, theory.truncation)
+        candidates = menu(layers, calibration, config, ranks, theory.truncation, by_derivatives=theory.by_derivatives)
         with _progress(sum(map(len, candidates.values())), "predicting") as advance:
             predictions = theory.predict(
                 Problem(
@@ -162,7 +168,8 @@ def compress(
     apply_plan(model, plan.layers, _factors(plan, options))
     model.eval()
     size_bytes = LosslessCheckpointConfig.of(plan).size_bytes
-    return CompressionResult(model, plan, frontier, calibration.without_tensors(), size_bytes)
+    measured = mean_loss(model, batches, loss) - calibration.loss
+    return CompressionResult(model, plan, frontier, calibration.without_tensors(), size_bytes, measured)
 
 
 def tensor_bytes(model: nn.Module) -> int:
@@ -234,8 +241,8 @@ def _options(layer: Layer, candidates: list[Candidate], predictions: list[Predic
     if not options:
         widths = [candidate.grid.bits for candidate in candidates if candidate.grid is not None]
         raise CalibrationError(
-            f"the loss is not finite when layer {layer.name!r} is rounded to any of {widths} bits. "
-            "Add wider widths (16 keeps a layer), or keep this layer out with modules_to_not_convert."
+            f"layer {layer.name!r} can be stored in no way: at each of {widths} bits the loss is not finite, or the "
+            "theory refuses. Add wider widths (16 keeps a layer), or keep this layer out with modules_to_not_convert."
         )
     return options
 

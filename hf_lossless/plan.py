@@ -58,18 +58,26 @@ class LowRank(_Record):
         shape: (out, in).
         left: The grid of L; None: in floating point, in the dtype that the layer computes in.
         right: The grid of R; None: the same.
+        lookup: Whether rows are looked up (an embedding), which takes no multiplications without factors.
     """
 
     rank: Annotated[int, Field(ge=1)]
     shape: tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]]
     left: Grid | None = None
     right: Grid | None = None
+    lookup: bool = False
 
     @model_validator(mode="after")
     def _rank_fits(self) -> "LowRank":
         if self.rank > min(self.shape):
             raise ValueError(f"rank {self.rank} is above the sides {list(self.shape)} of the matrix")
         return self
+
+    @property
+    def numbers_share(self) -> float:
+        """Numbers in the factors over those in the matrix: rank (out + in) / (out in)."""
+        out_features, in_features = self.shape
+        return self.rank * (out_features + in_features) / (out_features * in_features)
 
 
 class Regime(_Record):
@@ -124,16 +132,17 @@ class LayerPlan(_Record):
         return self
 
     @property
-    def multiplications_share(self) -> float:
+    def multiplications_share(self) -> float | None:
         """Multiplications of the layer's product over those of the dense `W x`; below 1 it saves time.
 
-        `W x` is out in, `L (R x)` is rank (out + in), and a sum does both.
+        `W x` is out in, `L (R x)` is rank (out + in), and a sum does both. None where the dense layer has none to save:
+        it looks up rows.
         """
         if self.low_rank is None:
             return 1.0
-        out_features, in_features = self.low_rank.shape
-        factors = self.low_rank.rank * (out_features + in_features) / (out_features * in_features)
-        return factors if self.grid is None else 1.0 + factors
+        if self.low_rank.lookup:
+            return None
+        return self.low_rank.numbers_share + (self.grid is not None)
 
     @property
     def bits(self) -> int:

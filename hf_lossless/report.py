@@ -20,10 +20,10 @@ def inspection(config: LosslessCheckpointConfig) -> dict[str, Any]:
 
     Returns:
         "layers": for each layer kind, bits (16 stands for floating point), group_size (None: the whole row), rank
-        (None: not factorised), factor_bits (of L and of R), multiplications (over those of the dense layer),
-        saves_time (whether they are fewer), cost_bytes, predicted_loss_change, regime (LoD's verdict, with its
-        signal-to-noise ratio and the bounds on a wrong sign); and "size_bytes", "original_bytes", "ratio", "theory",
-        "activations", "predicted_loss_change".
+        (None: not factorised), factor_bits (of L and of R), multiplications (over those of the dense layer; None for a
+        lookup, which has none), saves_time (whether they are fewer), cost_bytes, predicted_loss_change, regime (LoD's
+        verdict, with its signal-to-noise ratio and the bounds on a wrong sign); and "size_bytes", "original_bytes",
+        "ratio", "theory", "activations", "predicted_loss_change".
     """
     plan = config.plan
     return {
@@ -46,7 +46,7 @@ def _layer(layer: LayerPlan) -> dict[str, Any]:
         "rank": layer.low_rank.rank if layer.low_rank is not None else None,
         "factor_bits": list(_factor_bits(layer.low_rank)) if layer.low_rank is not None else None,
         "multiplications": layer.multiplications_share,
-        "saves_time": layer.multiplications_share < 1,
+        "saves_time": layer.multiplications_share is not None and layer.multiplications_share < 1,
         "cost_bytes": layer.cost_bytes,
         "predicted_loss_change": layer.predicted_loss_change,
         "regime": _regime(layer.regime) if layer.regime is not None else None,
@@ -78,7 +78,7 @@ def plan_table(plan: CompressionPlan) -> Table:
     table.add_column("layer", overflow="fold")
     columns: dict[str, Callable[[LayerPlan], str]] = {"bits": _width, "group": _group}
     if any(layer.low_rank is not None for layer in plan.layers.values()):
-        columns |= {"rank": _rank, "work": lambda layer: f"{layer.multiplications_share:.0%}"}
+        columns |= {"rank": _rank, "work": _work}
     columns |= {
         "bytes": lambda layer: f"{layer.cost_bytes:,}",
         "predicted": lambda layer: f"{layer.predicted_loss_change:+.1e}",
@@ -102,6 +102,10 @@ def _width(layer: LayerPlan) -> str:
 
 def _group(layer: LayerPlan) -> str:
     return "" if layer.grid is None else str(layer.grid.group_size or "row")
+
+
+def _work(layer: LayerPlan) -> str:
+    return "" if layer.multiplications_share is None else f"{layer.multiplications_share:.0%}"
 
 
 def _rank(layer: LayerPlan) -> str:

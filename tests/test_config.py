@@ -8,6 +8,7 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AutoQ
 
 from hf_lossless import CompressionPlan, Grid, LayerPlan, LosslessCheckpointConfig, LosslessCompressionConfig
 from hf_lossless.config import FORMAT_VERSION, QUANT_METHOD
+from hf_lossless.errors import ConfigurationError
 
 PLAN = CompressionPlan(
     theory="llc",
@@ -112,3 +113,11 @@ def test_unused_arguments_are_handed_back() -> None:
 
 def test_transformers_knows_the_method() -> None:
     assert AUTO_QUANTIZATION_CONFIG_MAPPING[QUANT_METHOD] is LosslessCheckpointConfig
+
+
+@pytest.mark.parametrize("theory", ["lod", "cet", "hawq", "curvature"])
+def test_activation_noise_is_llcs(theory):
+    with pytest.raises(
+        ConfigurationError, match=rf"activation_noise=True, but theory='{theory}' .* take theory=\"llc\""
+    ):
+        LosslessCompressionConfig(ratio=2, theory=theory, activation_noise=True)

@@ -392,7 +392,8 @@ def test_layers_of_rank_five_are_found_and_stored_so(theory, bits):
         layer = result.plan.layers[name]
         assert layer.kind == "low_rank" and layer.low_rank.rank == 5, (name, layer)
         assert layer.low_rank.shape == tuple(find_layers(Deficient())[list(FACTORED).index(name)].matrix.shape)
-        assert layer.multiplications_share < 1
+        assert layer.low_rank.numbers_share < 1
+        assert (layer.multiplications_share is None) == (name == "embedding") == layer.low_rank.lookup
         if layer.bits == 16:
             assert layer.cost_bytes == 4 * 5 * sum(layer.low_rank.shape)
     if bits == (16,):
@@ -662,7 +663,7 @@ def test_a_width_whose_noise_overflows_is_not_chosen():
 def test_no_width_without_overflow():
     model = network()
     loss = finite_below(1.0001 * model[0].weight.abs().max().item())
-    with pytest.raises(CalibrationError, match=r"layer '0' is rounded to any of \[2\] bits.*16 keeps"):
+    with pytest.raises(CalibrationError, match=r"layer '0' can be stored in no way: at each of \[2\] bits .*16 keeps"):
         compress(model, BATCHES, LosslessCompressionConfig(ratio=3, bits=(2,)), loss=loss)
 
 
@@ -692,3 +693,76 @@ def test_pairs_are_for_classifiers():
 
 def test_every_theory_that_the_configuration_allows_is_there():
     assert tuple(pipeline._THEORIES) == THEORIES
+
+
+class Blocked(nn.Module):
+    """A layer whose output the loss depends on, though no gradient comes back through it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.back, self.head = nn.Linear(12, 16), nn.Linear(16, CLASSES)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        with torch.no_grad():
+            hidden = torch.relu(self.back(inputs))
+        return self.head(hidden)
+
+
+@pytest.mark.parametrize("theory", ["cet", "hawq", "curvature"])
+def test_what_no_gradient_reaches_is_kept_by_theories_of_derivatives(theory):
+    """To them a change of it costs nothing, and it may cost everything."""
+    batches = [(torch.randn(8, 12), torch.arange(8) % CLASSES) for _ in range(2)]
+    config = LosslessCompressionConfig(loss_budget=10, theory=theory, bits=(2, 8), ranks="auto")
+    plan = compress(Blocked(), batches, config).plan
+    assert plan.layers["back"].kind == "kept" and plan.layers["head"].kind != "kept"
+
+
+@pytest.mark.parametrize("theory", THEORIES)
+def test_what_runs_on_nothing_is_kept(theory):
+    """An expert that no token was sent to: nothing is known of what an error in it would do."""
+
+    class Experts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.used, self.empty = nn.Linear(12, CLASSES), nn.Linear(12, CLASSES)
+
+        def forward(self, inputs: Tensor) -> Tensor:
+            return self.used(inputs) + self.empty(inputs[:0]).sum(0)
+
+    batches = [(torch.randn(8, 12), torch.arange(8) % CLASSES) for _ in range(2)]
+    config = LosslessCompressionConfig(loss_budget=10, theory=theory, bits=(2, 8))
+    assert compress(Experts(), batches, config).plan.layers["empty"].kind == "kept"
+
+
+def test_the_plan_is_measured_on_the_calibration_rows():
+    model = network()
+    result = compress(model, BATCHES, LosslessCompressionConfig(ratio=6, bits=(2, 3)))
+    rows = sum(len(batch[1]) for batch in BATCHES)
+    with torch.no_grad():
+        after = sum(batch_loss(model, batch).item() * len(batch[1]) for batch in BATCHES) / rows
+    assert result.measured_loss_change == pytest.approx(after - result.calibration.loss, abs=1e-6)
+    assert abs(result.measured_loss_change) > 1e-5
+
+
+@pytest.mark.parametrize("theory", THEORIES)
+def test_a_gradient_that_overflows(theory):
+    def loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+        value = batch_loss(model, batch)
+        value.register_hook(lambda gradient: gradient * float("inf"))
+        return value
+
+    with pytest.raises(
+        CalibrationError, match=r"the gradient of layer '.*' is not finite, though the loss is.*bfloat16"
+    ):
+        compress(network(), BATCHES, LosslessCompressionConfig(ratio=2, theory=theory), loss=loss)
+
+
+def test_ranks_by_number_are_the_only_ones():
+    config = LosslessCompressionConfig(
+        max_bytes=9000, theory="curvature", bits=(2, 16), ranks={"*": 3}, modules_to_not_convert=["head"]
+    )
+    plan = compress(Deficient(), deficient_batches(), config, loss=deficient_loss).plan
+    assert {layer.low_rank.rank for layer in plan.layers.values() if layer.low_rank is not None} <= {3}
+    assert not any(layer.kind == "sum" for layer in plan.layers.values())

@@ -5,8 +5,10 @@ Notation: a layer `y_t = W x_t`, `W [out, in]`, is used at positions t: rows, ti
 
     H  ~  1/N sum_t (g_t g_t') (x) (x_t x_t')  ~  T/N (mean_t g_t g_t') (x) (mean_t x_t x_t')
 
-is the empirical Fisher matrix, a Gauss-Newton estimate of the Hessian with respect to W. The first step takes every
-position as an example of its own, the second takes g and x to be independent. T counts the positions with g_t != 0:
+is the empirical Fisher matrix, an estimate of the Hessian with respect to W where the model's probabilities are those
+of the labels. On rows that the model knows by heart it vanishes as the square of their loss, and the Hessian only as
+the loss: calibrate on rows that the model was not trained on. The first step takes every position as an example of its
+own, the second takes g and x to be independent. T counts the positions with g_t != 0:
 the others, such as padding and all but the first token in a classifier's last block, have no part in the loss.
 Where one output serves all rows of a batch (positions looked up once), only the sum of their gradients is seen: its
 square stands for the sum of squares, with the rows' cross terms, whose mean is zero where the loss is at a minimum.

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_lossless.calibration.loss import Batch, LossFunction, model_device, num_examples, to_device
-from hf_lossless.calibration.processes import own_share
+from hf_lossless.calibration.processes import own_share, sum_over_processes
 from hf_lossless.calibration.statistics import layer_input, with_layer_input
 from hf_lossless.layers import Layer, modules_of
 
@@ -42,6 +42,12 @@ def mean_loss_share(
             value = loss(model, to_device(batch, device))
             total += value.item() * num_examples(batch) / total_examples
     return total
+
+
+def mean_loss(model: nn.Module, batches: list[Batch], loss: LossFunction) -> float:
+    """The mean loss over all examples, the same in every process. One forward pass."""
+    share = torch.tensor([mean_loss_share(model, batches, loss)], dtype=torch.float64)
+    return sum_over_processes(share).item()
 
 
 @contextmanager

@@ -34,6 +34,11 @@ class Moments:
     variance: float
     count: int
 
+    @property
+    def is_zero(self) -> bool:
+        """Whether all elements are zero."""
+        return self.mean == 0 and self.variance == 0
+
 
 @dataclass(frozen=True)
 class InputStatistics:
@@ -59,7 +64,7 @@ class LayerStatistics:
     """What the pass leaves for one layer.
 
     Attributes:
-        calls: How often the layer ran; 0 means that the loss does not reach it by way of its own forward.
+        calls: How often the layer ran on something; 0 means that the loss does not reach it by way of its own forward.
         inputs: Its input's statistics; None for integer inputs (embeddings).
         weight_gradient: Moments of dl/dw of the mean loss.
         gradient: dl/dw itself as a matrix [out, in], float32; None unless asked for.
@@ -191,6 +196,11 @@ def calibrate(
     statistics = {}
     for layer in layers:
         gradient = weight_gradients.pop(layer.name)
+        if not torch.isfinite(gradient).all():
+            raise CalibrationError(
+                f"the gradient of layer {layer.name!r} is not finite, though the loss is. Load the model in another "
+                "dtype (float16 overflows where bfloat16 and float32 do not)."
+            )
         statistics[layer.name] = replace(
             sums[layer.name].statistics(gradient),
             gradient=as_matrix(gradient, layer.kind).float() if gradients else None,
@@ -261,8 +271,9 @@ def _watched(model: nn.Module, layers: list[Layer], sums: dict[str, _Sums], halv
 
 def _input_hook(layer_sums: _Sums) -> Callable[..., tuple[Any, Any] | None]:
     def watch(module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> tuple[Any, Any] | None:
-        layer_sums.add_call()
         values = layer_input(arguments, keywords)
+        if values.numel():  # an expert that no token is sent to has learnt nothing of what an error in it would do
+            layer_sums.add_call()
         if not values.is_floating_point():
             return None
         layer_sums.add_inputs(values)

@@ -1,1 +1,1 @@
-"""Ways to store one layer: grids (`uniform`), how weights go to their levels (`rounding`), and what is proposed."""
+"""Ways to store one layer: grids (`uniform`), factors (`low_rank`), and what is proposed (`menu`)."""

@@ -100,7 +100,9 @@ def _candidate(
     left, left_bytes = _stored(factors.left, layer, layer.packed_rows, width, group_size, symmetric)
     right, right_bytes = _stored(factors.right, layer, 1, width, group_size, symmetric)
     out_features, in_features = layer.matrix.shape
-    low_rank = LowRank(rank=factors.rank, shape=(out_features, in_features), left=left, right=right)
+    low_rank = LowRank(
+        rank=factors.rank, shape=(out_features, in_features), left=left, right=right, lookup=layer.kind == "embedding"
+    )
     return Candidate(base, base_bytes + left_bytes + right_bytes, low_rank=low_rank, factors=factors)
 
 

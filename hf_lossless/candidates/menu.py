@@ -24,6 +24,8 @@ def menu(
     config: LosslessCompressionConfig,
     ranks: dict[str, tuple[int, ...]],
     truncation: Truncation,
+    *,
+    by_derivatives: bool = False,
 ) -> dict[str, list[Candidate]]:
     """The candidates of every layer, several layers at a time.
 
@@ -33,6 +35,8 @@ def menu(
         config: Widths and group size.
         ranks: Ranks to try by layer name, see `ranks.ranks_by_layer`.
         truncation: How a matrix is cut to a rank.
+        by_derivatives: Whether the theory judges by derivatives alone. A layer without any (behind a rounding, an
+            argmax or `no_grad`) can then only be kept: a change of it is not seen, and may be anything.
 
     Returns:
         For each layer its widths, its ranks and its sums. The factors of all ranks are views of one factorisation,
@@ -44,6 +48,8 @@ def menu(
 
     def of_layer(layer: Layer) -> list[Candidate]:
         statistics = calibration.layers[layer.name]
+        if by_derivatives and statistics.weight_gradient.is_zero:
+            return [Candidate(None, layer.weight.nbytes)]
         widths = propose(layer, statistics, config.bits, config.group_size, config.symmetric)
         tried = ranks.get(layer.name)
         if tried is None or not statistics.calls:
@@ -75,7 +81,7 @@ def _with_factors(
         within = smallest_rank(factorisation, layer.matrix, gradient, max(ranks)) if config.ranks == "auto" else None
         ranks = ranks if within is None else tuple(sorted({*ranks, within}))
     settings = (config.bits, config.group_size, config.symmetric)
-    return [
-        *propose_factored(layer, ranks, factors_of, *settings),
-        *propose_sums(layer, widths, whitening, *settings),
-    ]
+    factored = propose_factored(layer, ranks, factors_of, *settings)
+    # Ranks that were asked for by number are those of factors in place of the matrix.
+    sums = propose_sums(layer, widths, whitening, *settings) if config.ranks == "auto" else []
+    return [*factored, *sums]

@@ -88,7 +88,7 @@ def ranks_by_layer(
         return {name: ladder for name, ladder in ladders.items() if ladder}
     chosen: dict[str, tuple[int, ...]] = {}
     for pattern, ranks in asked.items():
-        matched = [layer for layer in layers if matches(layer.name, pattern)]
+        matched = [layer for layer in layers if any(matches(name, pattern) for name in (layer.name, *layer.tied))]
         if not matched:
             raise ConfigurationError(
                 f"ranks names {pattern!r}, but no layer that is to be compressed has such a name. "
@@ -96,7 +96,7 @@ def ranks_by_layer(
             )
         for layer in matched:
             _refuse_ranks(layer, ranks)
-            chosen[layer.name] = ranks
+            chosen[layer.name] = tuple(sorted({*chosen.get(layer.name, ()), *ranks}))
     return chosen
 
 

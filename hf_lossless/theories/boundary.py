@@ -19,6 +19,9 @@ FIRST_ORDER = 8e-3
 SECOND_ORDER = 2e-1
 """Largest root mean square up to which the first and second order explain the loss."""
 
+ERROR_MAX = 1e-4
+"""A fluctuation of the loss below this does not count (LLC section 5.1)."""
+
 
 def rms(values: Tensor) -> float:
     """Root mean square over all elements.

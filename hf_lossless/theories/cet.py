@@ -41,9 +41,8 @@ from hf_lossless.calibration.perturbation import seeded_number
 from hf_lossless.candidates.proposal import Candidate
 from hf_lossless.layers import Layer
 from hf_lossless.theories.boundary import refuse_beyond
-from hf_lossless.theories.hawq import layers_with_a_choice, predictions_of_kept
 from hf_lossless.theories.lanczos import Eigenpairs, lanczos
-from hf_lossless.theories.problem import Prediction, Problem
+from hf_lossless.theories.problem import Prediction, Problem, layers_with_a_choice, predictions_of_kept
 
 _logger = logging.getLogger(__name__)
 

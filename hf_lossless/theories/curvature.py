@@ -6,6 +6,9 @@ with R and C the second moments of the layer's output gradients and inputs, all 
 `calibration.curvature`). No forward pass is needed for a candidate, so that many can be compared. Ranks are judged on
 other rows than those that they are fitted to, see `truncation`.
 
+The curvature is the empirical Fisher matrix: it orders layers and candidates well, but its size is too small on rows
+that the model knows by heart (see `calibration.curvature`), and so are then the predictions.
+
 The first-order term `<g, d>` of the mean gradient g is left out. A trained model's true gradient is near zero, that of
 some calibration rows is their sampling noise, and a knapsack that may choose among thousands of errors finds those that
 the noise calls good: with the term, the plans that keep 80 % of the parameters of resnet-fashion-mnist in low-rank

@@ -26,7 +26,7 @@ from hf_lossless.calibration.perturbation import seeded_number
 from hf_lossless.candidates.proposal import Candidate
 from hf_lossless.layers import Layer
 from hf_lossless.theories.boundary import refuse_beyond
-from hf_lossless.theories.problem import Prediction, Problem
+from hf_lossless.theories.problem import Prediction, Problem, layers_with_a_choice, predictions_of_kept
 
 MAX_ROWS = 32
 """Rows of the calibration data that are differentiated twice; their graphs are in memory together."""
@@ -137,24 +137,3 @@ def _log(traces: dict[str, TraceEstimate]) -> None:
         len(traces),
         sum(estimate.trace < 0 for estimate in traces.values()),
     )
-
-
-def predictions_of_kept(problem: Problem) -> dict[str, list[Prediction]]:
-    """Zeros for the layers that can only be kept."""
-    chosen = {layer.name for layer in layers_with_a_choice(problem)}
-    predictions = {}
-    for layer in problem.layers:
-        if layer.name not in chosen:
-            predictions[layer.name] = [Prediction(0.0) for _ in problem.candidates[layer.name]]
-            for _ in problem.candidates[layer.name]:
-                problem.advance()
-    return predictions
-
-
-def layers_with_a_choice(problem: Problem) -> list[Layer]:
-    """The layers that have a candidate beside keeping them."""
-
-    def is_change(candidate: Candidate) -> bool:
-        return candidate.kind != "kept"
-
-    return [layer for layer in problem.layers if any(map(is_change, problem.candidates[layer.name]))]

@@ -44,11 +44,8 @@ from hf_lossless.candidates.proposal import Candidate
 from hf_lossless.candidates.uniform import per_weight
 from hf_lossless.layers import Layer
 from hf_lossless.theories import llc_decomposition
-from hf_lossless.theories.boundary import refuse_beyond
+from hf_lossless.theories.boundary import ERROR_MAX, refuse_beyond
 from hf_lossless.theories.problem import Prediction, Problem
-
-ERROR_MAX = 1e-4
-"""Below this fluctuation of the loss a weight's noise is not counted (LLC section 5.1)."""
 
 
 def predicted_loss_change(

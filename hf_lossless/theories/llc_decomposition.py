@@ -33,15 +33,15 @@ from torch import Tensor
 
 from hf_lossless.candidates.proposal import Candidate
 from hf_lossless.layers import Layer
-from hf_lossless.theories.boundary import FIRST_ORDER, rms
+from hf_lossless.theories.boundary import ERROR_MAX, FIRST_ORDER, rms
 from hf_lossless.theories.measurement import measured_change
 from hf_lossless.theories.problem import Prediction, Problem
 
 GAMMA = FIRST_ORDER
 """Radius of the neighbourhood (LLC section 3, Fig. 1), root mean square."""
 
-LOSS_THRESHOLD = 1e-4
-"""A change of the loss that is as good as none (error_max of LLC section 5.1): the search stops."""
+LOSS_THRESHOLD = ERROR_MAX
+"""A change of the loss that is as good as none: the search stops."""
 
 _ROUNDINGS = 8.0
 """A product of factors, computed in float32, is off by so many of its relative precisions at most; a weight in half

@@ -1,10 +1,8 @@
 """The loss of a model one layer of which is stored as a candidate would store it."""
 
-import torch
 from torch import Tensor
 
-from hf_lossless.calibration.perturbation import mean_loss_share, weight_noise
-from hf_lossless.calibration.processes import sum_over_processes
+from hf_lossless.calibration.perturbation import mean_loss, weight_noise
 from hf_lossless.layers import Layer
 from hf_lossless.theories.problem import Problem
 
@@ -21,6 +19,4 @@ def measured_change(problem: Problem, layer: Layer, error: Tensor) -> float:
         The change, the same in every process; NaN or infinity where the loss is not finite.
     """
     with weight_noise(layer, error):
-        share = mean_loss_share(problem.model, problem.batches, problem.loss)
-    loss = sum_over_processes(torch.tensor([share], dtype=torch.float64)).item()
-    return loss - problem.calibration.loss
+        return mean_loss(problem.model, problem.batches, problem.loss) - problem.calibration.loss

@@ -59,3 +59,24 @@ class Prediction:
     def usable(self) -> bool:
         """Whether the knapsack may choose the candidate."""
         return math.isfinite(self.loss_change)
+
+
+def predictions_of_kept(problem: Problem) -> dict[str, list[Prediction]]:
+    """Zeros for the layers that can only be kept."""
+    chosen = {layer.name for layer in layers_with_a_choice(problem)}
+    predictions = {}
+    for layer in problem.layers:
+        if layer.name not in chosen:
+            predictions[layer.name] = [Prediction(0.0) for _ in problem.candidates[layer.name]]
+            for _ in problem.candidates[layer.name]:
+                problem.advance()
+    return predictions
+
+
+def layers_with_a_choice(problem: Problem) -> list[Layer]:
+    """The layers that have a candidate beside keeping them."""
+
+    def is_change(candidate: Candidate) -> bool:
+        return candidate.kind != "kept"
+
+    return [layer for layer in problem.layers if any(map(is_change, problem.candidates[layer.name]))]

@@ -38,8 +38,11 @@ class CrossFit:
     @functools.cached_property
     def _folds(self) -> list[tuple[Whitening, KroneckerFactors]]:
         """Roots to fit with, and the curvature to judge by."""
-        assert self.statistics.curvature is not None
-        even, odd = self.statistics.halves or (self.statistics.curvature, self.statistics.curvature)
+        curvature = self.statistics.curvature
+        assert curvature is not None
+        if self.statistics.halves is None:
+            return [(Whitening.of(curvature), curvature)]
+        even, odd = self.statistics.halves
         return [(Whitening.of(even), odd), (Whitening.of(odd), even)]
 
     def changes(self, matrix: Tensor, largest: int) -> Tensor:

@@ -1,6 +1,7 @@
 """Which ranks are tried, and which are refused."""
 
 import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -114,12 +115,14 @@ def test_names_and_patterns():
     layers = find_layers(model())
     asked = {"block": (2, 4), "*.query": (3,), "conv": (1,)}
     assert ranks_by_layer(layers, asked) == {
-        "block.query": (3,),  # the later entry
+        "block.query": (2, 3, 4),  # what both entries ask
         "block.key": (2, 4),
         "block.value": (2, 4),
         "conv": (1,),
     }
     assert ranks_by_layer(layers, {"value": (5,)}) == {"block.value": (5,)}
+    tied = [replace(layer, tied=("head",)) if layer.name == "block.key" else layer for layer in layers]
+    assert ranks_by_layer(tied, {"head": (2,)}) == {"block.key": (2,)}  # any name of a shared weight will do
 
 
 REFUSED = {
