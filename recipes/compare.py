@@ -291,7 +291,7 @@ def draw(report: dict[str, Any], path: Path) -> None:
                     if len(changes) > position and predicted[position] is not None
                 ]
                 axes.plot(*zip(*pairs, strict=True), ".", markersize=4, label=f"{width} bits") if pairs else None
-            axes.axline((0, 0), slope=1, color="grey", linewidth=0.5)
+            axes.plot([0, 10], [0, 10], color="grey", linewidth=0.5)
             axes.set_xscale("symlog", linthresh=1e-5)
             axes.set_yscale("symlog", linthresh=1e-5)
             axes.set_title(f"{theory}, {model_name}", fontsize=8)
