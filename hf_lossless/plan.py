@@ -133,7 +133,7 @@ class LayerPlan(_Record):
 
     @property
     def multiplications_share(self) -> float | None:
-        """Multiplications of the layer's product over those of the dense `W x`; below 1 it saves time.
+        """Multiplications of the layer's product over those of the dense `W x`.
 
         `W x` is out in, `L (R x)` is rank (out + in), and a sum does both. None where the dense layer has none to save:
         it looks up rows.

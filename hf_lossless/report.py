@@ -14,6 +14,10 @@ from hf_lossless.knapsack import Frontier
 from hf_lossless.pipeline import CompressionResult
 from hf_lossless.plan import KEPT_BITS, CompressionPlan, LayerPlan, LowRank, Regime
 
+SAVES_TIME = 0.85
+"""Two products cost more than one of as many multiplications: in recipes/bench_low_rank.json factors took less time
+than the dense layer at 75 % of its multiplications, and more at 99 %."""
+
 
 def inspection(config: LosslessCheckpointConfig) -> dict[str, Any]:
     """A compressed checkpoint as JSON values: its layers, its size, its ratio.
@@ -21,9 +25,9 @@ def inspection(config: LosslessCheckpointConfig) -> dict[str, Any]:
     Returns:
         "layers": for each layer kind, bits (16 stands for floating point), group_size (None: the whole row), rank
         (None: not factorised), factor_bits (of L and of R), multiplications (over those of the dense layer; None for a
-        lookup, which has none), saves_time (whether they are fewer), cost_bytes, predicted_loss_change, regime (LoD's
-        verdict, with its signal-to-noise ratio and the bounds on a wrong sign); and "size_bytes", "original_bytes",
-        "ratio", "theory", "activations", "predicted_loss_change".
+        lookup, which has none), saves_time (whether they are below `SAVES_TIME`), cost_bytes, predicted_loss_change,
+        regime (LoD's verdict, with its signal-to-noise ratio and the bounds on a wrong sign); and "size_bytes",
+        "original_bytes", "ratio", "theory", "activations", "predicted_loss_change".
     """
     plan = config.plan
     return {
@@ -46,7 +50,7 @@ def _layer(layer: LayerPlan) -> dict[str, Any]:
         "rank": layer.low_rank.rank if layer.low_rank is not None else None,
         "factor_bits": list(_factor_bits(layer.low_rank)) if layer.low_rank is not None else None,
         "multiplications": layer.multiplications_share,
-        "saves_time": layer.multiplications_share is not None and layer.multiplications_share < 1,
+        "saves_time": layer.multiplications_share is not None and layer.multiplications_share < SAVES_TIME,
         "cost_bytes": layer.cost_bytes,
         "predicted_loss_change": layer.predicted_loss_change,
         "regime": _regime(layer.regime) if layer.regime is not None else None,
@@ -71,8 +75,8 @@ def plan_table(plan: CompressionPlan) -> Table:
     """The plan, one line a layer; "predicted" is the predicted change of the loss.
 
     Where layers are factorised, "rank" is theirs with the widths of L and R (16: floating point), and "work" the
-    multiplications over those of the dense layer: below 100 % a low rank also saves time. Where LoD predicted, "regime"
-    says whether statistics or a measurement decided.
+    multiplications over those of the dense layer: below about 85 % a low rank also saves time. Where LoD predicted,
+    "regime" says whether statistics or a measurement decided.
     """
     table = Table(title=f"plan ({plan.theory}; activations: {plan.activations})")
     table.add_column("layer", overflow="fold")
