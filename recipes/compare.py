@@ -296,6 +296,8 @@ def draw(report: dict[str, Any], path: Path) -> None:
             axes.set_yscale("symlog", linthresh=1e-5)
             axes.set_title(f"{theory}, {model_name}", fontsize=8)
             axes.tick_params(labelsize=6)
+            axes.set_xticks([-0.1, -1e-3, 0, 1e-3, 0.1])
+            axes.minorticks_off()
     grid[0][0].legend(fontsize=6)
     figure.supxlabel("predicted change of the loss, one layer rounded")
     figure.supylabel("Kullback-Leibler divergence from the original, measured on test rows")
