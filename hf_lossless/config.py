@@ -18,8 +18,9 @@ from hf_lossless.errors import CheckpointError, ConfigurationError
 from hf_lossless.plan import KEPT_BITS, CompressionPlan, json_bytes
 
 QUANT_METHOD = "lossless"
-FORMAT_VERSION = 1
-"""Version of the layout on disk; raised when an older release could not read a newer folder."""
+FORMAT_VERSION = 2
+"""Version of the layout on disk; raised when an older release could not read a newer folder. 2 has low-rank factors; a
+folder of version 1 is one of version 2 without."""
 
 THEORIES = ("llc", "lod", "cet", "hawq", "curvature")
 

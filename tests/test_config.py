@@ -121,3 +121,9 @@ def test_activation_noise_is_llcs(theory):
         ConfigurationError, match=rf"activation_noise=True, but theory='{theory}' .* take theory=\"llc\""
     ):
         LosslessCompressionConfig(ratio=2, theory=theory, activation_noise=True)
+
+
+def test_the_first_format_is_still_read():
+    plan = {"theory": "llc", "layers": {}, "other_bytes": 1, "original_bytes": 2}
+    config = LosslessCheckpointConfig.from_dict({"quant_method": QUANT_METHOD, "format_version": 1, "plan": plan})
+    assert config.plan.other_bytes == 1 and LosslessCheckpointConfig.of(config.plan).format_version == FORMAT_VERSION
