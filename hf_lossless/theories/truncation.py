@@ -1,10 +1,11 @@
 """What it costs to cut a matrix to a rank, judged on other rows than those it was cut for.
 
 The SVD in the metric of some calibration rows leaves out the very directions that those rows do not excite. Judged on
-the same rows the cut looks better than it is, the more so the fewer the rows: on MiniLM, with 128 of them, a knapsack
-that believed them chose ranks where plain grids were better by 0.04 nats. So the cut is made for one half of the
-calibration batches and judged by the curvature of the other half, both ways round, and the mean of the two is taken.
-What the whole of the rows is then fitted to can only be better than what half of them was.
+the same rows the cut looks better than it is, the more so the fewer the rows: on MiniLM, with 128 of them at a ratio of
+8, the plan chosen so was predicted to cost 0.008 nats and cost 0.026 +- 0.007 on other rows. So the cut is made for one
+half of the calibration batches and judged by the curvature of the other half, both ways round, and the mean of the two
+is taken (predicted then: 0.011, and 0.020 +- 0.007 on the other rows). It errs on the safe side in one thing: what is
+stored is fitted to all rows, and not to half of them.
 
 With the components `W = sum_k l_k r_k' + E` of the SVD (E: what a partial SVD leaves), the error of rank r is
 `d = -(sum_{k>r} l_k r_k' + E)`, and for every r at once
