@@ -11,18 +11,21 @@ from accelerate.hooks import add_hook_to_module
 from torch import Tensor, nn
 
 from hf_lossless.candidates.low_rank import Factors
-from hf_lossless.candidates.uniform import quantise
+from hf_lossless.candidates.uniform import QuantisedMatrix, quantise
 from hf_lossless.errors import PlanError
 from hf_lossless.layers import Layer, kind_of
 from hf_lossless.modules.base import CompressedModule
 from hf_lossless.modules.low_rank import LOW_RANK, LowRankModule
 from hf_lossless.modules.packed import PACKED, PackedModule
 from hf_lossless.modules.tied import TIED
-from hf_lossless.plan import LayerPlan, LowRank
+from hf_lossless.plan import Grid, LayerPlan, LowRank
 
 
 def apply_plan(
-    model: nn.Module, layer_plans: Mapping[str, LayerPlan], factors: Mapping[str, Factors] = {}
+    model: nn.Module,
+    layer_plans: Mapping[str, LayerPlan],
+    factors: Mapping[str, Factors] = {},
+    quantised: Mapping[str, QuantisedMatrix] = {},
 ) -> nn.Module:
     """Replaces the planned layers, in place.
 
@@ -32,13 +35,15 @@ def apply_plan(
         factors: The factors of the layers that are planned as "low_rank" or "sum", of the planned rank, by layer name.
             They are put on the planned grids here; where there is none, they take the dtype of the layer's weight. On
             meta they are not needed.
+        quantised: Codes of the layers that are planned with the rounding "feedback", which needs the calibration data
+            (see `candidates.settle`), by layer name. All others are rounded here. On meta they are not needed.
 
     Returns:
         The model.
 
     Raises:
-        PlanError: A layer is not in the model, cannot be compressed, or not in the planned way, or its factors are
-            missing or of another shape; nothing has been replaced then.
+        PlanError: A layer is not in the model, cannot be compressed, or not in the planned way, or its factors or codes
+            are missing or do not fit; nothing has been replaced then.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(8, 8, bias=False))
@@ -50,7 +55,7 @@ def apply_plan(
     """
     layers = {name: resolve(model, name, layer_plan) for name, layer_plan in layer_plans.items()}
     replacements = [
-        (layers[name], _compressed(layers[name], layer_plan, factors.get(name)))
+        (layers[name], _compressed(layers[name], layer_plan, factors.get(name), quantised.get(name)))
         for name, layer_plan in layer_plans.items()
         if layer_plan.kind != "kept"
     ]
@@ -59,12 +64,18 @@ def apply_plan(
     return model
 
 
-def _compressed(layer: Layer, layer_plan: LayerPlan, factors: Factors | None) -> CompressedModule:
+def _compressed(
+    layer: Layer, layer_plan: LayerPlan, factors: Factors | None, quantised: QuantisedMatrix | None
+) -> CompressedModule:
     if layer_plan.low_rank is not None:
         return _factorised(layer, layer_plan, layer_plan.low_rank, factors)
     assert layer_plan.grid is not None
     packed = PACKED[layer.kind](layer, layer_plan.grid)
-    if not layer.weight.is_meta:
+    if layer.weight.is_meta:
+        return packed
+    if layer_plan.grid.rounding == "feedback":
+        packed.store(_checked_codes(quantised, layer, layer_plan.grid))
+    else:
         _store(packed, layer.matrix, layer)
     return packed
 
@@ -117,6 +128,21 @@ def _refuse_misfit(layer: Layer, layer_plan: LayerPlan, low_rank: LowRank) -> No
             f"the plan gives layer {layer.name!r} {list(shape)} the rank {low_rank.rank}, which saves nothing: its "
             f"factors hold as many numbers as its weight or more. Plan a rank below {most:.4g}, or a grid."
         )
+
+
+def _checked_codes(quantised: QuantisedMatrix | None, layer: Layer, grid: Grid) -> QuantisedMatrix:
+    """The codes, where there are any and they are of this layer and this grid."""
+    if quantised is None:
+        raise PlanError(
+            f"the plan rounds layer {layer.name!r} by feedback, which needs the calibration data, but its codes were "
+            f"not given. Give them: apply_plan(model, layer_plans, quantised={{{layer.name!r}: ...}}), see settle()."
+        )
+    if quantised.grid != grid or quantised.codes.shape != layer.matrix.shape:
+        raise PlanError(
+            f"the codes of layer {layer.name!r} are a matrix {list(quantised.codes.shape)} on {quantised.grid}, the "
+            f"plan needs {list(layer.matrix.shape)} on {grid}. Settle them for this plan."
+        )
+    return quantised
 
 
 def _checked(factors: Factors | None, layer: Layer, low_rank: LowRank) -> Factors:

@@ -49,7 +49,9 @@ def compress(
     out: Annotated[Path, typer.Option("--out", help="The folder to write; must not exist, or be empty.")],
     task: _TaskName = None,
     split: _Split = None,
-    theory: Annotated[str, typer.Option(help=f"What predicts the change of the loss: {', '.join(THEORIES)}.")] = "llc",
+    theory: Annotated[
+        str, typer.Option(help=f"What predicts the change of the loss: {', '.join(THEORIES)}.")
+    ] = "curvature",
     ratio: Annotated[float | None, typer.Option(help="Target: at least so many times smaller.")] = None,
     max_bytes: Annotated[int | None, typer.Option(help="Target: at most so many bytes.")] = None,
     loss_budget: Annotated[float | None, typer.Option(help="Target: predicted rise of the loss, at most.")] = None,

@@ -66,7 +66,7 @@ class LosslessCompressionConfig(QuantizationConfigMixin):
     Example:
         >>> config = LosslessCompressionConfig(dataset=[{"text": "good", "label": 1}], ratio=8)
         >>> config.theory, config.bits
-        ('llc', (2, 3, 4, 8, 16))
+        ('curvature', (2, 3, 4, 8, 16))
     """
 
     def __init__(
@@ -76,7 +76,7 @@ class LosslessCompressionConfig(QuantizationConfigMixin):
         ratio: float | None = None,
         max_bytes: int | None = None,
         loss_budget: float | None = None,
-        theory: str = "llc",
+        theory: str = "curvature",
         activation_noise: bool = False,
         bits: Iterable[int] = (2, 3, 4, 8, KEPT_BITS),
         group_size: int | None = 64,

@@ -1,6 +1,6 @@
 """`compress`: from a model and its data to a compressed model, one straight line.
 
-calibrate -> propose -> predict -> frontier -> choose -> apply
+calibrate -> propose -> predict -> plan (frontier, target, settle, check) -> apply -> correct
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -12,20 +12,20 @@ from tqdm.auto import tqdm
 
 from hf_lossless import knapsack
 from hf_lossless.apply import apply_plan
+from hf_lossless.batch_norms import batch_norms, follow, input_moments
+from hf_lossless.biases import bias_corrections, correct_biases
 from hf_lossless.calibration.loss import Batch, LossFunction, batch_loss
-from hf_lossless.calibration.perturbation import mean_loss
+from hf_lossless.calibration.perturbation import loss_change
 from hf_lossless.calibration.processes import own_share, process_state, same_in_every_process
 from hf_lossless.calibration.statistics import Calibration, calibrate
-from hf_lossless.candidates.low_rank import Factors
 from hf_lossless.candidates.menu import Truncation, menu
-from hf_lossless.candidates.proposal import Candidate
 from hf_lossless.candidates.ranks import ranks_by_layer
 from hf_lossless.config import LosslessCheckpointConfig, LosslessCompressionConfig
-from hf_lossless.errors import CalibrationError, ConfigurationError, DataError
+from hf_lossless.errors import ConfigurationError, DataError
 from hf_lossless.layers import Layer, find_layers
 from hf_lossless.modules.base import CompressedModule
-from hf_lossless.plan import CompressionPlan, LayerPlan
-from hf_lossless.target import choose_plan
+from hf_lossless.plan import CompressionPlan
+from hf_lossless.planning import Planner
 from hf_lossless.theories import cet, curvature, hawq, llc, lod
 from hf_lossless.theories.problem import Prediction, Problem
 
@@ -120,7 +120,6 @@ def compress(
     theory = _THEORIES[config.theory]
     layers = _layers_to_compress(model, config)
     present_bytes = tensor_bytes(model)
-    other_bytes = present_bytes - sum(layer.weight.nbytes for layer in layers)
     ranks = ranks_by_layer(layers, config.ranks)
     with _evaluation_mode(model):
         with _progress(len(own_share(batches)), "calibrating") as advance:
@@ -135,41 +134,35 @@ def compress(
             )
         candidates = menu(layers, calibration, config, ranks, theory.truncation, by_derivatives=theory.by_derivatives)
         with _progress(sum(map(len, candidates.values())), "predicting") as advance:
-            predictions = theory.predict(
-                Problem(
-                    model,
-                    batches,
-                    loss,
-                    layers,
-                    calibration,
-                    candidates,
-                    seed=config.seed,
-                    activation_noise=config.activation_noise,
-                    advance=advance,
-                )
+            problem = Problem(
+                model,
+                batches,
+                loss,
+                layers,
+                calibration,
+                candidates,
+                seed=config.seed,
+                activation_noise=config.activation_noise,
+                advance=advance,
             )
-    options = {layer.name: _options(layer, candidates[layer.name], predictions[layer.name]) for layer in layers}
-    frontier = knapsack.frontier(
-        costs=[[option.plan.cost_bytes for option in group] for group in options.values()],
-        losses=[[option.plan.predicted_loss_change for option in group] for group in options.values()],
-    )
-
-    def plan_at(point: int) -> CompressionPlan:
-        chosen = zip(options.items(), frontier.choices(point), strict=True)
-        return CompressionPlan(
-            theory=config.theory,
-            layers={name: group[choice].plan for (name, group), choice in chosen},
-            other_bytes=other_bytes,
+            predictions = theory.predict(problem)
+        planner = Planner(
+            problem,
+            config,
+            other_bytes=present_bytes - sum(layer.weight.nbytes for layer in layers),
             original_bytes=present_bytes if original_bytes is None else original_bytes,
-            activation_noise=config.activation_noise,
         )
-
-    plan = choose_plan(frontier, plan_at, config)
-    apply_plan(model, plan.layers, _factors(plan, options))
+        planned = planner.plan(predictions, checked=theory.by_derivatives)
+        moments = input_moments(model, batches, loss) if batch_norms(model) else None
+    corrections = bias_corrections(model, layers, calibration, planned.error)
+    apply_plan(model, planned.plan.layers, planned.factors, planned.quantised)
+    correct_biases(model, corrections)
     model.eval()
-    size_bytes = LosslessCheckpointConfig.of(plan).size_bytes
-    measured = mean_loss(model, batches, loss) - calibration.loss
-    return CompressionResult(model, plan, frontier, calibration.without_tensors(), size_bytes, measured)
+    if moments is not None:
+        follow(model, batches, loss, moments)
+    size_bytes = LosslessCheckpointConfig.of(planned.plan).size_bytes
+    measured = loss_change(model, batches, loss, calibration.batch_losses).mean
+    return CompressionResult(model, planned.plan, planned.frontier, calibration.without_tensors(), size_bytes, measured)
 
 
 def tensor_bytes(model: nn.Module) -> int:
@@ -213,47 +206,6 @@ def _head_modules(model: nn.Module) -> list[str]:
             "Name the head in modules_to_not_convert instead."
         )
     return [] if base is model else [name for name, child in children if child is not base]
-
-
-@dataclass(frozen=True)
-class _Option:
-    """What the knapsack may choose for a layer, and the values of its factors."""
-
-    plan: LayerPlan
-    factors: Factors | None
-
-
-def _options(layer: Layer, candidates: list[Candidate], predictions: list[Prediction]) -> list[_Option]:
-    """What the knapsack may choose from; a candidate that the theory refuses is none of it."""
-    options = []
-    for candidate, prediction in zip(candidates, predictions, strict=True):
-        if prediction.usable:
-            layer_plan = LayerPlan(
-                kind=candidate.kind,
-                grid=candidate.grid,
-                low_rank=candidate.low_rank,
-                cost_bytes=candidate.cost_bytes,
-                predicted_loss_change=float(f"{prediction.loss_change:.4g}"),  # what follows is noise, and costs bytes
-                regime=prediction.regime,
-                tied=layer.tied,
-            )
-            options.append(_Option(layer_plan, candidate.factors))
-    if not options:
-        widths = [candidate.grid.bits for candidate in candidates if candidate.grid is not None]
-        raise CalibrationError(
-            f"layer {layer.name!r} can be stored in no way: at each of {widths} bits the loss is not finite, or the "
-            "theory refuses. Add wider widths (16 keeps a layer), or keep this layer out with modules_to_not_convert."
-        )
-    return options
-
-
-def _factors(plan: CompressionPlan, options: dict[str, list[_Option]]) -> dict[str, Factors]:
-    """The values of the factors that a plan chose."""
-    chosen = {
-        name: next(option.factors for option in options[name] if option.plan == layer_plan)
-        for name, layer_plan in plan.layers.items()
-    }
-    return {name: factors for name, factors in chosen.items() if factors is not None}
 
 
 @contextmanager

@@ -17,7 +17,7 @@ from hf_lossless.errors import PlanError
 KEPT_BITS = 16
 """The width that stands for "keep this layer as it came, in its own dtype"."""
 
-Rounding = Literal["nearest", "down", "up"]
+Rounding = Literal["nearest", "down", "up", "feedback"]
 LayerPlanKind = Literal["kept", "grid", "low_rank", "sum"]
 
 
@@ -35,7 +35,8 @@ class Grid(_Record):
         group_size: Consecutive inputs of one output row that share a scale; None: the whole row (per output channel).
         symmetric: True: `zero` is the constant 2^(bits-1) (1 bit: 1/2, so that the two levels are +-scale/2).
             False: one `zero` per group is stored beside the scale.
-        rounding: How a weight goes to its level; "down" and "up" are the directions of LLC Eq. 7.
+        rounding: How a weight goes to its level; "down" and "up" are the directions of LLC Eq. 7, "feedback" is
+            `candidates.feedback`, which needs the calibration data.
         scale_dtype: How scales and zeros are stored; float32 only where float16 would lose them.
     """
 

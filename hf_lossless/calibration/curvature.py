@@ -26,7 +26,7 @@ layers used at many positions the "expand" setting of Eschenhagen et al. 2023 (a
 
 import copy
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -54,11 +54,13 @@ class KroneckerFactors:
         rows: R, [out, out] or the diagonal [out], float32.
         columns: C, [in, in] or the diagonal [in], float32.
         scale: Mean second derivative of the mean loss with respect to one weight.
+        mean_input: Mean of the inputs x_t, [in], in their own unit; None where they are one-hot or in groups.
     """
 
     rows: Tensor
     columns: Tensor
     scale: float
+    mean_input: Tensor | None = None
 
     def damped(self, share: float) -> "KroneckerFactors":
         """The factors with `share` of their mean diagonal added to it, so that they are positive definite.
@@ -70,7 +72,7 @@ class KroneckerFactors:
             >>> KroneckerFactors(torch.tensor([2.0, 0.0]), torch.zeros(2), scale=1.0).damped(0.5).rows
             tensor([2.5000, 0.5000])
         """
-        return KroneckerFactors(_damped(self.rows, share), _damped(self.columns, share), self.scale)
+        return replace(self, rows=_damped(self.rows, share), columns=_damped(self.columns, share))
 
 
 def second_order_change(error: Tensor, curvature: KroneckerFactors) -> float:
@@ -113,16 +115,18 @@ class _Sums:
     Attributes:
         rows: Sum of r r' for the vector r on the side of the rows, [out, out], or of its squares, [out].
         columns: The same for each group's vector on the side of the columns, [groups, in, in] or [groups, in].
+        inputs: Sum of each group's vectors on the side of the columns, [groups, in].
         positions: How many there are, [1], float64.
     """
 
     rows: Tensor
     columns: Tensor
+    inputs: Tensor
     positions: Tensor
 
     @property
-    def parts(self) -> tuple[Tensor, Tensor, Tensor]:
-        return self.rows, self.columns, self.positions
+    def parts(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        return self.rows, self.columns, self.inputs, self.positions
 
 
 class CurvatureSums:
@@ -162,6 +166,7 @@ class CurvatureSums:
         return _Sums(
             torch.zeros(rows, device=self.device),
             torch.zeros((self.groups, *columns), device=self.device),
+            torch.zeros((self.groups, num_columns), device=self.device),
             torch.zeros(1, dtype=torch.float64, device=self.device),
         )
 
@@ -200,6 +205,7 @@ class CurvatureSums:
         else:
             self.products.rows += gradients.square().sum(0)
         _add_columns(self.products.columns, inputs.float())
+        self.products.inputs += inputs.float().sum(2)
         self.products.positions += len(gradients)
 
     def over_processes(self) -> "CurvatureSums":
@@ -238,7 +244,12 @@ class CurvatureSums:
             diagonal = rows if rows.ndim == 1 else rows.diagonal()
             diagonal += weights[0] * terms[0].rows
             columns = weights[0] * terms[0].columns + weights[1] * terms[1].columns
-        return KroneckerFactors(rows, columns, scale)
+        return KroneckerFactors(rows, columns, scale, self._mean_input())
+
+    def _mean_input(self) -> Tensor | None:
+        if self.products is None or self.lookups is not None or self.groups > 1:
+            return None
+        return (self.products.inputs[0] / self.products.positions.clamp(min=1)).float()
 
 
 def _factors(sums: _Sums, row_weight: float) -> KroneckerFactors:

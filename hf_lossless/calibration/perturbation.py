@@ -4,9 +4,9 @@ Noise is drawn from generators that are seeded by what is perturbed and by which
 how the batches are spread over processes.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -48,6 +48,43 @@ def mean_loss(model: nn.Module, batches: list[Batch], loss: LossFunction) -> flo
     """The mean loss over all examples, the same in every process. One forward pass."""
     share = torch.tensor([mean_loss_share(model, batches, loss)], dtype=torch.float64)
     return sum_over_processes(share).item()
+
+
+class LossChange(NamedTuple):
+    """A change of the mean loss over all examples, and its standard error.
+
+    The error is that of a mean over batches, which differ by what rows they have; 0 where there is one batch only.
+    """
+
+    mean: float
+    standard_error: float
+
+
+def loss_change(
+    model: nn.Module, batches: list[Batch], loss: LossFunction, batch_losses: Sequence[float]
+) -> LossChange:
+    """How the mean loss has changed since each batch had the loss in `batch_losses`; one forward pass.
+
+    Args:
+        model: In evaluation mode.
+        batches: All batches, the same list in every process.
+        loss: Mean loss of a batch.
+        batch_losses: Of the model as it was.
+
+    Returns:
+        The same in every process; NaN or infinity where the loss is not finite.
+    """
+    device = model_device(model)
+    now = torch.zeros(len(batches), dtype=torch.float64)
+    with torch.no_grad():
+        for index, batch in own_share(batches):
+            now[index] = loss(model, to_device(batch, device))
+    changes = sum_over_processes(now) - torch.tensor(batch_losses, dtype=torch.float64)
+    weights = torch.tensor([num_examples(batch) for batch in batches], dtype=torch.float64)
+    weights /= weights.sum()
+    mean = weights @ changes
+    spread = (weights * (changes - mean)).square().sum() * len(batches) / max(len(batches) - 1, 1)
+    return LossChange(mean.item(), spread.sqrt().item())
 
 
 @contextmanager

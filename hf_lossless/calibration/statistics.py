@@ -89,11 +89,13 @@ class Calibration:
         layers: Statistics by layer name.
         loss: Mean loss over all examples, the f(M) of LLC Algorithm 1.
         num_examples: Examples seen, over all processes.
+        batch_losses: Mean loss of each batch.
     """
 
     layers: dict[str, LayerStatistics]
     loss: float
     num_examples: int
+    batch_losses: tuple[float, ...] = ()
 
     def without_tensors(self) -> "Calibration":
         """The same without gradients and curvature: a few numbers for each layer, fit to be kept with the model."""
@@ -177,7 +179,7 @@ def calibrate(
     total_examples = sum(num_examples(batch) for batch in batches)
     sums = {layer.name: _Sums() for layer in layers}
     halves = HalvedCurvature(model, layers if curvature else [], batches)
-    total_loss = torch.zeros(1, dtype=torch.float64)
+    batch_losses = torch.zeros(len(batches), dtype=torch.float64)
     with torch.enable_grad(), _only_gradients_of(model, layers), _watched(model, layers, sums, halves):
         with failing_together():
             for index, batch in own_share(batches):
@@ -186,7 +188,7 @@ def calibrate(
                 _check(value, index, len(batches))
                 share = num_examples(batch) / total_examples
                 (value * share).backward()  # type: ignore[no-untyped-call]
-                total_loss += share * value.detach().double().cpu()
+                batch_losses[index] = value.detach()
                 del value  # and with it the graph, whose hooks hold the layers' inputs
                 advance()
         weight_gradients = {layer.name: sum_over_processes(_dense_gradient(layer.weight)) for layer in layers}
@@ -206,7 +208,9 @@ def calibrate(
             gradient=as_matrix(gradient, layer.kind).float() if gradients else None,
             **halves.curvature_of(layer.name),
         )
-    return Calibration(statistics, sum_over_processes(total_loss).item(), total_examples)
+    losses = sum_over_processes(batch_losses).tolist()
+    mean = sum(value * num_examples(batch) for value, batch in zip(losses, batches, strict=True)) / total_examples
+    return Calibration(statistics, mean, total_examples, tuple(losses))
 
 
 def _check(loss: Tensor, index: int, num_batches: int) -> None:

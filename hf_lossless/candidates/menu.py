@@ -39,8 +39,9 @@ def menu(
             argmax or `no_grad`) can then only be kept: a change of it is not seen, and may be anything.
 
     Returns:
-        For each layer its widths, its ranks and its sums. The factors of all ranks are views of one factorisation,
-        which takes at most twice the memory of the weight in float32; "descent" makes them anew for each rank.
+        For each layer its widths, for "metric" each rounded to nearest and by feedback, its ranks and its sums. The
+        factors of all ranks are views of one factorisation, which takes at most twice the memory of the weight in
+        float32; "descent" makes them anew for each rank.
 
     Raises:
         CalibrationError: A weight holds NaN or infinity.
@@ -51,12 +52,22 @@ def menu(
         if by_derivatives and statistics.weight_gradient.is_zero:
             return [Candidate(None, layer.weight.nbytes)]
         widths = propose(layer, statistics, config.bits, config.group_size, config.symmetric)
+        candidates = [*widths, *_with_feedback(widths)] if truncation == "metric" else widths
         tried = ranks.get(layer.name)
         if tried is None or not statistics.calls:
-            return widths
-        return [*widths, *_with_factors(layer, statistics, widths, tried, config, truncation)]
+            return candidates
+        return [*candidates, *_with_factors(layer, statistics, widths, tried, config, truncation)]
 
     return for_each_layer(of_layer, layers)
+
+
+def _with_feedback(widths: list[Candidate]) -> list[Candidate]:
+    """The same grids again, of the same bytes, for weights that are rounded in the metric of the loss."""
+    return [
+        Candidate(width.grid.model_copy(update={"rounding": "feedback"}), width.cost_bytes)
+        for width in widths
+        if width.grid is not None
+    ]
 
 
 def _with_factors(

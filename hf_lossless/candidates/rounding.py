@@ -33,14 +33,14 @@ def round_positions(positions: Tensor, rounding: Rounding, scales: Tensor) -> Te
 
     Args:
         positions: `x / scale + zero`, any shape.
-        rounding: "nearest", or the direction in which the *value* may move (the other way by 2^-10 steps at most).
-            Where a scale is negative a larger code is a smaller value, so the direction of the code turns round.
+        rounding: "nearest" or "feedback", or the direction in which the *value* may move (the other way by 2^-10 steps
+            at most). Where a scale is negative a larger code is a smaller value, and the code's direction turns round.
         scales: Broadcastable to `positions`.
 
     Returns:
         Whole numbers, in the dtype of `positions`, not clamped.
     """
-    if rounding == "nearest":
+    if rounding in ("nearest", "feedback"):  # feedback rounds to nearest what the errors before have moved
         return positions.round()
     code_goes_down = (scales >= 0) if rounding == "down" else (scales < 0)
     return torch.where(code_goes_down, (positions + _ON_A_LEVEL).floor(), (positions - _ON_A_LEVEL).ceil())

@@ -3,12 +3,14 @@
     W[o, i] ~ scale[o, g] * (code[o, i] - zero[o, g]),      g = i // group_size
 
 Among a few ranges for each group (the whole range, and the Laplace and Gauss ranges of ACIQ, see `clipping`) the one
-with the least squared error is taken. A symmetric scale may be negative: a grid of 2^b levels around zero has one more
-level on one side, and the sign gives it to the side that reaches further.
+with the least squared error is taken; where the columns have weights, the one with the least weighted error among these
+and a ladder of shares of the whole range. A symmetric scale may be negative: a grid of 2^b levels around zero has one
+more level on one side, and the sign gives it to the side that reaches further.
 """
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import chain, repeat
 
 import torch
 from torch import Tensor
@@ -17,6 +19,9 @@ from hf_lossless.candidates.clipping import gaussian_clip, laplace_clip
 from hf_lossless.candidates.rounding import round_positions
 from hf_lossless.packing import packed_width
 from hf_lossless.plan import Grid
+
+_LADDER = tuple(step / 20 for step in range(6, 20))
+"""Shares of the whole range that are tried where columns have weights."""
 
 _HALF_SMALLEST_NORMAL = 2.0**-14
 _HALF_LARGEST = 65504.0
@@ -41,12 +46,13 @@ class QuantisedMatrix:
     grid: Grid
 
 
-def quantise(matrix: Tensor, grid: Grid) -> QuantisedMatrix:
-    """Puts a matrix on a grid.
+def quantise(matrix: Tensor, grid: Grid, column_weights: Tensor | None = None) -> QuantisedMatrix:
+    """Puts a matrix on a grid, each weight by itself.
 
     Args:
         matrix: [out, in], finite, of any floating dtype.
         grid: What to use; its `scale_dtype` is found here and not read.
+        column_weights: What a squared error counts in each column, [in]; None: the same in all.
 
     Returns:
         Codes, scales, zeros. `dequantise` of them is within half a step (one step for one-sided rounding) of every
@@ -60,7 +66,11 @@ def quantise(matrix: Tensor, grid: Grid) -> QuantisedMatrix:
     """
     matrix = matrix.detach().float()
     blocks = list(_group_blocks(matrix, grid))
-    ranges = [_best_range(block, grid) for block in blocks]
+    if column_weights is None:
+        ranges = [_best_range(block, grid, None) for block in blocks]
+    else:
+        weights = _group_blocks(column_weights.float()[None], grid)
+        ranges = [_best_range(*pair) for pair in zip(blocks, repeat(grid), weights)]
     scales = torch.cat([scale for scale, _ in ranges], dim=1)
     zeros = None if grid.symmetric else torch.cat([zero for _, zero in ranges], dim=1)
     scale_dtype = _scale_dtype(scales, zeros)
@@ -85,7 +95,7 @@ def dequantise(codes: Tensor, scales: Tensor, zeros: Tensor | None, grid: Grid) 
     # In place, group by group: spreading the scales over all weights first would be one more pass over a matrix.
     for block in _group_blocks(values, grid):
         groups = slice(start, start := start + block.shape[1])
-        block -= _symmetric_zero(grid) if zeros is None else zeros[:, groups, None].float()
+        block -= symmetric_zero(grid) if zeros is None else zeros[:, groups, None].float()
         block *= scales[:, groups, None].float()
     return values
 
@@ -141,17 +151,18 @@ def _group_blocks(matrix: Tensor, grid: Grid) -> Iterable[Tensor]:
         yield matrix[:, full:].unsqueeze(1)
 
 
-def _best_range(block: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
-    """Scale and zero [out, groups] with the least squared error among the ranges tried."""
+def _best_range(block: Tensor, grid: Grid, weights: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Scale and zero [out, groups] with the least squared error, or weighted error, among the ranges tried."""
     # In units of a power of two near the largest weight: squares of huge or tiny weights would leave float32.
     largest = torch.frexp(block.abs().amax(-1))
     unit = torch.ldexp(torch.ones_like(largest.mantissa), largest.exponent - 1)
     block = block / unit[..., None]
     best_scale = best_zero = torch.zeros(block.shape[:2], device=block.device)
     best_error = torch.full_like(best_scale, torch.inf)
-    for scale, zero in _ranges(block, grid):
+    for scale, zero in chain(_ranges(block, grid), () if weights is None else _shares(block, grid)):
         codes = _codes(block, scale[..., None], zero[..., None], grid)
-        error = (scale[..., None] * (codes - zero[..., None]) - block).square_().sum(-1)
+        squares = (scale[..., None] * (codes - zero[..., None]) - block).square_()
+        error = squares.sum(-1) if weights is None else squares.mul_(weights).sum(-1)
         better = error < best_error
         best_scale = torch.where(better, scale, best_scale)
         best_zero = torch.where(better, zero, best_zero)
@@ -165,11 +176,11 @@ def _ranges(block: Tensor, grid: Grid) -> Iterable[tuple[Tensor, Tensor]]:
     last_code = 2**grid.bits - 1
     if grid.symmetric:
         centre = torch.zeros_like(low)
-        zero = torch.full_like(low, _symmetric_zero(grid))
+        zero = torch.full_like(low, symmetric_zero(grid))
         reach = torch.maximum(-low, high)
         sign = torch.where(high > -low, -1.0, 1.0)  # the extra level is at code 0: scale * (0 - zero) < 0 for scale > 0
-        yield sign * reach / max(last_code - _symmetric_zero(grid), 0.5), zero
-        yield sign * reach / _symmetric_zero(grid), zero
+        yield sign * reach / max(last_code - symmetric_zero(grid), 0.5), zero
+        yield sign * reach / symmetric_zero(grid), zero
     else:
         centre = block.mean(-1)
         reach = torch.maximum(centre - low, high - centre)
@@ -190,6 +201,16 @@ def _ranges(block: Tensor, grid: Grid) -> Iterable[tuple[Tensor, Tensor]]:
             yield scale, (2**grid.bits - 1) / 2 - centre / _nonzero(scale)
 
 
+def _shares(block: Tensor, grid: Grid) -> Iterable[tuple[Tensor, Tensor]]:
+    """Shares of the whole range: pairs (scale, zero), each [out, groups]."""
+    whole_scale, whole_zero = next(iter(_ranges(block, grid)))
+    middle = whole_scale * ((2**grid.bits - 1) / 2 - whole_zero)
+    for share in _LADDER:
+        scale = whole_scale * share
+        zero = whole_zero if grid.symmetric else (2**grid.bits - 1) / 2 - middle / _nonzero(scale)
+        yield scale, zero
+
+
 def _codes(values: Tensor, scales: Tensor, zeros: Tensor | float, grid: Grid) -> Tensor:
     """Codes as floats; a group of zeros only has scale 0, and any code gives 0 back."""
     positions = values / _nonzero(scales)
@@ -197,12 +218,13 @@ def _codes(values: Tensor, scales: Tensor, zeros: Tensor | float, grid: Grid) ->
     return round_positions(positions, grid.rounding, scales).clamp_(0, 2**grid.bits - 1)
 
 
-def _symmetric_zero(grid: Grid) -> float:
+def symmetric_zero(grid: Grid) -> float:
+    """The code that stands for zero on a symmetric grid."""
     return 2.0 ** (grid.bits - 1) if grid.bits > 1 else 0.5
 
 
 def _zero_points(zeros: Tensor | None, in_features: int, grid: Grid) -> Tensor | float:
-    return _symmetric_zero(grid) if zeros is None else per_weight(zeros, in_features, grid)
+    return symmetric_zero(grid) if zeros is None else per_weight(zeros, in_features, grid)
 
 
 def _nonzero(scales: Tensor) -> Tensor:

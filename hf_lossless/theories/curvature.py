@@ -24,6 +24,7 @@ from hf_lossless.candidates.proposal import Candidate
 from hf_lossless.candidates.uniform import on_grid
 from hf_lossless.layers import Layer
 from hf_lossless.plan import Grid
+from hf_lossless.theories.fitted_rounding import feedback_changes
 from hf_lossless.theories.problem import Prediction, Problem
 from hf_lossless.theories.truncation import CrossFit, rounding_change
 
@@ -34,11 +35,12 @@ def predict(problem: Problem) -> dict[str, list[Prediction]]:
     Args:
         problem: With curvature in its statistics. Model and data are not used.
     """
-    changes = for_each_layer(lambda layer: _changes(problem, layer), problem.layers)
+    by_feedback = feedback_changes(problem)
+    changes = for_each_layer(lambda layer: _changes(problem, layer, by_feedback.get(layer.name, {})), problem.layers)
     return {name: [Prediction(change) for change in group] for name, group in changes.items()}
 
 
-def _changes(problem: Problem, layer: Layer) -> list[float]:
+def _changes(problem: Problem, layer: Layer, by_feedback: dict[Grid, float]) -> list[float]:
     statistics = problem.calibration.layers[layer.name]
     assert statistics.curvature is not None
     candidates = problem.candidates[layer.name]
@@ -50,6 +52,8 @@ def _changes(problem: Problem, layer: Layer) -> list[float]:
     for candidate in candidates:
         if candidate.kind == "kept":
             changes.append(0.0)
+        elif candidate.kind == "grid" and candidate.grid in by_feedback:
+            changes.append(by_feedback[candidate.grid])
         elif candidate.low_rank is None or candidate.factors is None:
             changes.append(second_order_change(candidate.error(layer.matrix), statistics.curvature))
         else:

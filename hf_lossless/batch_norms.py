@@ -1,0 +1,123 @@
+"""Batch norms after compression: their running statistics follow what the compressed layers really give them.
+
+A batch norm subtracts the mean and divides by the deviation that its input had in training; the rounded layers before
+it give another mean and deviation. For channel c, with the moments of the original's input and of the compressed
+model's on the SAME calibration rows,
+
+    running_mean_c += mean_compressed - mean_original,      running_var_c *= var_compressed / var_original
+
+The differences and ratios are paired: what these few rows have by chance falls out. The moments of the rows themselves
+in place of the running ones (what is often done) raised the loss of a ResNet at 2 bits from 0.019 to 0.20 nats above
+the original's, 128 rows and a last stage of one pixel being far too few; paired it went to 0.0175, and the divergence
+from 0.030 to 0.022.
+
+A norm sees what the norms before it, already corrected, leave: in each batch a norm is set before it is used, by the
+batches up to that one, so that one pass corrects them all in order.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from hf_lossless.calibration.loss import Batch, LossFunction, model_device, to_device
+
+LARGEST_CHANGE = 4.0
+"""A variance is multiplied by at most this and at least its inverse; a channel that is nearly constant has no ratio."""
+
+Moments = dict[tuple[str, int], Tensor]
+"""Sums of x and x^2 and their number, [3, channels] float64, by the norm's name and the batch's index."""
+
+
+def batch_norms(model: nn.Module) -> dict[str, _BatchNorm]:
+    """The batch norms with running statistics, by name."""
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, _BatchNorm) and module.running_mean is not None and module.running_var is not None
+    }
+
+
+def input_moments(model: nn.Module, batches: list[Batch], loss: LossFunction) -> Moments:
+    """What the norms of the original see; one forward pass over all batches, in every process.
+
+    Args:
+        model: In evaluation mode.
+        batches: All calibration batches.
+        loss: Runs the model on a batch.
+    """
+    found: Moments = {}
+
+    def add(name: str, index: int, values: Tensor) -> None:
+        found[name, index] = found.get((name, index), 0) + _sums(values)
+
+    _run(model, batches, loss, add)
+    return found
+
+
+def follow(model: nn.Module, batches: list[Batch], loss: LossFunction, original: Moments) -> None:
+    """Corrects the running statistics of a compressed model, in place; one forward pass over the batches.
+
+    Args:
+        model: The compressed model, in evaluation mode.
+        batches: The batches that `original` was made with, or the first of them.
+        loss: Runs the model on a batch.
+        original: The moments before compression.
+    """
+    norms = batch_norms(model)
+    before = {name: [part.clone() for part in _running(norm)] for name, norm in norms.items()}
+    now: dict[str, Tensor] = {}
+    then: dict[str, Tensor] = {}
+    seen: set[tuple[str, int]] = set()
+
+    def correct(name: str, index: int, values: Tensor) -> None:
+        now[name] = now.get(name, 0) + _sums(values)
+        if (name, index) not in seen:  # a norm that runs twice in a batch has both uses in its moments
+            then[name] = then.get(name, 0) + original[name, index]
+            seen.add((name, index))
+        mean, variance = _mean_and_variance(now[name])
+        old_mean, old_variance = _mean_and_variance(then[name])
+        ratio = torch.where(old_variance > 0, variance / old_variance, 1.0).clamp(1 / LARGEST_CHANGE, LARGEST_CHANGE)
+        running_mean, running_var = _running(norms[name])
+        running_mean.copy_(before[name][0] + (mean - old_mean))
+        running_var.copy_(before[name][1] * ratio)
+
+    _run(model, batches, loss, correct)
+
+
+def _run(model: nn.Module, batches: list[Batch], loss: LossFunction, use: Callable[[str, int, Tensor], None]) -> None:
+    """Calls `use(name, batch index, input)` before each call of a norm."""
+    device = model_device(model)
+    now = [0]
+    handles = []
+    for name, norm in batch_norms(model).items():
+
+        def hook(module: nn.Module, arguments: tuple[Any, ...], name: str = name) -> None:
+            use(name, now[0], arguments[0].detach())
+
+        handles.append(norm.register_forward_pre_hook(hook))
+    try:
+        with torch.no_grad():
+            for now[0], batch in enumerate(batches):
+                loss(model, to_device(batch, device))
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _running(norm: _BatchNorm) -> tuple[Tensor, Tensor]:
+    assert norm.running_mean is not None and norm.running_var is not None
+    return norm.running_mean, norm.running_var
+
+
+def _sums(values: Tensor) -> Tensor:
+    values = values.double().movedim(1, -1).flatten(0, -2)
+    return torch.stack([values.sum(0), values.square().sum(0), torch.full_like(values[0], len(values))])
+
+
+def _mean_and_variance(sums: Tensor) -> tuple[Tensor, Tensor]:
+    total, squares, count = sums
+    mean = total / count
+    return mean, (squares / count - mean**2).clamp(min=0)
