@@ -1,10 +1,11 @@
 """NVIDIA modelopt's auto_quantize, the nearest peer: gradient scores for each layer and width, and a linear program.
 
 It searches linear layers and convolutions; embeddings cannot be searched, and get one width beforehand. What it
-returns only behaves like a quantised model; `compress` then packs it, so that its bytes are real ones. Its own
-"effective bits" count no scales.
+returns only behaves like a quantised model; a copy is packed by its `compress`, so that the bytes are real ones. The
+copy gives the same scores, but its convolutions do not run. Its own "effective bits" count no scales.
 """
 
+import copy
 from functools import partial
 from typing import Any
 
@@ -48,13 +49,14 @@ def _auto_quantize(problem: PeerProblem, effective_bits: float, embedding_bits: 
             f"no choice of int4 and int8 meets {effective_bits} effective bits; convolutions are int8 only"
         )
     model.eval()
-    mtq.compress(model)
+    packed = copy.deepcopy(model)
+    mtq.compress(packed)
     note = (
         f"linear layers int4 (blocks of {_BLOCK}) or int8 per channel as it chose at {effective_bits} effective bits; "
         f"convolutions int8 (its only width for them); embeddings {embedding_bits} bits, which it cannot search"
     )
     # _amax: what the scale beside it was made of
-    return PeerModel(logits_of(model), stored_bytes(model, leave_out=("_amax",)), note)
+    return PeerModel(logits_of(model), stored_bytes(packed, leave_out=("_amax",)), note)
 
 
 def _embeddings(bits: int) -> dict[str, Any]:
@@ -72,5 +74,5 @@ METHODS = {
     f"modelopt auto_quantize, {effective_bits} bits, embeddings {embedding_bits} bits": partial(
         _auto_quantize, effective_bits=effective_bits, embedding_bits=embedding_bits
     )
-    for effective_bits, embedding_bits in ((4.0, 4), (4.5, 4), (5.0, 4), (6.0, 4), (6.0, 8), (8.0, 8))
+    for effective_bits, embedding_bits in ((4.1, 4), (4.5, 4), (5.0, 4), (6.0, 4), (6.0, 8), (8.0, 8))
 }

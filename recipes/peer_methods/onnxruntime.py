@@ -52,7 +52,7 @@ def _static_int8(problem: PeerProblem) -> PeerModel:
 
 
 def _blocks(problem: PeerProblem, bits: int, block_size: int, *, hqq: bool = False) -> PeerModel:
-    with package("onnxruntime"), package("onnx"):
+    with package("onnxruntime"), package("onnx"), package("onnx_ir"):
         from onnxruntime.quantization.matmul_nbits_quantizer import HQQWeightOnlyQuantConfig, MatMulNBitsQuantizer
     import onnx
 
