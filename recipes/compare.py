@@ -1,101 +1,76 @@
-"""Every theory on the same model, data, widths, groups and budgets. Writes compare.json and compare.png.
+"""Every theory, and with --peers every other tool, on the same model and rows. Writes compare.json, .md and .png.
 
-    python recipes/compare.py [--assets DIR] [--models NAME ...] [--theories NAME ...]
+    python recipes/compare.py [--assets DIR] [--models NAME ...] [--theories NAME ...] [--peers] [--update]
 
-For each theory: the predicted change of the loss of every layer at 2, 3, 4 and 8 bits (calibrated on rows of the
-validation split) against the change that is measured when that layer alone is rounded, on test rows; then the loss and
-metric on test rows of the plans it makes at ratios 6, 8 and 10; and the time of its predictions in forward-backward
-passes over the calibration rows, one of them timed in the same run. Ranks stay out: not every theory makes its own.
+1. **Predictions.** Every layer is rounded alone, to nearest, at 2, 3, 4 and 8 bits. A theory's prediction (calibrated on
+   128 rows of the validation split) stands against what is measured on 128 test rows: the change of the loss, and the
+   divergence of the predicted classes from the original's (KL). The loss of an over-confident model falls under noise
+   of any kind, the divergence shows what the noise did. The rank correlation says whether a theory orders layers
+   rightly; the slope is that of the least squares through zero of measured on predicted change. Both leave out what a
+   theory refuses.
+2. **Plans.** Each theory plans for ratios 4, 6, 8, 10 and 12, as `compress` does it with that theory, and is judged on
+   the whole test split (images: 4,000 rows). "curvature, ranks" may choose low-rank factors too. "cet, as printed" is
+   the allocation of CET's Algorithm 1 beside the knapsack that uses CET's predictions.
+3. **Planning time** in forward-backward passes over the calibration rows, timed in the same run.
+4. **Peers** (see peers.py): the same bytes, rows and figures. At a ratio stands the peer of the least divergence whose
+   own ratio is that or more.
 
-What is measured is the change of the loss, and the divergence of the predicted classes from the original's (KL): the
-loss of an over-confident model falls under noise of any kind, the divergence shows what the noise did. The rank
-correlation says whether a theory orders layers rightly at one width, and overall; the slope is that of the
-least squares through zero of measured on predicted change: 1 for a theory that has the size right, below 1 for one that
-fears too much. Both leave out what a theory refuses.
-
-CET's own allocation, as its Algorithm 1 prints it, is a row of its own beside the knapsack that uses CET's predictions.
+--update keeps what the present compare.json has of models, theories and peers that are not run again.
 """
 
 import argparse
 import copy
 import json
 import platform
-import statistics
 import time
 from pathlib import Path
 from typing import Any
 
-import datasets
 import numpy as np
 import torch
 import transformers
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from rich.console import Console
-from rich.table import Table
+from peer_methods.problem import Batch, PeerProblem, logits_of
+from peers import ASSETS, DATA, ROWS, compare_peers, figures, load, scores, time_of_pass, versions
 from scipy.stats import spearmanr
 from torch import Tensor
 from torch.nn.functional import nll_loss
-from transformers import PreTrainedModel
 
 import hf_lossless
-from hf_lossless import LosslessCompressionConfig, knapsack
+from hf_lossless import LosslessCompressionConfig, compress
 from hf_lossless.apply import apply_plan
-from hf_lossless.calibration.data import calibration_batches, make_batches
 from hf_lossless.calibration.loss import batch_loss
 from hf_lossless.calibration.perturbation import weight_noise
 from hf_lossless.calibration.statistics import calibrate
 from hf_lossless.candidates.menu import menu
-from hf_lossless.candidates.proposal import Candidate
+from hf_lossless.config import THEORIES
 from hf_lossless.errors import UnreachableTargetError
-from hf_lossless.evaluation import evaluate
 from hf_lossless.layers import find_layers
-from hf_lossless.pipeline import tensor_bytes
+from hf_lossless.pipeline import predictor
 from hf_lossless.plan import LayerPlan
-from hf_lossless.tasks.registry import task_of
-from hf_lossless.theories import cet, curvature, hawq, llc, lod
+from hf_lossless.theories import cet
 from hf_lossless.theories.cet_allocation import allocate
 from hf_lossless.theories.problem import Prediction, Problem
 
 _HERE = Path(__file__).resolve().parent
-_ASSETS = _HERE.parents[1] / "shared" / "assets"
-_THEORIES = {
-    "llc": llc.predict,
-    "lod": lod.predict,
-    "cet": cet.predict,
-    "hawq": hawq.predict,
-    "curvature": curvature.predict,
-}
 _WIDTHS = (2, 3, 4, 8)
-_RATIOS = (6, 8, 10)
-_ROWS = 128
+_RATIOS = (4, 6, 8, 10, 12)
 _MEASURED_ROWS = 128
-_DATA = {  # model: calibration rows, test rows, how many of those judge the plans
-    "minilm-sst2": ("minilm-sst2/validation.jsonl", "minilm-sst2/test.jsonl", None),
-    "resnet-fashion-mnist": ("fashion-mnist/validation.parquet", "fashion-mnist/test.parquet", 4000),
-    "vit-fashion-mnist": ("fashion-mnist/validation.parquet", "fashion-mnist/test.parquet", 4000),
-}
-
+_AS_PRINTED = "cet, as printed"
+_WITH_RANKS = "curvature, ranks"
+_PLANNERS = (*THEORIES, _WITH_RANKS, _AS_PRINTED)
 
 Measured = dict[str, dict[str, list[float]]]
 """By quantity ("loss", "kl") and layer name, one number for each candidate."""
 
 
-def measured_changes(problem: Problem, test_batches: list[Any]) -> Measured:
-    """What happens on the test rows when one layer alone is stored as each of its candidates.
-
-    "loss": the change of the mean loss; it may fall, for an over-confident model gains from any noise. "kl": the mean
-    Kullback-Leibler divergence of the predicted classes from the original's, which noise only raises.
-    """
+def measured_changes(problem: Problem, test_batches: list[Batch]) -> Measured:
+    """What happens on the test rows when one layer alone is stored as each of its candidates."""
     labels = torch.cat([batch["labels"] for batch in test_batches])
 
     def log_probabilities() -> Tensor:
-        with torch.no_grad():
-            logits = [
-                problem.model(**{key: value for key, value in batch.items() if key != "labels"}).logits
-                for batch in test_batches
-            ]
-        return torch.cat(logits).double().log_softmax(-1)
+        return scores(logits_of(problem.model), test_batches).double().log_softmax(-1)
 
     before = log_probabilities()
     measured: Measured = {"loss": {}, "kl": {}}
@@ -137,121 +112,125 @@ def _spearman(pairs: list[tuple[float, float]]) -> float | None:
     return round(float(spearmanr(pairs).statistic), 3)
 
 
-def bench_model(name: str, assets: Path, theories: list[str]) -> dict[str, Any]:
-    """All theories on one model."""
-    calibration_file, test_file, num_test_rows = _DATA[name]
-    text = name == "minilm-sst2"
-    auto = transformers.AutoModelForSequenceClassification if text else transformers.AutoModelForImageClassification
-    model: PreTrainedModel = auto.from_pretrained(assets / name).eval()
-    task = task_of(model)
-    processor = task.load_processor(str(assets / name))
-    config = LosslessCompressionConfig(dataset=str(assets / calibration_file), num_samples=_ROWS, ratio=6)
-    batches = calibration_batches(model, config)
-    kind = "json" if text else "parquet"
-    rows = datasets.load_dataset(kind, data_files=str(assets / test_file), split="train")
-    judged = rows if num_test_rows is None else rows.select(range(num_test_rows))
-    test_batches = list(make_batches(rows.select(range(_MEASURED_ROWS)), task, processor, model, 64))
+def bench_model(name: str, assets: Path, planners: list[str], peers: bool) -> dict[str, Any]:
+    """All theories on one model, and all peers."""
+    peer_problem, test_batches = load(name, assets)
+    pass_seconds = time_of_pass(peer_problem)
+    labels = torch.cat([batch["labels"] for batch in test_batches])
+    original = scores(logits_of(peer_problem.model), test_batches)
 
-    layers = find_layers(model)
-    calibrate(model, batches, layers, batch_loss)  # the first is slower
-    times = []
-    for _ in range(3):
-        start = time.perf_counter()
-        calibrate(model, batches, layers, batch_loss)
-        times.append(time.perf_counter() - start)
-    pass_seconds = statistics.median(times)
-    calibration = calibrate(model, batches, layers, batch_loss, gradients=True, curvature=True)
-    candidates = menu(layers, calibration, config, {}, "plain")
-    problem = Problem(model, batches, batch_loss, layers, calibration, candidates)
-    measured = measured_changes(problem, test_batches)
-    original = evaluate(model, judged, task, processor)
+    def judged(model: Any) -> dict[str, Any]:
+        return figures(original, scores(logits_of(model), test_batches), labels, peer_problem.task)
+
     report: dict[str, Any] = {
-        "test_rows": original.num_examples,
+        "test_rows": len(labels),
         "measured_rows": _MEASURED_ROWS,
-        "original": {"loss": original.loss, original.metric_name: original.metric},
-        "layers": len(layers),
+        "original": figures(original, original, labels, peer_problem.task),
+        "original_bytes": peer_problem.original_bytes,
         "forward_backward_seconds": round(pass_seconds, 3),
-        "measured": measured,
-        "theories": {},
+        "predictions": {},
+        "plans": {},
     }
-    if "cet" in theories:  # its spectra serve the predictions and the paper's own allocation
-        start = time.perf_counter()
-        cet_predictions, spectra = cet.examine(problem)
-        cet_seconds = time.perf_counter() - start
-        report["cet_layers_converged"] = sum(spectrum.converged for spectrum in spectra.values())
-    budgets = {ratio: int(tensor_bytes(model) / ratio) for ratio in _RATIOS}
-    other_bytes = tensor_bytes(model) - sum(layer.weight.nbytes for layer in layers)
-
-    def judge(choices: dict[str, int]) -> dict[str, Any]:
-        twin = copy.deepcopy(model)
-        chosen = {layer: candidates[layer][choice] for layer, choice in choices.items()}
-        apply_plan(twin, {layer: as_plan(candidate) for layer, candidate in chosen.items()})
-        found = evaluate(twin, judged, task, processor)
-        stored = other_bytes + sum(candidate.cost_bytes for candidate in chosen.values())
-        return {
-            "ratio": round(tensor_bytes(model) / stored, 3),
-            "loss_change": found.loss - original.loss,
-            "loss": found.loss,
-            found.metric_name: found.metric,
-        }
-
-    for theory in theories:
-        if theory == "cet":
-            predictions, seconds = cet_predictions, cet_seconds
-        else:
-            start = time.perf_counter()
-            predictions = _THEORIES[theory](problem)
-            seconds = time.perf_counter() - start
-        row: dict[str, Any] = {
-            "search_passes": round(seconds / pass_seconds, 1),
-            "loss": agreement(problem, predictions, measured["loss"]),
-            "kl": agreement(problem, predictions, measured["kl"]),
-            "plans": {},
-        }
-        for ratio, max_bytes in budgets.items():
-            choices = best_within(problem, predictions, max_bytes - other_bytes)
-            row["plans"][str(ratio)] = {"unreachable": True} if choices is None else judge(choices)
-        row["predicted"] = {
-            layer: [one.loss_change if one.usable else None for one in group] for layer, group in predictions.items()
-        }
-        report["theories"][theory] = row
-        print(name, theory, {key: value for key, value in row.items() if key != "predicted"}, flush=True)
-        if theory == "cet":
-            printed: dict[str, Any] = {"plans": {}}
-            for ratio, max_bytes in budgets.items():
-                choices = as_printed(problem, spectra, max_bytes - other_bytes)
-                printed["plans"][str(ratio)] = {"unreachable": True} if choices is None else judge(choices)
-            report["theories"]["cet, as printed"] = printed
-            print(name, "cet, as printed", printed, flush=True)
+    report |= bench_predictions(peer_problem, test_batches, planners, pass_seconds)
+    for planner in planners:
+        if planner == _AS_PRINTED:
+            continue
+        rows = report["plans"][planner] = {}
+        for ratio in _RATIOS:
+            rows[str(ratio)] = row = planned(peer_problem, planner, ratio, pass_seconds, judged)
+            print(name, planner, ratio, row, flush=True)
+    if _AS_PRINTED in planners:
+        report["plans"][_AS_PRINTED] = as_printed(peer_problem, judged)
+        print(name, _AS_PRINTED, report["plans"][_AS_PRINTED], flush=True)
+    if peers:
+        report["peers"] = compare_peers(peer_problem, test_batches, pass_seconds)["peers"]
     return report
 
 
-def as_plan(candidate: Candidate) -> LayerPlan:
-    """The record of a candidate, for `apply_plan`."""
-    return LayerPlan(
-        kind=candidate.kind, grid=candidate.grid, cost_bytes=candidate.cost_bytes, predicted_loss_change=0.0
-    )
+def bench_predictions(
+    peer_problem: PeerProblem, test_batches: list[Batch], planners: list[str], pass_seconds: float
+) -> dict[str, Any]:
+    """Part 1: what the theories predict for every layer rounded alone, and what is measured."""
+    problem = nearest_problem(peer_problem)
+    few = [
+        {name: values[: max(0, _MEASURED_ROWS - 64 * i)] for name, values in batch.items()}
+        for i, batch in enumerate(test_batches[:2])
+    ]
+    measured = measured_changes(problem, few)
+    rows = {}
+    for theory in (one for one in planners if one in THEORIES):
+        start = time.perf_counter()
+        predictions = predictor(theory)(problem)
+        rows[theory] = {
+            "passes": round((time.perf_counter() - start) / pass_seconds, 1),
+            "loss": agreement(problem, predictions, measured["loss"]),
+            "kl": agreement(problem, predictions, measured["kl"]),
+            "predicted": {
+                layer: [one.loss_change if one.usable else None for one in group]
+                for layer, group in predictions.items()
+            },
+        }
+        print(theory, {key: value for key, value in rows[theory].items() if key != "predicted"}, flush=True)
+    return {"layers": len(problem.layers), "measured": measured, "predictions": rows}
 
 
-def best_within(problem: Problem, predictions: dict[str, list[Prediction]], max_bytes: int) -> dict[str, int] | None:
-    """The knapsack's choice of candidates within these bytes of all layers; None where there is none."""
-    usable = {
-        name: [index for index, prediction in enumerate(group) if prediction.usable]
-        for name, group in predictions.items()
+def nearest_problem(peer_problem: PeerProblem) -> Problem:
+    """All layers of a model, each at every width, rounded to nearest."""
+    model, batches = peer_problem.model, peer_problem.batches
+    layers = find_layers(model)
+    calibration = calibrate(model, batches, layers, batch_loss, gradients=True, curvature=True)
+    config = LosslessCompressionConfig(ratio=6)
+    return Problem(model, batches, batch_loss, layers, calibration, menu(layers, calibration, config, {}, "plain"))
+
+
+def planned(peer_problem: PeerProblem, planner: str, ratio: float, pass_seconds: float, judged: Any) -> dict[str, Any]:
+    """Part 2: what `compress` makes of the model at a ratio."""
+    theory = "curvature" if planner == _WITH_RANKS else planner
+    ranks = "auto" if planner == _WITH_RANKS else None
+    start = time.perf_counter()
+    try:
+        config = LosslessCompressionConfig(theory=theory, ratio=ratio, ranks=ranks)
+        result = compress(peer_problem.copy(), peer_problem.batches, config)
+    except UnreachableTargetError as error:
+        return {"unreachable": str(error)}
+    return {
+        "ratio": round(result.ratio, 3),
+        "size_bytes": result.size_bytes,
+        **judged(result.model),
+        "predicted": result.plan.predicted_loss_change,
+        "passes": round((time.perf_counter() - start) / pass_seconds, 1),
     }
-    frontier = knapsack.frontier(
-        costs=[[problem.candidates[name][index].cost_bytes for index in indices] for name, indices in usable.items()],
-        losses=[[predictions[name][index].loss_change for index in indices] for name, indices in usable.items()],
-    )
-    point = frontier.within_bytes(max_bytes)
-    if point is None:
-        return None
-    chosen = zip(usable.items(), frontier.choices(point), strict=True)
-    return {name: indices[choice] for (name, indices), choice in chosen}
 
 
-def as_printed(problem: Problem, spectra: dict[str, cet.LayerSpectrum], max_bytes: int) -> dict[str, int] | None:
-    """The widths of CET's Algorithm 1 at the largest mean width that fits into these bytes."""
+def as_printed(peer_problem: PeerProblem, judged: Any) -> dict[str, Any]:
+    """The widths of CET's Algorithm 1, at the largest mean width that fits into each size."""
+    problem = nearest_problem(peer_problem)
+    _, spectra = cet.examine(problem)
+    other_bytes = peer_problem.original_bytes - sum(layer.weight.nbytes for layer in problem.layers)
+    rows = {}
+    for ratio in _RATIOS:
+        choices = largest_mean_width(problem, spectra, int(peer_problem.original_bytes / ratio) - other_bytes)
+        if choices is None:
+            rows[str(ratio)] = {"unreachable": "no mean width from 2 to 8 bits is small enough"}
+            continue
+        twin = peer_problem.copy()
+        chosen = {layer: problem.candidates[layer][choice] for layer, choice in choices.items()}
+        stored = other_bytes + sum(candidate.cost_bytes for candidate in chosen.values())
+        apply_plan(
+            twin,
+            {
+                layer: LayerPlan(kind=one.kind, grid=one.grid, cost_bytes=one.cost_bytes, predicted_loss_change=0.0)
+                for layer, one in chosen.items()
+            },
+        )
+        rows[str(ratio)] = {"ratio": round(peer_problem.original_bytes / stored, 3), **judged(twin)}
+    return rows
+
+
+def largest_mean_width(
+    problem: Problem, spectra: dict[str, cet.LayerSpectrum], max_bytes: int
+) -> dict[str, int] | None:
+    """The candidates of CET's allocation within these bytes of all layers; None where there are none."""
     best = None
     for sixteenths in range(2 * 16, 8 * 16 + 1):
         try:
@@ -270,69 +249,96 @@ def as_printed(problem: Problem, spectra: dict[str, cet.LayerSpectrum], max_byte
     return best
 
 
-def draw(report: dict[str, Any], path: Path) -> None:
-    """Measured divergence against predicted change for every theory (columns) and model (rows)."""
-    models = report["models"]
-    names = [theory for theory in _THEORIES if any(theory in model["theories"] for model in models.values())]
-    figure = Figure(figsize=(3 * len(names), 3 * len(models)), layout="constrained")
-    FigureCanvasAgg(figure)
-    grid = figure.subplots(len(models), len(names), squeeze=False, sharex=True, sharey=True)
-    for axes_of_model, (model_name, model) in zip(grid, models.items(), strict=True):
-        for axes, theory in zip(axes_of_model, names, strict=True):
-            row = model["theories"].get(theory)
-            if row is None:
-                continue
-            for position, width in enumerate(_WIDTHS):
-                pairs = [
-                    (predicted[position], changes[position])
-                    for predicted, changes in zip(
-                        row["predicted"].values(), model["measured"]["kl"].values(), strict=True
-                    )
-                    if len(changes) > position and predicted[position] is not None
-                ]
-                axes.plot(*zip(*pairs, strict=True), ".", markersize=4, label=f"{width} bits") if pairs else None
-            axes.plot([0, 10], [0, 10], color="grey", linewidth=0.5)
-            axes.set_xscale("symlog", linthresh=1e-5)
-            axes.set_yscale("symlog", linthresh=1e-5)
-            axes.set_title(f"{theory}, {model_name}", fontsize=8)
-            axes.tick_params(labelsize=6)
-            axes.set_xticks([-0.1, -1e-3, 0, 1e-3, 0.1])
-            axes.minorticks_off()
-    grid[0][0].legend(fontsize=6)
-    figure.supxlabel("predicted change of the loss, one layer rounded")
-    figure.supylabel("Kullback-Leibler divergence from the original, measured on test rows")
-    figure.savefig(path, dpi=110)
+def best_peer(rows: list[dict[str, Any]], ratio: float) -> dict[str, Any] | None:
+    """The peer of the least divergence among those that reach a ratio."""
+    reaching = [row for row in rows if row.get("ratio", 0) >= ratio]
+    return min(reaching, key=lambda row: row["kl"], default=None)
 
 
-def table(report: dict[str, Any]) -> Table:
-    """What a reader wants first."""
-    result = Table(
-        title="rank correlation and slope with measured loss / divergence; held-out loss change at each ratio"
-    )
-    for heading in ("model", "theory", "passes", *(f"{width} bits" for width in _WIDTHS), "slope"):
-        result.add_column(heading)
-    for ratio in _RATIOS:
-        result.add_column(f"{ratio}x")
+def markdown(report: dict[str, Any]) -> str:
+    """The tables of the README."""
+    lines = [
+        "| theory | rank correlation with the divergence, 2 / 3 / 4 / 8 bits | passes to predict |",
+        "|---|---|---|",
+    ]
     for name, model in report["models"].items():
-        for theory, row in model["theories"].items():
-            said = [row.get(quantity, {}) for quantity in ("loss", "kl")]
-            losses = [row["plans"][str(ratio)].get("loss_change") for ratio in _RATIOS]
-            result.add_row(
-                name,
-                theory,
-                str(row.get("search_passes", "")),
-                *(" / ".join(str(one.get("spearman", {}).get(str(width), "")) for one in said) for width in _WIDTHS),
-                " / ".join(str(one.get("slope", "")) for one in said),
-                *("out of reach" if loss is None else f"{loss:+.4f}" for loss in losses),
+        lines.append(f"| **{name}** | | |")
+        for theory, row in model["predictions"].items():
+            spearman = row["kl"]["spearman"]
+            correlations = " / ".join(
+                "-" if spearman[str(width)] is None else f"{spearman[str(width)]:.2f}" for width in _WIDTHS
             )
-    return result
+            lines.append(f"| {theory} | {correlations} | {row['passes']} |")
+    lines += ["", f"| planner | {' | '.join(f'{ratio}x' for ratio in _RATIOS)} | passes in all, at 8x |"]
+    lines.append("|---" * (len(_RATIOS) + 2) + "|")
+    for name, model in report["models"].items():
+        lines.append(f"| **{name}** |{' |' * (len(_RATIOS) + 1)}")
+        for planner, rows in model["plans"].items():
+            cells = [_cell(rows[str(ratio)]) for ratio in _RATIOS]
+            lines.append(f"| {planner} | {' | '.join(cells)} | {rows['8'].get('passes', '')} |")
+        if "peers" in model:
+            best = [best_peer(model["peers"], ratio) for ratio in _RATIOS]
+            cells = ["none" if row is None else f"{_cell(row)}, {row['peer']} ({row['ratio']:.2f}x)" for row in best]
+            lines.append(f"| best peer | {' | '.join(cells)} | |")
+    for name, model in report["models"].items():
+        if "peers" in model:
+            lines += [
+                "",
+                f"{name}:",
+                "",
+                "| peer | ratio | loss change | metric | flips | KL |",
+                "|---|---|---|---|---|---|",
+            ]
+            for row in model["peers"]:
+                if "unavailable" in row:
+                    lines.append(f"| {row['peer']} | | {row['unavailable']} | | | |")
+                else:
+                    lines.append(
+                        f"| {row['peer']} | {row['ratio']:.2f} | {row['loss_change']:+.4f} ± "
+                        f"{row['loss_change_se']:.4f} | {row['metric']:.4f} | {row['flips']} | {row['kl']:.5f} |"
+                    )
+    return "\n".join(lines) + "\n"
+
+
+def _cell(row: dict[str, Any]) -> str:
+    """Loss change, divergence and flips."""
+    if "unreachable" in row:
+        return "out of reach"
+    return f"{row['loss_change']:+.4f} ± {row['loss_change_se']:.4f}; {row['kl']:.2g}; {row['flips']}"
+
+
+def draw(report: dict[str, Any], path: Path) -> None:
+    """Divergence from the original against the ratio, for theories (lines) and peers (crosses), model by model."""
+    models = report["models"]
+    figure = Figure(figsize=(6 * len(models), 5), layout="constrained")
+    FigureCanvasAgg(figure)
+    for axes, (name, model) in zip(figure.subplots(1, len(models), squeeze=False)[0], models.items(), strict=True):
+        for planner, rows in model["plans"].items():
+            points = [(row["ratio"], row["kl"]) for row in rows.values() if "kl" in row]
+            if points:
+                bold = 2.5 if planner.startswith("curvature") else 1.0
+                axes.plot(*zip(*points, strict=True), ".-", label=planner, linewidth=bold)
+        for row in model.get("peers", []):
+            if "kl" in row:
+                axes.plot(row["ratio"], max(row["kl"], 1e-6), "x", color="black", markersize=4)
+        axes.plot([], [], "x", color="black", label="peers")
+        axes.set_yscale("log")
+        axes.set_title(f"{name}, {model['test_rows']:,} test rows")
+        axes.set_xlabel("ratio: bytes of the original over bytes of the compressed checkpoint")
+        axes.grid(alpha=0.3)
+    first = figure.axes[0]
+    first.set_ylabel("Kullback-Leibler divergence from the original, nats")
+    first.legend(fontsize=7)
+    figure.savefig(path, dpi=100)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--assets", type=Path, default=_ASSETS)
-    parser.add_argument("--models", nargs="*", default=list(_DATA))
-    parser.add_argument("--theories", nargs="*", default=list(_THEORIES))
+    parser.add_argument("--assets", type=Path, default=ASSETS)
+    parser.add_argument("--models", nargs="*", choices=list(DATA), default=list(DATA))
+    parser.add_argument("--theories", nargs="*", choices=_PLANNERS, default=list(_PLANNERS))
+    parser.add_argument("--peers", action="store_true", help="other tools too: pip install 'hf-lossless[peers]'")
+    parser.add_argument("--update", action="store_true", help="keep what is not run again")
     parser.add_argument("--out", type=Path, default=_HERE / "compare.json")
     arguments = parser.parse_args()
     if not arguments.assets.is_dir():
@@ -340,20 +346,25 @@ def main() -> None:
             f"{arguments.assets} is not there: the comparison needs its models and data. Name it: --assets"
         )
     torch.set_num_threads(1)  # times of one thread are steadier on a machine that others use
-    report = {
-        "machine": {
-            "cpu": platform.processor() or platform.machine(),
-            "threads": torch.get_num_threads(),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "hf_lossless": hf_lossless.__version__,
-        },
-        "calibration_rows": _ROWS,
-        "models": {name: bench_model(name, arguments.assets, arguments.theories) for name in arguments.models},
+    report: dict[str, Any] = json.loads(arguments.out.read_text()) if arguments.update else {"models": {}}
+    report["machine"] = {
+        "cpu": platform.processor() or platform.machine(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "hf_lossless": hf_lossless.__version__,
+        **versions(),
     }
-    arguments.out.write_text(json.dumps(report, indent=1) + "\n")
+    report["calibration_rows"] = ROWS
+    for name in arguments.models:
+        new, old = bench_model(name, arguments.assets, arguments.theories, arguments.peers), report["models"].get(name)
+        if old is not None:
+            merged = {part: old[part] | new[part] for part in ("predictions", "plans")}
+            new = {**old, **new, **merged}
+        report["models"][name] = new
+        arguments.out.write_text(json.dumps(report, indent=1) + "\n")
+    arguments.out.with_suffix(".md").write_text(markdown(report))
     draw(report, arguments.out.with_suffix(".png"))
-    Console(width=180).print(table(report))
 
 
 if __name__ == "__main__":

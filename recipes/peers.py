@@ -38,10 +38,10 @@ from hf_lossless.tasks.base import Task
 from hf_lossless.tasks.registry import task_of
 
 _HERE = Path(__file__).resolve().parent
-_ASSETS = _HERE.parents[1] / "shared" / "assets"
-_ROWS = 128
+ASSETS = _HERE.parents[1] / "shared" / "assets"
+ROWS = 128
 _BATCH_SIZE = 64
-_DATA = {  # model: calibration rows, test rows, how many of those judge
+DATA = {  # model: calibration rows, test rows, how many of those judge
     "minilm-sst2": ("minilm-sst2/validation.jsonl", "minilm-sst2/test.jsonl", None),
     "resnet-fashion-mnist": ("fashion-mnist/validation.parquet", "fashion-mnist/test.parquet", 4000),
     "vit-fashion-mnist": ("fashion-mnist/validation.parquet", "fashion-mnist/test.parquet", 4000),
@@ -167,19 +167,24 @@ def _reason(error: Exception) -> str:
     return said if isinstance(error, Unavailable) else f"{type(error).__name__}: {said}"
 
 
-def bench_model(name: str, assets: Path, peers: list[str]) -> dict[str, Any]:
-    """All peers on one model."""
-    calibration_file, test_file, num_test_rows = _DATA[name]
+def load(name: str, assets: Path) -> tuple[PeerProblem, list[Batch]]:
+    """A model with its calibration rows, and the held-out rows that judge."""
+    calibration_file, test_file, num_test_rows = DATA[name]
     text = name == "minilm-sst2"
     auto = transformers.AutoModelForSequenceClassification if text else transformers.AutoModelForImageClassification
     model = auto.from_pretrained(assets / name).eval()
     task = task_of(model)
     processor = task.load_processor(str(assets / name))
-    config = LosslessCompressionConfig(dataset=str(assets / calibration_file), num_samples=_ROWS, ratio=6)
+    config = LosslessCompressionConfig(dataset=str(assets / calibration_file), num_samples=ROWS, ratio=6)
     problem = PeerProblem(model, [dict(batch) for batch in calibration_batches(model, config)], task)
     rows = datasets.load_dataset("json" if text else "parquet", data_files=str(assets / test_file), split="train")
     judged = rows if num_test_rows is None else rows.select(range(num_test_rows))
-    test_batches = [dict(batch) for batch in make_batches(judged, task, processor, model, _BATCH_SIZE)]
+    return problem, [dict(batch) for batch in make_batches(judged, task, processor, model, _BATCH_SIZE)]
+
+
+def bench_model(name: str, assets: Path, peers: list[str]) -> dict[str, Any]:
+    """All peers on one model."""
+    problem, test_batches = load(name, assets)
     return compare_peers(problem, test_batches, time_of_pass(problem), peers)
 
 
@@ -224,8 +229,8 @@ def versions() -> dict[str, str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--assets", type=Path, default=_ASSETS)
-    parser.add_argument("--models", nargs="*", choices=list(_DATA), default=list(_DATA))
+    parser.add_argument("--assets", type=Path, default=ASSETS)
+    parser.add_argument("--models", nargs="*", choices=list(DATA), default=list(DATA))
     parser.add_argument("--peers", nargs="*", choices=list(PEERS), default=list(PEERS))
     parser.add_argument("--out", type=Path, default=_HERE / "peers.json")
     arguments = parser.parse_args()
@@ -242,7 +247,7 @@ def main() -> None:
             "transformers": transformers.__version__,
             **versions(),
         },
-        "calibration_rows": _ROWS,
+        "calibration_rows": ROWS,
         "models": {name: bench_model(name, arguments.assets, arguments.peers) for name in arguments.models},
     }
     arguments.out.write_text(json.dumps(report, indent=1) + "\n")
