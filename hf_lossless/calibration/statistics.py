@@ -5,7 +5,7 @@ weight w. The moments are over the elements of the vector, as LLC Eq. 7 has them
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hf_lossless.activation_grid import may_quantise_input
+from hf_lossless.calibration.activations import ActivationStatistics, ActivationSums
 from hf_lossless.calibration.curvature import KroneckerFactors
 from hf_lossless.calibration.halves import HalvedCurvature
 from hf_lossless.calibration.loss import Batch, LossFunction, model_device, num_examples, to_device
@@ -71,6 +73,8 @@ class LayerStatistics:
         curvature: Factors of the second derivatives of the mean loss; None unless asked for.
         halves: The same of the even batches alone and of the odd ones, to judge on one what was fitted to the other;
             None unless asked for, and where there is one batch only.
+        activations: What rounding its input would do to the loss; None unless asked for, for integer inputs and for
+            tied layers.
     """
 
     calls: int
@@ -79,6 +83,7 @@ class LayerStatistics:
     gradient: Tensor | None = field(default=None, compare=False, repr=False)
     curvature: KroneckerFactors | None = field(default=None, compare=False, repr=False)
     halves: tuple[KroneckerFactors, KroneckerFactors] | None = field(default=None, compare=False, repr=False)
+    activations: ActivationStatistics | None = field(default=None, compare=False, repr=False)
 
 
 @dataclass(frozen=True)
@@ -96,9 +101,10 @@ class Calibration:
     num_examples: int
 
     def without_tensors(self) -> "Calibration":
-        """The same without gradients and curvature: a few numbers for each layer, fit to be kept with the model."""
+        """The same without tensors: a few numbers for each layer, fit to be kept with the model."""
         layers = {
-            name: replace(layer, gradient=None, curvature=None, halves=None) for name, layer in self.layers.items()
+            name: replace(layer, gradient=None, curvature=None, halves=None, activations=None)
+            for name, layer in self.layers.items()
         }
         return replace(self, layers=layers)
 
@@ -152,6 +158,7 @@ def calibrate(
     *,
     gradients: bool = False,
     curvature: bool = False,
+    activation_bits: Sequence[int] = (),
 ) -> Calibration:
     """One forward-backward pass; the model's weights, gradients and flags are as before afterwards.
 
@@ -165,6 +172,7 @@ def calibrate(
         curvature: Gather the Kronecker factors of every layer's curvature. On one CPU core the pass takes 1.5 times as
             long for the transformers it was measured on and 2.5 times for a ResNet, whose patches are nine times its
             input; and see `curvature.LARGEST_FACTOR` for the memory.
+        activation_bits: Gather what rounding inputs to these widths would do to the loss; see `activations`.
 
     Returns:
         Statistics, the same in every process. Costs one forward and one backward pass, and the memory of one gradient
@@ -177,8 +185,13 @@ def calibrate(
     total_examples = sum(num_examples(batch) for batch in batches)
     sums = {layer.name: _Sums() for layer in layers}
     halves = HalvedCurvature(model, layers if curvature else [], batches)
+    activations = {
+        layer.name: ActivationSums(layer, activation_bits)
+        for layer in layers
+        if activation_bits and may_quantise_input(layer.kind, layer.tied)
+    }
     total_loss = torch.zeros(1, dtype=torch.float64)
-    with torch.enable_grad(), _only_gradients_of(model, layers), _watched(model, layers, sums, halves):
+    with torch.enable_grad(), _only_gradients_of(model, layers), _watched(model, layers, sums, halves, activations):
         with failing_together():
             for index, batch in own_share(batches):
                 halves.now = index % 2
@@ -205,6 +218,7 @@ def calibrate(
             sums[layer.name].statistics(gradient),
             gradient=as_matrix(gradient, layer.kind).float() if gradients else None,
             **halves.curvature_of(layer.name),
+            activations=activations[layer.name].statistics(total_examples) if layer.name in activations else None,
         )
     return Calibration(statistics, sum_over_processes(total_loss).item(), total_examples)
 
@@ -252,11 +266,17 @@ def _only_gradients_of(model: nn.Module, layers: list[Layer]) -> Iterator[None]:
 
 
 @contextmanager
-def _watched(model: nn.Module, layers: list[Layer], sums: dict[str, _Sums], halves: HalvedCurvature) -> Iterator[None]:
+def _watched(
+    model: nn.Module,
+    layers: list[Layer],
+    sums: dict[str, _Sums],
+    halves: HalvedCurvature,
+    activations: dict[str, ActivationSums],
+) -> Iterator[None]:
     """Hooks that feed the sums; a tied layer counts the calls of every module that uses its weight."""
     handles = []
     for layer in layers:
-        hook = _input_hook(sums[layer.name])
+        hook = _input_hook(sums[layer.name], activations.get(layer.name))
         for module in modules_of(model, layer):
             handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
             if layer.name in halves.sums:
@@ -269,7 +289,7 @@ def _watched(model: nn.Module, layers: list[Layer], sums: dict[str, _Sums], halv
             handle.remove()
 
 
-def _input_hook(layer_sums: _Sums) -> Callable[..., tuple[Any, Any] | None]:
+def _input_hook(layer_sums: _Sums, activations: ActivationSums | None) -> Callable[..., tuple[Any, Any] | None]:
     def watch(module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> tuple[Any, Any] | None:
         values = layer_input(arguments, keywords)
         if values.numel():  # an expert that no token is sent to has learnt nothing of what an error in it would do
@@ -283,6 +303,9 @@ def _input_hook(layer_sums: _Sums) -> Callable[..., tuple[Any, Any] | None]:
         if not values.requires_grad:  # the model's own input, or what only frozen layers have touched
             values = values.detach().requires_grad_()
         values.register_hook(layer_sums.add_gradient)  # type: ignore[no-untyped-call]
+        if activations is not None:
+            seen = values.detach()  # autograd keeps the same memory for the weight's sake
+            values.register_hook(lambda gradient: activations.add(seen, gradient))  # type: ignore[no-untyped-call]
         return with_layer_input(values, arguments, keywords)
 
     return watch
