@@ -16,17 +16,20 @@ from hf_lossless.calibration.loss import Batch, LossFunction, batch_loss
 from hf_lossless.calibration.perturbation import mean_loss
 from hf_lossless.calibration.processes import own_share, process_state, same_in_every_process
 from hf_lossless.calibration.statistics import Calibration, calibrate
+from hf_lossless.candidates.activation_ranges import StaticGrid
 from hf_lossless.candidates.low_rank import Factors
 from hf_lossless.candidates.menu import Truncation, menu
+from hf_lossless.candidates.parallel import for_each_layer
 from hf_lossless.candidates.proposal import Candidate
 from hf_lossless.candidates.ranks import ranks_by_layer
 from hf_lossless.config import LosslessCheckpointConfig, LosslessCompressionConfig
 from hf_lossless.errors import CalibrationError, ConfigurationError, DataError
 from hf_lossless.layers import Layer, find_layers
 from hf_lossless.modules.base import CompressedModule
-from hf_lossless.plan import CompressionPlan, LayerPlan
+from hf_lossless.plan import CompressionPlan, LayerPlan, activations_of
 from hf_lossless.target import choose_plan
 from hf_lossless.theories import cet, curvature, hawq, llc, lod
+from hf_lossless.theories.activation_noise import ActivationOption, activation_options, choose_activation
 from hf_lossless.theories.problem import Prediction, Problem
 
 
@@ -132,6 +135,7 @@ def compress(
                 advance,
                 gradients=theory.gradients or (theory.gradients_for_ranks and bool(ranks)),
                 curvature=theory.curvature,
+                activation_bits=config.activation_widths,
             )
         candidates = menu(layers, calibration, config, ranks, theory.truncation, by_derivatives=theory.by_derivatives)
         with _progress(sum(map(len, candidates.values())), "predicting") as advance:
@@ -148,7 +152,19 @@ def compress(
                     advance=advance,
                 )
             )
-    options = {layer.name: _options(layer, candidates[layer.name], predictions[layer.name]) for layer in layers}
+    activations = for_each_layer(
+        lambda layer: activation_options(calibration.layers[layer.name], config.activation_widths), layers
+    )
+    options = {
+        layer.name: _options(
+            layer,
+            candidates[layer.name],
+            predictions[layer.name],
+            activations[layer.name],
+            may_stay_float=None in config.activation_bits,
+        )
+        for layer in layers
+    }
     frontier = knapsack.frontier(
         costs=[[option.plan.cost_bytes for option in group] for group in options.values()],
         losses=[[option.plan.predicted_loss_change for option in group] for group in options.values()],
@@ -156,16 +172,18 @@ def compress(
 
     def plan_at(point: int) -> CompressionPlan:
         chosen = zip(options.items(), frontier.choices(point), strict=True)
+        layer_plans = {name: group[choice].plan for (name, group), choice in chosen}
         return CompressionPlan(
             theory=config.theory,
-            layers={name: group[choice].plan for (name, group), choice in chosen},
+            layers=layer_plans,
             other_bytes=other_bytes,
             original_bytes=present_bytes if original_bytes is None else original_bytes,
+            activations=activations_of(layer_plans),
             activation_noise=config.activation_noise,
         )
 
     plan = choose_plan(frontier, plan_at, config)
-    apply_plan(model, plan.layers, _factors(plan, options))
+    apply_plan(model, plan.layers, _factors(plan, options), _static_grids(plan, options))
     model.eval()
     size_bytes = LosslessCheckpointConfig.of(plan).size_bytes
     measured = mean_loss(model, batches, loss) - calibration.loss
@@ -217,27 +235,43 @@ def _head_modules(model: nn.Module) -> list[str]:
 
 @dataclass(frozen=True)
 class _Option:
-    """What the knapsack may choose for a layer, and the values of its factors."""
+    """What the knapsack may choose for a layer, the values of its factors, and the static grid of its input."""
 
     plan: LayerPlan
     factors: Factors | None
+    static: StaticGrid | None
 
 
-def _options(layer: Layer, candidates: list[Candidate], predictions: list[Prediction]) -> list[_Option]:
+def _options(
+    layer: Layer,
+    candidates: list[Candidate],
+    predictions: list[Prediction],
+    activations: list[ActivationOption],
+    *,
+    may_stay_float: bool,
+) -> list[_Option]:
     """What the knapsack may choose from; a candidate that the theory refuses is none of it."""
     options = []
     for candidate, prediction in zip(candidates, predictions, strict=True):
         if prediction.usable:
+            loss_change, cost_bytes, activation = prediction.loss_change, candidate.cost_bytes, None
+            if candidate.kind != "kept":
+                activation = choose_activation(activations, loss_change, may_stay_float=may_stay_float)
+            if activation is not None:
+                loss_change += activation.loss_change
+                cost_bytes += activation.grid.stored_bytes
             layer_plan = LayerPlan(
                 kind=candidate.kind,
                 grid=candidate.grid,
                 low_rank=candidate.low_rank,
-                cost_bytes=candidate.cost_bytes,
-                predicted_loss_change=float(f"{prediction.loss_change:.4g}"),  # what follows is noise, and costs bytes
+                activation=None if activation is None else activation.grid,
+                cost_bytes=cost_bytes,
+                predicted_loss_change=float(f"{loss_change:.4g}"),  # what follows is noise, and costs bytes
                 regime=prediction.regime,
                 tied=layer.tied,
             )
-            options.append(_Option(layer_plan, candidate.factors))
+            static = None if activation is None else activation.static
+            options.append(_Option(layer_plan, candidate.factors, static))
     if not options:
         widths = [candidate.grid.bits for candidate in candidates if candidate.grid is not None]
         raise CalibrationError(
@@ -249,11 +283,21 @@ def _options(layer: Layer, candidates: list[Candidate], predictions: list[Predic
 
 def _factors(plan: CompressionPlan, options: dict[str, list[_Option]]) -> dict[str, Factors]:
     """The values of the factors that a plan chose."""
-    chosen = {
-        name: next(option.factors for option in options[name] if option.plan == layer_plan)
+    chosen = {name: option.factors for name, option in _chosen(plan, options).items()}
+    return {name: factors for name, factors in chosen.items() if factors is not None}
+
+
+def _static_grids(plan: CompressionPlan, options: dict[str, list[_Option]]) -> dict[str, StaticGrid]:
+    """Where the levels of the static activations lie that a plan chose."""
+    chosen = {name: option.static for name, option in _chosen(plan, options).items()}
+    return {name: static for name, static in chosen.items() if static is not None}
+
+
+def _chosen(plan: CompressionPlan, options: dict[str, list[_Option]]) -> dict[str, _Option]:
+    return {
+        name: next(option for option in options[name] if option.plan == layer_plan)
         for name, layer_plan in plan.layers.items()
     }
-    return {name: factors for name, factors in chosen.items() if factors is not None}
 
 
 @contextmanager

@@ -249,6 +249,14 @@ def test_activation_noise(plan_with: Callable[..., CompressionPlan]) -> None:
     assert counted.predicted_loss_change > without.predicted_loss_change
 
 
+def test_activation_bits(plan_with: Callable[..., CompressionPlan]) -> None:
+    plan = plan_with("--ratio", 3, "--bits", "3", "--theory", "curvature", "--activation-bits", "none, 8")
+    assert plan.activations == "quantised"
+    assert {layer.activation.bits for layer in plan.layers.values() if layer.activation is not None} == {8}
+    plain = plan_with("--ratio", 3, "--bits", "3", "--theory", "curvature", "--activation-bits", "none")
+    assert plain == plan_with("--ratio", 3, "--bits", "3", "--theory", "curvature") and plain.activations == "float"
+
+
 def test_samples(plan_with: Callable[..., CompressionPlan], monkeypatch: pytest.MonkeyPatch) -> None:
     make_batches, seen = calibration_data.make_batches, []
 

@@ -653,6 +653,14 @@ def alter_config(folder: Path, entry: dict[str, Any]) -> None:
             r"--bits '2,x' is not a list of widths\. Write for example --bits 2,3,4,8,16",
         ),
         (
+            ("--ratio", 2, "--activation-bits", "8,wide"),
+            r"--activation-bits '8,wide' is not a list of widths\. Write for example --activation-bits none,8",
+        ),
+        (
+            ("--ratio", 2, "--activation-bits", "8"),
+            r"theory='llc' cannot say what quantised activations cost\. Take theory=\"curvature\"",
+        ),
+        (
             ("--ratio", 2, "--ranks", "classifier"),
             r"--ranks 'classifier' is neither auto alone nor a layer with its ranks\. Write for example --ranks auto",
         ),
