@@ -5,7 +5,8 @@
 with S the curvature of the loss in the layer's input, gathered by the calibration pass (see `calibration.activations`)
 and e the error of the grid. It asks for no Kronecker product: W and the sharing of an input by the patches of a
 convolution are in the gradient already. Its rank correlation with the divergence that one layer's quantised input
-causes on 512 other rows was 0.81 to 0.98 over the layers of a ViT, at 8, 6 and 4 bits.
+causes on other rows was 0.90 to 0.98 over the layers of MiniLM and of a ViT, at 8, 6 and 4 bits. Its size, as that of
+all empirical Fisher matrices, is a matter of the labels: divergences were 0.3 and 1.4 times what was predicted.
 
 Bytes hardly depend on how wide activations are, so that a knapsack over bytes would leave them all in floating point.
 So the rule: with each way to store a weight goes the narrowest input that is predicted to cost no more than the
