@@ -88,7 +88,7 @@ def test_text_from_compress_to_inspect(run: Run, text_folder: Path, text_file: P
     layer = inspected["layers"][HEAD]
     assert layer.keys() == {
         *("kind", "bits", "group_size", "rank", "factor_bits", "multiplications", "saves_time"),
-        *("cost_bytes", "predicted_loss_change", "regime"),
+        *("activation", "cost_bytes", "predicted_loss_change", "regime"),
     }
     assert [layer[key] for key in ("rank", "factor_bits", "multiplications", "saves_time", "regime")] == [
         *(None, None, 1.0, False, None)
