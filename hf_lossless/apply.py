@@ -10,10 +10,13 @@ import torch
 from accelerate.hooks import add_hook_to_module
 from torch import Tensor, nn
 
+from hf_lossless.activation_grid import may_quantise_input
+from hf_lossless.candidates.activation_ranges import StaticGrid
 from hf_lossless.candidates.low_rank import Factors
 from hf_lossless.candidates.uniform import QuantisedMatrix, quantise
 from hf_lossless.errors import PlanError
 from hf_lossless.layers import Layer, kind_of
+from hf_lossless.modules.activations import QuantisedInput
 from hf_lossless.modules.base import CompressedModule
 from hf_lossless.modules.low_rank import LOW_RANK, LowRankModule
 from hf_lossless.modules.packed import PACKED, PackedModule
@@ -26,6 +29,7 @@ def apply_plan(
     layer_plans: Mapping[str, LayerPlan],
     factors: Mapping[str, Factors] = {},
     quantised: Mapping[str, QuantisedMatrix] = {},
+    static_grids: Mapping[str, StaticGrid] = {},
 ) -> nn.Module:
     """Replaces the planned layers, in place.
 
@@ -37,13 +41,14 @@ def apply_plan(
             meta they are not needed.
         quantised: Codes of the layers that are planned with the rounding "feedback", which needs the calibration data
             (see `candidates.settle`), by layer name. All others are rounded here. On meta they are not needed.
+        static_grids: Where the levels of static activations lie, by layer name. On meta they are not needed.
 
     Returns:
         The model.
 
     Raises:
-        PlanError: A layer is not in the model, cannot be compressed, or not in the planned way, or its factors or codes
-            are missing or do not fit; nothing has been replaced then.
+        PlanError: A layer is not in the model, cannot be compressed, or not in the planned way, its factors or codes
+            are missing or do not fit, or its static grid is missing; nothing has been replaced then.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(8, 8, bias=False))
@@ -59,6 +64,8 @@ def apply_plan(
         for name, layer_plan in layer_plans.items()
         if layer_plan.kind != "kept"
     ]
+    for layer, compressed in replacements:
+        compressed.activation = _activation(layer, layer_plans[layer.name], static_grids.get(layer.name))
     for layer, compressed in replacements:
         _replace(model, layer, compressed)
     return model
@@ -90,6 +97,25 @@ def _factorised(layer: Layer, layer_plan: LayerPlan, low_rank: LowRank, factors:
         if module.base is not None:
             _store(module.base, layer.matrix, layer)
     return module
+
+
+def _activation(layer: Layer, layer_plan: LayerPlan, static: StaticGrid | None) -> QuantisedInput | None:
+    if layer_plan.activation is None:
+        return None
+    if not may_quantise_input(layer.kind, layer.tied):
+        raise PlanError(
+            f"the plan quantises the input of layer {layer.name!r}, which looks up rows or shares its weight with "
+            "other modules: such an input stays in floating point. Make a new plan for this model."
+        )
+    quantised_input = QuantisedInput(layer.kind, layer_plan.activation, layer.weight.device)
+    if layer_plan.activation.range == "static" and not layer.weight.is_meta:
+        if static is None:
+            raise PlanError(
+                f"the plan gives the input of layer {layer.name!r} a static range, which was not given. "
+                f"Give it: apply_plan(model, layer_plans, static_grids={{{layer.name!r}: StaticGrid(scale, zero)}})."
+            )
+        quantised_input.store(static.scale, static.zero)
+    return quantised_input
 
 
 def _store(part: nn.Module, matrix: Tensor, layer: Layer) -> None:

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from hf_lossless.config import QUANT_METHOD, LosslessCheckpointConfig
 from hf_lossless.errors import CheckpointError
+from hf_lossless.modules.activations import QuantisedInput
 from hf_lossless.modules.base import compressed_layers
 from hf_lossless.modules.packed import PackedModule
 from hf_lossless.plan import CompressionPlan
@@ -119,7 +120,8 @@ def check_files(
 
 def _packed_names(model: nn.Module) -> set[str]:
     """Names of the tensors that are of one dtype whatever the model is loaded in: codes, scales and zeros."""
-    packed = ((name, module) for name, module in model.named_modules() if isinstance(module, PackedModule))
+    kinds = (PackedModule, QuantisedInput)
+    packed = ((name, module) for name, module in model.named_modules() if isinstance(module, kinds))
     return {f"{name}.{part}" for name, module in packed for part, _ in module.named_buffers()}
 
 

@@ -67,6 +67,9 @@ def compress(
     activation_noise: Annotated[
         bool, typer.Option("--activation-noise", help="Count activations as quantised too, as the LLC paper does.")
     ] = False,
+    activation_bits: Annotated[
+        str, typer.Option(help="Widths of quantised activations to choose from, 2 to 8; none: floating point.")
+    ] = "none",
     samples: Annotated[int, typer.Option(help="Rows to calibrate on.")] = 128,
     seed: Annotated[int, typer.Option(help="Seed of sampling and noise.")] = 0,
 ) -> None:
@@ -78,6 +81,7 @@ def compress(
         task=task,
         theory=theory,
         activation_noise=activation_noise,
+        activation_bits=_activation_widths(activation_bits),
         ratio=ratio,
         max_bytes=max_bytes,
         loss_budget=loss_budget,
@@ -221,6 +225,15 @@ def _widths(text: str) -> tuple[int, ...]:
     except ValueError as error:
         raise ConfigurationError(
             f"--bits {text!r} is not a list of widths. Write for example --bits 2,3,4,8,16"
+        ) from error
+
+
+def _activation_widths(text: str) -> tuple[int | None, ...]:
+    try:
+        return tuple(None if part.strip() == "none" else int(part) for part in text.split(","))
+    except ValueError as error:
+        raise ConfigurationError(
+            f"--activation-bits {text!r} is not a list of widths. Write for example --activation-bits none,8"
         ) from error
 
 

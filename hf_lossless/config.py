@@ -18,9 +18,9 @@ from hf_lossless.errors import CheckpointError, ConfigurationError
 from hf_lossless.plan import KEPT_BITS, CompressionPlan, json_bytes
 
 QUANT_METHOD = "lossless"
-FORMAT_VERSION = 2
-"""Version of the layout on disk; raised when an older release could not read a newer folder. 2 has low-rank factors; a
-folder of version 1 is one of version 2 without."""
+FORMAT_VERSION = 3
+"""Version of the layout on disk; raised when an older release could not read a newer folder. 2 has low-rank factors, 3
+quantised activations; a folder of an older version is one of version 3 without."""
 
 THEORIES = ("llc", "lod", "cet", "hawq", "curvature")
 
@@ -43,6 +43,9 @@ class LosslessCompressionConfig(QuantizationConfigMixin):
         theory: What predicts the loss changes: "llc", "lod", "cet", "hawq" or "curvature".
         activation_noise: Count the noise of activations quantised to the width of their layer's weight, as LLC
             Algorithm 1 does. The run time keeps activations in floating point either way, and the plan says so.
+        activation_bits: Widths, 2 to 8, that the input of a compressed layer may be quantised to at run time, simulated
+            in floating point; None among them: it may stay in floating point. Each layer takes the narrowest that is
+            predicted to cost no more than the rounding of its weight. Only with theory="curvature".
         bits: Widths to choose from, 1 to 8; 16 stands for keeping a layer as it is.
         group_size: Inputs that share a scale; None: one scale per output channel.
         symmetric: Symmetric grids, or grids with a zero point for each group.
@@ -78,6 +81,7 @@ class LosslessCompressionConfig(QuantizationConfigMixin):
         loss_budget: float | None = None,
         theory: str = "curvature",
         activation_noise: bool = False,
+        activation_bits: Iterable[int | None] = (None,),
         bits: Iterable[int] = (2, 3, 4, 8, KEPT_BITS),
         group_size: int | None = 64,
         symmetric: bool = True,
@@ -98,6 +102,7 @@ class LosslessCompressionConfig(QuantizationConfigMixin):
         self.loss_budget = loss_budget
         self.theory = theory
         self.activation_noise = activation_noise
+        self.activation_bits = _activation_widths(activation_bits)
         self.bits = _widths(bits)
         self.group_size = group_size
         self.symmetric = symmetric
@@ -135,12 +140,22 @@ class LosslessCompressionConfig(QuantizationConfigMixin):
                 f"activation_noise=True, but theory={self.theory!r} counts no noise of activations. "
                 'Leave it out, or take theory="llc".'
             )
+        if self.activation_widths and self.theory != "curvature":
+            raise ConfigurationError(
+                f"activation_bits={self.activation_bits}, but theory={self.theory!r} cannot say what quantised "
+                'activations cost. Take theory="curvature", or leave activation_bits out.'
+            )
         for name, lowest in (("group_size", 1), ("num_samples", 1), ("batch_size", 1), ("seed", 0)):
             value = getattr(self, name)
             if name == "group_size" and value is None:
                 continue
             if not isinstance(value, int) or isinstance(value, bool) or value < lowest:
                 raise ConfigurationError(f"{name}={value!r} is not a whole number of at least {lowest}. Give one.")
+
+    @property
+    def activation_widths(self) -> tuple[int, ...]:
+        """The widths among `activation_bits`."""
+        return tuple(width for width in self.activation_bits if width is not None)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "LosslessCompressionConfig":
         """A copy that shares the data: auto classes copy their arguments, and a generator cannot be copied."""
@@ -171,6 +186,19 @@ def _widths(bits: Any) -> tuple[int, ...]:
             "Choose widths from 1 to 8, and 16 for keeping a layer, say bits=(2, 4, 8, 16)."
         )
     return tuple(sorted(set(widths)))
+
+
+def _activation_widths(bits: Any) -> tuple[int | None, ...]:
+    """None first where it is given, then the widths, each once, in order."""
+    given = list(bits) if isinstance(bits, Iterable) and not isinstance(bits, str) else [bits]
+    widths = [width for width in given if width is not None]
+    wrong = [width for width in widths if type(width) is not int or not 2 <= width <= 8]
+    if wrong or not given:
+        raise ConfigurationError(
+            f"activation_bits={bits!r} cannot be used{f' because of {wrong}' if wrong else ''}. "
+            "Choose widths from 2 to 8, and None for floating point, say activation_bits=(None, 8)."
+        )
+    return (*((None,) if None in given else ()), *sorted(set(widths)))
 
 
 def _ranks(ranks: Any) -> Literal["auto"] | dict[str, tuple[int, ...]] | None:

@@ -5,7 +5,7 @@ from transformers import PreTrainedModel
 from hf_lossless.errors import PlanError
 from hf_lossless.modules.base import CompressedModule
 from hf_lossless.pipeline import tensor_bytes
-from hf_lossless.plan import CompressionPlan, LayerPlan
+from hf_lossless.plan import CompressionPlan, LayerPlan, activations_of
 
 
 def plans_for(model: PreTrainedModel, layer_plans: dict[str, LayerPlan]) -> dict[str, LayerPlan]:
@@ -45,7 +45,9 @@ def plan_of(model: PreTrainedModel, saved: CompressionPlan) -> CompressionPlan:
     A model that took only a part of what was saved (AutoModel of a classifier's checkpoint) can so be saved in turn.
     Its `original_bytes` are those of that part, in the dtype it was loaded in.
     """
-    plan = with_present_bytes(model, saved.model_copy(update={"layers": plans_for(model, saved.layers)}))
+    layers = plans_for(model, saved.layers)
+    plan = saved.model_copy(update={"layers": layers, "activations": activations_of(layers)})
+    plan = with_present_bytes(model, plan)
     if is_saved_class(model):
         return plan
     original_bytes = plan.tensor_bytes

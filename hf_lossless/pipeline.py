@@ -1,6 +1,6 @@
 """`compress`: from a model and its data to a compressed model, one straight line.
 
-calibrate -> propose -> predict -> plan (frontier, target, settle, check) -> apply -> correct
+analyse (calibrate -> propose -> predict) -> plan (frontier, target, settle, check) -> realise (apply -> correct)
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -25,7 +25,7 @@ from hf_lossless.errors import ConfigurationError, DataError
 from hf_lossless.layers import Layer, find_layers
 from hf_lossless.modules.base import CompressedModule
 from hf_lossless.plan import CompressionPlan
-from hf_lossless.planning import Planner
+from hf_lossless.planning import Planned, Planner
 from hf_lossless.theories import cet, curvature, hawq, llc, lod
 from hf_lossless.theories.problem import Prediction, Problem
 
@@ -114,6 +114,38 @@ def compress(
         >>> result.size_bytes <= 2000
         True
     """
+    with _evaluation_mode(model):
+        planner = analyse(model, batches, config, loss=loss, original_bytes=original_bytes)
+        planned = planner.plan(config)
+        measured_loss_change = realise(model, planner.problem, planned)
+    model.eval()
+    size_bytes = LosslessCheckpointConfig.of(planned.plan).size_bytes
+    calibration = planner.problem.calibration.without_tensors()
+    return CompressionResult(model, planned.plan, planned.frontier, calibration, size_bytes, measured_loss_change)
+
+
+def analyse(
+    model: nn.Module,
+    batches: Iterable[Batch],
+    config: LosslessCompressionConfig,
+    *,
+    loss: LossFunction = batch_loss,
+    original_bytes: int | None = None,
+) -> Planner:
+    """Calibrates a model and predicts what each way to store each of its layers costs, for plans of any size.
+
+    Args:
+        model: In evaluation mode; left as it was.
+        batches: As for `compress`.
+        config: Widths, ranks and theory; its target is not looked at.
+        loss: As for `compress`.
+        original_bytes: As for `compress`.
+
+    Raises:
+        ConfigurationError: The model is compressed already, or has no layers left to compress.
+        DataError: There are no batches.
+        CalibrationError: The loss is not finite, or cannot be computed.
+    """
     batches = same_in_every_process(list(batches))
     if not batches:
         raise DataError("there are no calibration batches. Give at least one.")
@@ -121,48 +153,59 @@ def compress(
     layers = _layers_to_compress(model, config)
     present_bytes = tensor_bytes(model)
     ranks = ranks_by_layer(layers, config.ranks)
-    with _evaluation_mode(model):
-        with _progress(len(own_share(batches)), "calibrating") as advance:
-            calibration = calibrate(
-                model,
-                batches,
-                layers,
-                loss,
-                advance,
-                gradients=theory.gradients or (theory.gradients_for_ranks and bool(ranks)),
-                curvature=theory.curvature,
-            )
-        candidates = menu(layers, calibration, config, ranks, theory.truncation, by_derivatives=theory.by_derivatives)
-        with _progress(sum(map(len, candidates.values())), "predicting") as advance:
-            problem = Problem(
-                model,
-                batches,
-                loss,
-                layers,
-                calibration,
-                candidates,
-                seed=config.seed,
-                activation_noise=config.activation_noise,
-                advance=advance,
-            )
-            predictions = theory.predict(problem)
-        planner = Planner(
-            problem,
-            config,
-            other_bytes=present_bytes - sum(layer.weight.nbytes for layer in layers),
-            original_bytes=present_bytes if original_bytes is None else original_bytes,
+    with _progress(len(own_share(batches)), "calibrating") as advance:
+        calibration = calibrate(
+            model,
+            batches,
+            layers,
+            loss,
+            advance,
+            gradients=theory.gradients or (theory.gradients_for_ranks and bool(ranks)),
+            curvature=theory.curvature,
+            activation_bits=config.activation_widths,
         )
-        planned = planner.plan(predictions, checked=theory.by_derivatives)
-        moments = input_moments(model, batches, loss) if batch_norms(model) else None
-    corrections = bias_corrections(model, layers, calibration, planned.error)
-    apply_plan(model, planned.plan.layers, planned.factors, planned.quantised)
+    candidates = menu(layers, calibration, config, ranks, theory.truncation, by_derivatives=theory.by_derivatives)
+    with _progress(sum(map(len, candidates.values())), "predicting") as advance:
+        problem = Problem(
+            model,
+            batches,
+            loss,
+            layers,
+            calibration,
+            candidates,
+            seed=config.seed,
+            activation_noise=config.activation_noise,
+            advance=advance,
+        )
+        predictions = theory.predict(problem)
+    return Planner(
+        problem,
+        predictions,
+        checked=theory.by_derivatives,
+        other_bytes=present_bytes - sum(layer.weight.nbytes for layer in layers),
+        original_bytes=present_bytes if original_bytes is None else original_bytes,
+    )
+
+
+def realise(model: nn.Module, problem: Problem, planned: Planned) -> float:
+    """Carries out a plan, and lets biases and batch norms follow the rounded weights.
+
+    Args:
+        model: The analysed model or a copy of it, in evaluation mode; changed in place.
+        problem: What was analysed.
+        planned: The plan and its values.
+
+    Returns:
+        The change of the mean loss on the calibration rows.
+    """
+    batches, loss = problem.batches, problem.loss
+    corrections = bias_corrections(problem.model, problem.layers, problem.calibration, planned.error)
+    moments = input_moments(model, batches, loss) if batch_norms(model) else None
+    apply_plan(model, planned.plan.layers, planned.factors, planned.quantised, planned.static_grids)
     correct_biases(model, corrections)
-    model.eval()
     if moments is not None:
         follow(model, batches, loss, moments)
-    size_bytes = LosslessCheckpointConfig.of(planned.plan).size_bytes
-    measured = loss_change(model, batches, loss, calibration.batch_losses).mean
-    return CompressionResult(model, planned.plan, planned.frontier, calibration.without_tensors(), size_bytes, measured)
+    return loss_change(model, batches, loss, problem.calibration.batch_losses).mean
 
 
 def tensor_bytes(model: nn.Module) -> int:

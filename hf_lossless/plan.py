@@ -8,6 +8,7 @@ imports no torch. Every field is checked when a plan is read: a plan comes from 
 import json
 import math
 import reprlib
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -18,6 +19,7 @@ KEPT_BITS = 16
 """The width that stands for "keep this layer as it came, in its own dtype"."""
 
 Rounding = Literal["nearest", "down", "up", "feedback"]
+Activations = Literal["float", "quantised"]
 LayerPlanKind = Literal["kept", "grid", "low_rank", "sum"]
 
 
@@ -81,6 +83,24 @@ class LowRank(_Record):
         return self.rank * (out_features + in_features) / (out_features * in_features)
 
 
+class ActivationGrid(_Record):
+    """The grid of a layer's input: asymmetric, with a whole zero point, computed in floating point (see `modules`).
+
+    Attributes:
+        bits: Width of a code, 2 to 8.
+        range: "static": one range for the tensor, found by calibration and stored. "dynamic": that of the values at
+            hand, of each position for a linear layer, of each image for a convolution.
+    """
+
+    bits: Annotated[int, Field(ge=2, le=8)]
+    range: Literal["static", "dynamic"]
+
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes of what is stored: a float32 scale and a uint8 zero for a static range."""
+        return 5 if self.range == "static" else 0
+
+
 class Regime(_Record):
     """Whether LoD's first-order statistics decide the sign of a layer's loss change, or a measurement had to.
 
@@ -111,7 +131,9 @@ class LayerPlan(_Record):
             factors for what the grid leaves.
         grid: The grid, for the kinds "grid" and "sum".
         low_rank: The factors, for the kinds "low_rank" and "sum".
-        cost_bytes: Bytes of the layer's weight as stored: codes, scales, zeros and factors, or the dense tensor.
+        activation: The grid of the layer's input; None: it stays in floating point, as a kept or tied layer's does.
+        cost_bytes: Bytes of the layer's weight as stored: codes, scales, zeros and factors, or the dense tensor; and of
+            a static range of its input.
         predicted_loss_change: Change of the mean loss that the theory predicts, in the loss's own unit (nats).
         regime: LoD's verdict on what it predicted; None for other theories.
         tied: Names of other modules that share this weight and are stored with it.
@@ -120,6 +142,7 @@ class LayerPlan(_Record):
     kind: LayerPlanKind
     grid: Grid | None = None
     low_rank: LowRank | None = None
+    activation: ActivationGrid | None = None
     cost_bytes: Annotated[int, Field(ge=0)]
     predicted_loss_change: Annotated[float, Field(allow_inf_nan=False)]
     regime: Regime | None = None
@@ -130,6 +153,8 @@ class LayerPlan(_Record):
         wanted = kind_of_parts(self.grid, self.low_rank)
         if self.kind != wanted:
             raise ValueError(f"kind {self.kind!r} does not go with its parts, which make the kind {wanted!r}")
+        if self.activation is not None and (self.kind == "kept" or self.tied):
+            raise ValueError("the input of a layer that is kept, or tied to others, stays in floating point")
         return self
 
     @property
@@ -161,6 +186,11 @@ def kind_of_parts(grid: Grid | None, low_rank: LowRank | None) -> LayerPlanKind:
     return "low_rank" if grid is None else "sum"
 
 
+def activations_of(layers: Mapping[str, LayerPlan]) -> Activations:
+    """What happens to activations in a model with these layers."""
+    return "quantised" if any(layer.activation is not None for layer in layers.values()) else "float"
+
+
 class CompressionPlan(_Record):
     """One choice for every compressible layer of a model.
 
@@ -169,7 +199,8 @@ class CompressionPlan(_Record):
         layers: Layer plans by module name, in the model's own order.
         other_bytes: Bytes of every tensor that no layer plan covers (biases, norms, positions, buffers).
         original_bytes: Bytes of all the original model's tensors in their own dtype, shared ones once.
-        activations: What happens to activations at run time: "float", they stay in floating point.
+        activations: What happens to activations at run time: "float", they stay in floating point; "quantised", those
+            of some layers do not (see `LayerPlan.activation`). It is that of the layers, said at the top for a reader.
         activation_noise: Whether the theory counted their quantisation noise all the same when it compared widths.
     """
 
@@ -177,8 +208,14 @@ class CompressionPlan(_Record):
     layers: dict[str, LayerPlan]
     other_bytes: Annotated[int, Field(ge=0)]
     original_bytes: Annotated[int, Field(ge=0)]
-    activations: Literal["float"] = "float"
+    activations: Activations = "float"
     activation_noise: bool = False
+
+    @model_validator(mode="after")
+    def _activations_are_those_of_the_layers(self) -> "CompressionPlan":
+        if self.activations != activations_of(self.layers):
+            raise ValueError(f"activations {self.activations!r} does not go with the layers")
+        return self
 
     @property
     def tensor_bytes(self) -> int:

@@ -21,15 +21,18 @@ from torch import Tensor
 
 from hf_lossless import knapsack
 from hf_lossless.calibration.perturbation import LossChange, loss_change, weight_noise
+from hf_lossless.candidates.activation_ranges import StaticGrid
 from hf_lossless.candidates.low_rank import Factors
+from hf_lossless.candidates.parallel import for_each_layer
 from hf_lossless.candidates.proposal import Candidate
 from hf_lossless.candidates.settle import settle
 from hf_lossless.candidates.uniform import QuantisedMatrix, dequantise
 from hf_lossless.config import LosslessCompressionConfig
 from hf_lossless.errors import CalibrationError
 from hf_lossless.layers import Layer
-from hf_lossless.plan import CompressionPlan, LayerPlan
+from hf_lossless.plan import CompressionPlan, LayerPlan, activations_of
 from hf_lossless.target import choose_plan
+from hf_lossless.theories.activation_noise import ActivationOption, activation_options, choose_activation
 from hf_lossless.theories.problem import Prediction, Problem
 
 STATED_FACTOR = 2.0
@@ -45,11 +48,12 @@ _logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Option:
-    """What the knapsack may choose for a layer, and the candidate that it stands for."""
+class _Option:
+    """What the knapsack may choose for a layer, the candidate that it stands for, and the static grid of its input."""
 
     plan: LayerPlan
     candidate: Candidate
+    static: StaticGrid | None
 
 
 @dataclass(frozen=True)
@@ -61,12 +65,14 @@ class Planned:
         frontier: What it was chosen from.
         factors: Factors by layer name, where it has any.
         quantised: Codes by layer name, where their rounding needs the calibration data.
+        static_grids: Where the levels of static activations lie, by layer name.
     """
 
     plan: CompressionPlan
     frontier: knapsack.Frontier
     factors: dict[str, Factors]
     quantised: dict[str, QuantisedMatrix]
+    static_grids: dict[str, StaticGrid]
 
     def error(self, layer: Layer) -> Tensor:
         """What the plan does to a layer's weight, stored less original, float32 [out, in]."""
@@ -86,46 +92,56 @@ class Planned:
 
 @dataclass(frozen=True)
 class Planner:
-    """What a plan is made of, but for the predictions.
+    """What the data say of a model: what its layers may become, and what each of it is predicted to cost.
 
     Attributes:
         problem: The model, its data, and the candidates of its layers.
-        config: The target.
+        predictions: One for each candidate.
+        checked: Whether a plan's prediction is compared with a measurement, and the plan made anew where it was off.
         other_bytes: Bytes of the tensors that are no layer's weight.
         original_bytes: Bytes of all the original's tensors.
     """
 
     problem: Problem
-    config: LosslessCompressionConfig
+    predictions: dict[str, list[Prediction]]
+    checked: bool
     other_bytes: int
     original_bytes: int
 
-    def plan(self, predictions: dict[str, list[Prediction]], *, checked: bool) -> Planned:
-        """The plan that meets the target at the least predicted loss.
-
-        Args:
-            predictions: One for each candidate.
-            checked: Whether the prediction is compared with a measurement, and the plan made anew where it was off.
+    def plan(self, config: LosslessCompressionConfig) -> Planned:
+        """The plan that meets the target of `config` at the least predicted loss; the model is left as it was.
 
         Raises:
             CalibrationError: A layer can be stored in no way.
             UnreachableTargetError: No plan meets the target.
         """
-        planned = self._plan(predictions)
-        for replans_left in range(REPLANS if checked else 0, -1, -1):
-            if not checked or self._as_stated(planned):
-                break
-            if not replans_left:
-                _logger.warning("the loss rises by more than predicted, also after %d new plans", REPLANS)
-                break
+        predictions = self.predictions
+        planned = self._plan(predictions, config)
+        if not self.checked:
+            return planned
+        for _ in range(REPLANS):
+            if self._as_stated(planned):
+                return planned
             predictions = self._corrected(predictions, planned)
-            planned = self._plan(predictions)
+            planned = self._plan(predictions, config)
+        if not self._as_stated(planned):
+            _logger.warning("the loss rises by more than predicted, also after %d new plans", REPLANS)
         return planned
 
-    def _plan(self, predictions: dict[str, list[Prediction]]) -> Planned:
+    def _plan(self, predictions: dict[str, list[Prediction]], config: LosslessCompressionConfig) -> Planned:
+        layers, calibration = self.problem.layers, self.problem.calibration
+        activations = for_each_layer(
+            lambda layer: activation_options(calibration.layers[layer.name], config.activation_widths), layers
+        )
         options = {
-            layer.name: _options(layer, self.problem.candidates[layer.name], predictions[layer.name])
-            for layer in self.problem.layers
+            layer.name: _options(
+                layer,
+                self.problem.candidates[layer.name],
+                predictions[layer.name],
+                activations[layer.name],
+                may_stay_float=None in config.activation_bits,
+            )
+            for layer in layers
         }
         frontier = knapsack.frontier(
             costs=[[option.plan.cost_bytes for option in group] for group in options.values()],
@@ -134,21 +150,28 @@ class Planner:
 
         def plan_at(point: int) -> CompressionPlan:
             chosen = zip(options.items(), frontier.choices(point), strict=True)
+            layer_plans = {name: group[choice].plan for (name, group), choice in chosen}
             return CompressionPlan(
-                theory=self.config.theory,
-                layers={name: group[choice].plan for (name, group), choice in chosen},
+                theory=config.theory,
+                layers=layer_plans,
                 other_bytes=self.other_bytes,
                 original_bytes=self.original_bytes,
-                activation_noise=self.config.activation_noise,
+                activations=activations_of(layer_plans),
+                activation_noise=config.activation_noise,
             )
 
-        plan = choose_plan(frontier, plan_at, self.config)
+        plan = choose_plan(frontier, plan_at, config)
         chosen = {
-            name: next(option.candidate for option in options[name] if option.plan == layer_plan)
+            name: next(option for option in options[name] if option.plan == layer_plan)
             for name, layer_plan in plan.layers.items()
         }
-        factors = {name: one.factors for name, one in chosen.items() if one.factors is not None}
-        return Planned(plan, frontier, factors, settle(self.problem.layers, plan.layers, self.problem.calibration))
+        return Planned(
+            plan,
+            frontier,
+            factors={name: one.candidate.factors for name, one in chosen.items() if one.candidate.factors is not None},
+            quantised=settle(layers, plan.layers, calibration),
+            static_grids={name: one.static for name, one in chosen.items() if one.static is not None},
+        )
 
     def _as_stated(self, planned: Planned) -> bool:
         """Whether the loss rises by no more than the prediction states."""
@@ -188,21 +211,35 @@ class Planner:
         }
 
 
-def _options(layer: Layer, candidates: list[Candidate], predictions: list[Prediction]) -> list[Option]:
+def _options(
+    layer: Layer,
+    candidates: list[Candidate],
+    predictions: list[Prediction],
+    activations: list[ActivationOption],
+    *,
+    may_stay_float: bool,
+) -> list[_Option]:
     """What the knapsack may choose from; a candidate that the theory refuses is none of it."""
     options = []
     for candidate, prediction in zip(candidates, predictions, strict=True):
         if prediction.usable:
+            loss_change, cost_bytes, activation = prediction.loss_change, candidate.cost_bytes, None
+            if candidate.kind != "kept":
+                activation = choose_activation(activations, loss_change, may_stay_float=may_stay_float)
+            if activation is not None:
+                loss_change += activation.loss_change
+                cost_bytes += activation.grid.stored_bytes
             layer_plan = LayerPlan(
                 kind=candidate.kind,
                 grid=candidate.grid,
                 low_rank=candidate.low_rank,
-                cost_bytes=candidate.cost_bytes,
-                predicted_loss_change=float(f"{prediction.loss_change:.4g}"),  # what follows is noise, and costs bytes
+                activation=None if activation is None else activation.grid,
+                cost_bytes=cost_bytes,
+                predicted_loss_change=float(f"{loss_change:.4g}"),  # what follows is noise, and costs bytes
                 regime=prediction.regime,
                 tied=layer.tied,
             )
-            options.append(Option(layer_plan, candidate))
+            options.append(_Option(layer_plan, candidate, None if activation is None else activation.static))
     if not options:
         widths = [candidate.grid.bits for candidate in candidates if candidate.grid is not None]
         raise CalibrationError(

@@ -25,9 +25,10 @@ def inspection(config: LosslessCheckpointConfig) -> dict[str, Any]:
     Returns:
         "layers": for each layer kind, bits (16 stands for floating point), group_size (None: the whole row), rank
         (None: not factorised), factor_bits (of L and of R), multiplications (over those of the dense layer; None for a
-        lookup, which has none), saves_time (whether they are below `SAVES_TIME`), cost_bytes, predicted_loss_change,
-        regime (LoD's verdict, with its signal-to-noise ratio and the bounds on a wrong sign); and "size_bytes",
-        "original_bytes", "ratio", "theory", "activations", "predicted_loss_change".
+        lookup, which has none), saves_time (whether they are below `SAVES_TIME`), activation (bits and range of its
+        quantised input; None: in floating point), cost_bytes, predicted_loss_change, regime (LoD's verdict, with its
+        signal-to-noise ratio and the bounds on a wrong sign); and "size_bytes", "original_bytes", "ratio", "theory",
+        "activations", "activation_noise", "predicted_loss_change".
     """
     plan = config.plan
     return {
@@ -51,6 +52,7 @@ def _layer(layer: LayerPlan) -> dict[str, Any]:
         "factor_bits": list(_factor_bits(layer.low_rank)) if layer.low_rank is not None else None,
         "multiplications": layer.multiplications_share,
         "saves_time": layer.multiplications_share is not None and layer.multiplications_share < SAVES_TIME,
+        "activation": layer.activation.model_dump() if layer.activation is not None else None,
         "cost_bytes": layer.cost_bytes,
         "predicted_loss_change": layer.predicted_loss_change,
         "regime": _regime(layer.regime) if layer.regime is not None else None,
@@ -75,7 +77,8 @@ def plan_table(plan: CompressionPlan) -> Table:
     """The plan, one line a layer; "predicted" is the predicted change of the loss.
 
     Where layers are factorised, "rank" is theirs with the widths of L and R (16: floating point), and "work" the
-    multiplications over those of the dense layer: below about 85 % a low rank also saves time. Where LoD predicted,
+    multiplications over those of the dense layer: below about 85 % a low rank also saves time. Where inputs are
+    quantised, "input" is their width and whether the range is static or dynamic. Where LoD predicted,
     "regime" says whether statistics or a measurement decided.
     """
     table = Table(title=f"plan ({plan.theory}; activations: {plan.activations})")
@@ -83,6 +86,8 @@ def plan_table(plan: CompressionPlan) -> Table:
     columns: dict[str, Callable[[LayerPlan], str]] = {"bits": _width, "group": _group}
     if any(layer.low_rank is not None for layer in plan.layers.values()):
         columns |= {"rank": _rank, "work": _work}
+    if plan.activations == "quantised":
+        columns["input"] = _input
     columns |= {
         "bytes": lambda layer: f"{layer.cost_bytes:,}",
         "predicted": lambda layer: f"{layer.predicted_loss_change:+.1e}",
@@ -106,6 +111,10 @@ def _width(layer: LayerPlan) -> str:
 
 def _group(layer: LayerPlan) -> str:
     return "" if layer.grid is None else str(layer.grid.group_size or "row")
+
+
+def _input(layer: LayerPlan) -> str:
+    return "" if layer.activation is None else f"{layer.activation.bits} {layer.activation.range}"
 
 
 def _work(layer: LayerPlan) -> str:

@@ -6,11 +6,13 @@ from tiny_plans import by_hand, dense_matrix, fitting_grid, truncated_svd
 from torch import nn
 
 from hf_lossless import PlanError, apply_plan
+from hf_lossless.candidates.activation_ranges import StaticGrid
 from hf_lossless.candidates.low_rank import Factors
 from hf_lossless.layers import find_layers
+from hf_lossless.modules.base import CompressedModule
 from hf_lossless.modules.low_rank import LowRankConv2d, LowRankEmbedding, LowRankLinear
 from hf_lossless.modules.packed import PackedConv2d, PackedLinear
-from hf_lossless.plan import Grid, LayerPlan, LowRank
+from hf_lossless.plan import ActivationGrid, Grid, LayerPlan, LowRank
 
 
 def build() -> nn.Module:
@@ -206,3 +208,62 @@ def test_a_sum_may_have_any_rank():
     plan = low_rank_plan(12, (16, 12), grid=fitting_grid(matrix, 2))
     apply_plan(model, {"linear": plan}, {"linear": truncated_svd(matrix, 12)})
     assert isinstance(model["linear"], LowRankLinear)
+
+
+ACTIVATIONS = {
+    "linear": ActivationGrid(bits=8, range="static"),
+    "conv": ActivationGrid(bits=4, range="dynamic"),
+    "head": ActivationGrid(bits=8, range="dynamic"),
+    "depthwise": ActivationGrid(bits=4, range="static"),
+}
+STATIC_GRIDS = {
+    name: StaticGrid(torch.tensor([0.1]), torch.tensor([zero], dtype=torch.uint8))
+    for name, zero in (("linear", 100), ("depthwise", 8))
+}
+
+
+def with_activations(plans: dict[str, LayerPlan]) -> dict[str, LayerPlan]:
+    return {name: plan.model_copy(update={"activation": ACTIVATIONS.get(name)}) for name, plan in plans.items()}
+
+
+def test_quantised_inputs_on_real_weights_and_on_meta():
+    model = build()
+    plans, factors = plans_and_factors(model)
+    plans = with_activations(plans)
+    apply_plan(model, plans, factors, STATIC_GRIDS)
+    found = {name: module.activation for name, module in model.items() if isinstance(module, CompressedModule)}
+    assert {name: None if one is None else one.grid for name, one in found.items()} == {
+        name: ACTIVATIONS.get(name) for name in found
+    }
+    for name, grid in STATIC_GRIDS.items():
+        assert torch.equal(model[name].activation.scale, grid.scale)
+        assert torch.equal(model[name].activation.zero, grid.zero)
+    with torch.device("meta"):
+        empty = build()
+    apply_plan(empty, plans)
+    assert empty["linear"].activation.scale.is_meta
+    empty.load_state_dict(model.state_dict(), assign=True)
+    inputs = {"linear": torch.randn(2, 12), "conv": torch.randn(2, 4, 5, 5), "depthwise": torch.randn(2, 4, 5, 5)}
+    for name, x in inputs.items():
+        assert torch.equal(empty[name](x), model[name](x))
+        assert not torch.equal(model[name](x + 1e-4), model[name](x)) or ACTIVATIONS[name].range == "static"
+
+
+def test_a_static_range_that_is_not_given():
+    model = build()
+    plans, factors = plans_and_factors(model)
+    before = dict(model.items())
+    message = r"'depthwise' a static range, which was not given\. Give it: .*static_grids=\{'depthwise': StaticGrid\("
+    with pytest.raises(PlanError, match=message):
+        apply_plan(model, with_activations(plans), factors, {"linear": STATIC_GRIDS["linear"]})
+    assert dict(model.items()) == before
+
+
+def test_an_embedding_has_no_input_to_quantise():
+    model = build()
+    plans, factors = plans_and_factors(model)
+    plans["embedding"] = plans["embedding"].model_copy(update={"activation": ACTIVATIONS["conv"]})
+    before = dict(model.items())
+    with pytest.raises(PlanError, match=r"quantises the input of layer 'embedding', which looks up rows or shares"):
+        apply_plan(model, plans, factors)
+    assert dict(model.items()) == before

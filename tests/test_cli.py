@@ -88,7 +88,7 @@ def test_text_from_compress_to_inspect(run: Run, text_folder: Path, text_file: P
     layer = inspected["layers"][HEAD]
     assert layer.keys() == {
         *("kind", "bits", "group_size", "rank", "factor_bits", "multiplications", "saves_time"),
-        *("cost_bytes", "predicted_loss_change", "regime"),
+        *("activation", "cost_bytes", "predicted_loss_change", "regime"),
     }
     assert [layer[key] for key in ("rank", "factor_bits", "multiplications", "saves_time", "regime")] == [
         *(None, None, 1.0, False, None)
@@ -247,6 +247,14 @@ def test_activation_noise(plan_with: Callable[..., CompressionPlan]) -> None:
     without, counted = (plan_with("--ratio", 2, "--bits", "3", *options) for options in ((), ("--activation-noise",)))
     assert not without.activation_noise and counted.activation_noise
     assert counted.predicted_loss_change > without.predicted_loss_change
+
+
+def test_activation_bits(plan_with: Callable[..., CompressionPlan]) -> None:
+    plan = plan_with("--ratio", 3, "--bits", "3", "--theory", "curvature", "--activation-bits", "none, 8")
+    assert plan.activations == "quantised"
+    assert {layer.activation.bits for layer in plan.layers.values() if layer.activation is not None} == {8}
+    plain = plan_with("--ratio", 3, "--bits", "3", "--theory", "curvature", "--activation-bits", "none")
+    assert plain == plan_with("--ratio", 3, "--bits", "3", "--theory", "curvature") and plain.activations == "float"
 
 
 def test_samples(plan_with: Callable[..., CompressionPlan], monkeypatch: pytest.MonkeyPatch) -> None:

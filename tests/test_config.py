@@ -123,7 +123,44 @@ def test_activation_noise_is_llcs(theory):
         LosslessCompressionConfig(ratio=2, theory=theory, activation_noise=True)
 
 
-def test_the_first_format_is_still_read():
-    plan = {"theory": "llc", "layers": {}, "other_bytes": 1, "original_bytes": 2}
-    config = LosslessCheckpointConfig.from_dict({"quant_method": QUANT_METHOD, "format_version": 1, "plan": plan})
+@pytest.mark.parametrize("theory", ["llc", "lod", "cet", "hawq"])
+def test_quantised_activations_are_for_the_curvature(theory):
+    with pytest.raises(
+        ConfigurationError, match=rf"activation_bits=\(None, 8\), but theory='{theory}' .* Take theory=\"curvature\""
+    ):
+        LosslessCompressionConfig(ratio=2, theory=theory, activation_bits=(None, 8))
+    assert LosslessCompressionConfig(ratio=2, theory=theory, activation_bits=None).activation_bits == (None,)
+
+
+@pytest.mark.parametrize(
+    ("bits", "message"),
+    [
+        ((1,), r"activation_bits=\(1,\) cannot be used because of \[1\]\. Choose widths from 2 to 8, and None"),
+        ((None, 8, 16), r"because of \[16\]"),
+        ((True, 8), r"because of \[True\]"),
+        ((8.0,), r"because of \[8\.0\]"),
+        ("8", r"activation_bits='8' cannot be used because of \['8'\]"),
+        ((), r"activation_bits=\(\) cannot be used\. Choose"),
+    ],
+)
+def test_widths_of_activations_that_cannot_be_used(bits, message):
+    with pytest.raises(ConfigurationError, match=message):
+        LosslessCompressionConfig(ratio=2, theory="curvature", activation_bits=bits)
+
+
+@pytest.mark.parametrize(
+    ("bits", "stored", "widths"),
+    [((8, None, 4, 8), (None, 4, 8), (4, 8)), ([8], (8,), (8,)), (8, (8,), (8,)), ([None], (None,), ())],
+    ids=str,
+)
+def test_widths_of_activations(bits, stored, widths):
+    config = LosslessCompressionConfig(ratio=2, theory="curvature", activation_bits=bits)
+    assert (config.activation_bits, config.activation_widths) == (stored, widths)
+    assert json.loads(json.dumps(config.to_dict()))["activation_bits"] == list(stored)
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_earlier_formats_are_still_read(version):
+    plan = {"theory": "llc", "layers": {}, "other_bytes": 1, "original_bytes": 2, "activations": "float"}
+    config = LosslessCheckpointConfig.from_dict({"quant_method": QUANT_METHOD, "format_version": version, "plan": plan})
     assert config.plan.other_bytes == 1 and LosslessCheckpointConfig.of(config.plan).format_version == FORMAT_VERSION

@@ -569,9 +569,9 @@ EMPTY_PLAN = {"theory": "llc", "layers": {}, "other_bytes": 1, "original_bytes":
     ("entry", "error_class", "message"),
     [
         (
-            {"format_version": 3},
+            {"format_version": 4},
             CheckpointError,
-            r"format version 3, this release .* up to 2\. Upgrade with: pip install",
+            r"format version 4, this release .* up to 3\. Upgrade with: pip install",
         ),
         (
             {"format_version": "1"},
@@ -622,13 +622,13 @@ def test_an_entry_of_config_json(
         AutoModelForSequenceClassification.from_pretrained(altered)
 
 
-@pytest.mark.parametrize("entry", [{"format_version": 3}, {"plan": None}], ids=["newer-format", "no-plan"])
+@pytest.mark.parametrize("entry", [{"format_version": 4}, {"plan": None}], ids=["newer-format", "no-plan"])
 def test_an_entry_of_config_json_on_the_command_line(
     altered: Path, text_file: Path, command: Callable[..., str], entry: dict[str, Any]
 ) -> None:
     alter_config(altered, entry)
     for arguments in (("inspect", altered), ("evaluate", altered, "--data", text_file)):
-        assert re.search(r"format version 3|malformed at its top", command(*arguments))
+        assert re.search(r"format version 4|malformed at its top", command(*arguments))
 
 
 def alter_config(folder: Path, entry: dict[str, Any]) -> None:
@@ -651,6 +651,14 @@ def alter_config(folder: Path, entry: dict[str, Any]) -> None:
         (
             ("--ratio", 2, "--bits", "2,x"),
             r"--bits '2,x' is not a list of widths\. Write for example --bits 2,3,4,8,16",
+        ),
+        (
+            ("--ratio", 2, "--activation-bits", "8,wide"),
+            r"--activation-bits '8,wide' is not a list of widths\. Write for example --activation-bits none,8",
+        ),
+        (
+            ("--ratio", 2, "--activation-bits", "8"),
+            r"theory='llc' cannot say what quantised activations cost\. Take theory=\"curvature\"",
         ),
         (
             ("--ratio", 2, "--ranks", "classifier"),

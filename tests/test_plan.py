@@ -9,7 +9,18 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from hf_lossless.errors import PlanError
-from hf_lossless.plan import KEPT_BITS, CompressionPlan, Grid, LayerPlan, LowRank, Regime, json_bytes, kind_of_parts
+from hf_lossless.plan import (
+    KEPT_BITS,
+    ActivationGrid,
+    CompressionPlan,
+    Grid,
+    LayerPlan,
+    LowRank,
+    Regime,
+    activations_of,
+    json_bytes,
+    kind_of_parts,
+)
 
 GRIDS = st.builds(
     Grid,
@@ -34,19 +45,25 @@ LOW_RANKS = st.builds(
     left=st.none() | GRIDS,
     right=st.none() | GRIDS,
 )
+ACTIVATIONS = st.builds(ActivationGrid, bits=st.integers(2, 8), range=st.sampled_from(["static", "dynamic"]))
+UNTIED = {**COMMON, "tied": st.just(()), "activation": st.none() | ACTIVATIONS}
 LAYERS = st.one_of(
     st.builds(LayerPlan, kind=st.just("kept"), **COMMON),
-    st.builds(LayerPlan, kind=st.just("grid"), grid=GRIDS, **COMMON),
+    st.builds(LayerPlan, kind=st.just("grid"), grid=GRIDS, **UNTIED),
     st.builds(LayerPlan, kind=st.just("low_rank"), low_rank=LOW_RANKS, **COMMON),
     st.builds(LayerPlan, kind=st.just("sum"), grid=GRIDS, low_rank=LOW_RANKS, **COMMON),
+    st.builds(LayerPlan, kind=st.just("low_rank"), low_rank=LOW_RANKS, **UNTIED),
 )
-PLANS = st.builds(
-    CompressionPlan,
-    theory=st.text(max_size=8),
-    layers=st.dictionaries(st.text(max_size=12), LAYERS, max_size=4),
-    other_bytes=st.integers(0, 2**48),
-    original_bytes=st.integers(0, 2**48),
-    activation_noise=st.booleans(),
+PLANS = st.dictionaries(st.text(max_size=12), LAYERS, max_size=4).flatmap(
+    lambda layers: st.builds(
+        CompressionPlan,
+        theory=st.text(max_size=8),
+        layers=st.just(layers),
+        other_bytes=st.integers(0, 2**48),
+        original_bytes=st.integers(0, 2**48),
+        activations=st.just(activations_of(layers)),
+        activation_noise=st.booleans(),
+    )
 )
 
 
@@ -147,7 +164,22 @@ GRID, LAYER = "layers/body.0/grid/", "layers/body.0/"
         ("layers", [], r"at layers: .*\(got \[\]\)"),
         ("other_bytes", -3, r"at other_bytes: .*greater than or equal to 0 \(got -3\)"),
         ("original_bytes", "big", r"at original_bytes: .*valid integer \(got 'big'\)"),
-        ("activations", "int8", r"at activations: Input should be 'float' \(got 'int8'\)"),
+        ("activations", "int8", r"at activations: Input should be 'float' or 'quantised' \(got 'int8'\)"),
+        ("activations", "quantised", r"at its top: .*activations 'quantised' does not go with the layers"),
+        (LAYER + "activation", {"bits": 8, "range": "static"}, r"activations 'float' does not go with the layers"),
+        (LAYER + "activation", {"bits": 1, "range": "static"}, r"activation\.bits: .*or equal to 2 \(got 1\)"),
+        (LAYER + "activation", {"bits": 9, "range": "static"}, r"activation\.bits: .*or equal to 8 \(got 9\)"),
+        (LAYER + "activation", {"bits": 8}, r"activation\.range: Field required"),
+        (
+            LAYER + "activation",
+            {"bits": 8, "range": "row"},
+            r"activation\.range: .*'static' or 'dynamic' \(got 'row'\)",
+        ),
+        (
+            "layers/head/activation",
+            {"bits": 8, "range": "dynamic"},
+            r"kept, or tied to others, stays in floating point",
+        ),
         ("activation_noise", "yes", r"at activation_noise: .*valid boolean"),
         ("certificate", {}, r"at certificate: Extra inputs are not permitted"),
     ],
@@ -291,3 +323,16 @@ def test_json_bytes_are_those_of_the_entry(plan):
     without = json.dumps({"architectures": ["A"]}, indent=2, sort_keys=True)
     entry = json.dumps({"architectures": ["A"], "quantization_config": values}, indent=2, sort_keys=True)
     assert json_bytes(values) == len(entry.encode()) - len(without.encode())
+
+
+def test_quantised_activations_are_read():
+    values = changed(LAYER + "activation", {"bits": 8, "range": "static"}) | {"activations": "quantised"}
+    plan = CompressionPlan.from_dict(values)
+    assert plan.layers["body.0"].activation == ActivationGrid(bits=8, range="static")
+    assert plan.layers["head"].activation is None
+    assert plan.to_dict() == values
+
+
+@pytest.mark.parametrize(("range", "stored_bytes"), [("static", 5), ("dynamic", 0)])
+def test_bytes_of_an_activation_grid(range, stored_bytes):
+    assert ActivationGrid(bits=4, range=range).stored_bytes == stored_bytes

@@ -7,7 +7,7 @@ import pytest
 from rich.console import Console
 
 from hf_lossless import CompressionPlan, Grid, LayerPlan, LosslessCheckpointConfig
-from hf_lossless.plan import LowRank, Regime
+from hf_lossless.plan import ActivationGrid, LowRank, Regime
 from hf_lossless.report import inspection, plan_table
 
 MIXED = LowRank(rank=3, shape=(12, 20), left=Grid(bits=8), right=Grid(bits=4, group_size=8))
@@ -104,3 +104,29 @@ def test_a_table_with_regimes():
     plan = plan.model_copy(update={"layers": plan.layers | {"kept": LAYERS["kept"]}})
     assert [row[-1] for row in rows(plan)] == ["regime", "analytic", "", ""]
     assert rows(plan)[0] == ["layer", "bits", "group", "rank", "work", "bytes", "predicted", "regime"]
+
+
+def with_quantised_inputs() -> CompressionPlan:
+    grids = {"grid": ActivationGrid(bits=8, range="static"), "factors": ActivationGrid(bits=4, range="dynamic")}
+    layers = {name: LAYERS[name].model_copy(update={"activation": grids.get(name)}) for name in ("kept", *grids)}
+    return CompressionPlan(
+        theory="curvature", layers=layers, other_bytes=7, original_bytes=10_000, activations="quantised"
+    )
+
+
+def test_a_table_with_quantised_inputs():
+    plan = with_quantised_inputs()
+    assert plan_table(plan).title == "plan (curvature; activations: quantised)"
+    table = rows(plan)
+    place = table[0].index("input")
+    assert [row[place] for row in table] == ["input", "", "8 static", "4 dynamic", ""]
+
+
+def test_inspection_of_quantised_inputs():
+    layers = inspected(with_quantised_inputs())
+    assert [layer["activation"] for layer in layers.values()] == [
+        None,
+        {"bits": 8, "range": "static"},
+        {"bits": 4, "range": "dynamic"},
+    ]
+    assert inspection(LosslessCheckpointConfig.of(with_quantised_inputs()))["activations"] == "quantised"

@@ -5,7 +5,7 @@ weight w. The moments are over the elements of the vector, as LLC Eq. 7 has them
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hf_lossless.activation_grid import may_quantise_input
+from hf_lossless.calibration.activations import ActivationStatistics, ActivationSums
 from hf_lossless.calibration.curvature import KroneckerFactors
 from hf_lossless.calibration.halves import HalvedCurvature
 from hf_lossless.calibration.loss import Batch, LossFunction, model_device, num_examples, to_device
@@ -71,6 +73,8 @@ class LayerStatistics:
         curvature: Factors of the second derivatives of the mean loss; None unless asked for.
         halves: The same of the even batches alone and of the odd ones, to judge on one what was fitted to the other;
             None unless asked for, and where there is one batch only.
+        activations: What rounding its input would do to the loss; None unless asked for, for integer inputs and for
+            tied layers.
     """
 
     calls: int
@@ -79,6 +83,7 @@ class LayerStatistics:
     gradient: Tensor | None = field(default=None, compare=False, repr=False)
     curvature: KroneckerFactors | None = field(default=None, compare=False, repr=False)
     halves: tuple[KroneckerFactors, KroneckerFactors] | None = field(default=None, compare=False, repr=False)
+    activations: ActivationStatistics | None = field(default=None, compare=False, repr=False)
 
 
 @dataclass(frozen=True)
@@ -98,9 +103,10 @@ class Calibration:
     batch_losses: tuple[float, ...] = ()
 
     def without_tensors(self) -> "Calibration":
-        """The same without gradients and curvature: a few numbers for each layer, fit to be kept with the model."""
+        """The same without tensors: a few numbers for each layer, fit to be kept with the model."""
         layers = {
-            name: replace(layer, gradient=None, curvature=None, halves=None) for name, layer in self.layers.items()
+            name: replace(layer, gradient=None, curvature=None, halves=None, activations=None)
+            for name, layer in self.layers.items()
         }
         return replace(self, layers=layers)
 
@@ -154,6 +160,7 @@ def calibrate(
     *,
     gradients: bool = False,
     curvature: bool = False,
+    activation_bits: Sequence[int] = (),
 ) -> Calibration:
     """One forward-backward pass; the model's weights, gradients and flags are as before afterwards.
 
@@ -167,6 +174,7 @@ def calibrate(
         curvature: Gather the Kronecker factors of every layer's curvature. On one CPU core the pass takes 1.5 times as
             long for the transformers it was measured on and 2.5 times for a ResNet, whose patches are nine times its
             input; and see `curvature.LARGEST_FACTOR` for the memory.
+        activation_bits: Gather what rounding inputs to these widths would do to the loss; see `activations`.
 
     Returns:
         Statistics, the same in every process. Costs one forward and one backward pass, and the memory of one gradient
@@ -179,8 +187,13 @@ def calibrate(
     total_examples = sum(num_examples(batch) for batch in batches)
     sums = {layer.name: _Sums() for layer in layers}
     halves = HalvedCurvature(model, layers if curvature else [], batches)
+    activations = {
+        layer.name: ActivationSums(layer, activation_bits)
+        for layer in layers
+        if activation_bits and may_quantise_input(layer.kind, layer.tied)
+    }
     batch_losses = torch.zeros(len(batches), dtype=torch.float64)
-    with torch.enable_grad(), _only_gradients_of(model, layers), _watched(model, layers, sums, halves):
+    with torch.enable_grad(), _only_gradients_of(model, layers), _watched(model, layers, sums, halves, activations):
         with failing_together():
             for index, batch in own_share(batches):
                 halves.now = index % 2
@@ -207,6 +220,7 @@ def calibrate(
             sums[layer.name].statistics(gradient),
             gradient=as_matrix(gradient, layer.kind).float() if gradients else None,
             **halves.curvature_of(layer.name),
+            activations=activations[layer.name].statistics(total_examples) if layer.name in activations else None,
         )
     losses = sum_over_processes(batch_losses).tolist()
     mean = sum(value * num_examples(batch) for value, batch in zip(losses, batches, strict=True)) / total_examples
@@ -256,11 +270,17 @@ def _only_gradients_of(model: nn.Module, layers: list[Layer]) -> Iterator[None]:
 
 
 @contextmanager
-def _watched(model: nn.Module, layers: list[Layer], sums: dict[str, _Sums], halves: HalvedCurvature) -> Iterator[None]:
+def _watched(
+    model: nn.Module,
+    layers: list[Layer],
+    sums: dict[str, _Sums],
+    halves: HalvedCurvature,
+    activations: dict[str, ActivationSums],
+) -> Iterator[None]:
     """Hooks that feed the sums; a tied layer counts the calls of every module that uses its weight."""
     handles = []
     for layer in layers:
-        hook = _input_hook(sums[layer.name])
+        hook = _input_hook(sums[layer.name], activations.get(layer.name))
         for module in modules_of(model, layer):
             handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
             if layer.name in halves.sums:
@@ -273,7 +293,7 @@ def _watched(model: nn.Module, layers: list[Layer], sums: dict[str, _Sums], halv
             handle.remove()
 
 
-def _input_hook(layer_sums: _Sums) -> Callable[..., tuple[Any, Any] | None]:
+def _input_hook(layer_sums: _Sums, activations: ActivationSums | None) -> Callable[..., tuple[Any, Any] | None]:
     def watch(module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> tuple[Any, Any] | None:
         values = layer_input(arguments, keywords)
         if values.numel():  # an expert that no token is sent to has learnt nothing of what an error in it would do
@@ -287,6 +307,9 @@ def _input_hook(layer_sums: _Sums) -> Callable[..., tuple[Any, Any] | None]:
         if not values.requires_grad:  # the model's own input, or what only frozen layers have touched
             values = values.detach().requires_grad_()
         values.register_hook(layer_sums.add_gradient)  # type: ignore[no-untyped-call]
+        if activations is not None:
+            seen = values.detach()  # autograd keeps the same memory for the weight's sake
+            values.register_hook(lambda gradient: activations.add(seen, gradient))  # type: ignore[no-untyped-call]
         return with_layer_input(values, arguments, keywords)
 
     return watch

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_lossless.layers import Layer, LayerKind
+from hf_lossless.modules.activations import QuantisedInput
 
 _ATTRIBUTES: dict[LayerKind, tuple[str, ...]] = {
     "linear": ("in_features", "out_features"),
@@ -38,10 +39,12 @@ class CompressedModule(nn.Module, ABC):
         matrix_shape: (out, in) of the weight as a matrix.
         dtype: In what dtype the module computes; follows `.to(dtype)` as a weight would.
         bias: The original's bias, where it had one.
+        activation: Quantises the layer's input; None: it stays in floating point.
     """
 
     kind: LayerKind
     bias: nn.Parameter | None
+    activation: QuantisedInput | None
 
     def __init__(self, layer: Layer) -> None:
         """Takes over the attributes and the bias of `layer`; the stored tensors are for the subclass to make."""
@@ -55,6 +58,11 @@ class CompressedModule(nn.Module, ABC):
         for name in _ATTRIBUTES[layer.kind]:
             setattr(self, name, getattr(layer.module, name))
         self.register_parameter("bias", getattr(layer.module, "bias", None))
+        self.activation = None
+
+    def quantised(self, input: Tensor) -> Tensor:
+        """The layer's own input on its grid, or as it is."""
+        return input if self.activation is None else self.activation(input)
 
     @abstractmethod
     def matrix(self) -> Tensor:
@@ -96,7 +104,7 @@ class CompressedModule(nn.Module, ABC):
 
     @property
     def weight_tensors(self) -> dict[str, Tensor]:
-        """The tensors that stand for the weight, by their names in the module's state dict: all but the bias."""
+        """All tensors of the module but the bias, by their names in its state dict: they are what the weight became."""
         return {name: tensor for name, tensor in self.state_dict(keep_vars=True).items() if name != "bias"}
 
     @property

@@ -9,6 +9,9 @@ A low-rank layer is two layers without bias, each stored like any other: in floa
 
     y = left(right(x)) + base(x) + bias          rows at i = left(i) @ R + base(i)
 
+Where the input is quantised, x is what its grid makes of it, for right and base alike; what right gives to left stays
+in floating point.
+
 The product L R is never built: r (out + in) multiplications stand for out * in, and an embedding looks up only the rows
 it needs. A base is unpacked at each call, as it would be alone.
 """
@@ -106,6 +109,7 @@ class LowRankLinear(LowRankModule):
 
     def forward(self, input: Tensor) -> Tensor:
         """Computes y = (x R') L' + b, and adds that of the base."""
+        input = self.quantised(input)
         output: Tensor = self.left(self.right(input))
         if self.base is not None:
             output = output + self.base(input)
@@ -133,6 +137,7 @@ class LowRankConv2d(LowRankModule):
 
     def forward(self, input: Tensor) -> Tensor:
         """The two convolutions, and that of the base."""
+        input = self.quantised(input)
         output: Tensor = self.left(self.right(input))
         if self.base is not None:
             output = output + self.base(input)

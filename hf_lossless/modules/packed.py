@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from hf_lossless.candidates.uniform import QuantisedMatrix, dequantise
 from hf_lossless.layers import Layer, LayerKind
 from hf_lossless.modules.base import CompressedModule
+from hf_lossless.modules.casting import keeping_dtype
 from hf_lossless.packing import pack, packed_width, unpack
 from hf_lossless.plan import Grid
 
@@ -74,14 +75,7 @@ class PackedModule(CompressedModule):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Moves as any module does, but a change of dtype leaves the scales alone and only sets `self.dtype`."""
-        held = (self.scales, self.zeros)
-
-        def keeping_dtype(tensor: Tensor) -> Tensor:
-            if any(tensor is one for one in held):  # a cast leaves whole numbers alone, so they pass as bytes
-                return fn(tensor.view(torch.uint8)).view(tensor.dtype)
-            return fn(tensor)
-
-        return super()._apply(keeping_dtype, recurse)
+        return super()._apply(keeping_dtype(fn, (self.scales, self.zeros)), recurse)
 
     def extra_repr(self) -> str:
         """Shape and grid, for `print(model)`."""
@@ -95,7 +89,7 @@ class PackedLinear(PackedModule):
 
     def forward(self, input: Tensor) -> Tensor:
         """Computes y = x W' + b."""
-        return self.linear(input, self.bias)
+        return self.linear(self.quantised(input), self.bias)
 
 
 class PackedConv2d(PackedModule):
@@ -108,7 +102,7 @@ class PackedConv2d(PackedModule):
 
     def forward(self, input: Tensor) -> Tensor:
         """The convolution with the unpacked kernel."""
-        kernel = self.matrix().view(self.weight_shape)
+        input, kernel = self.quantised(input), self.matrix().view(self.weight_shape)
         return F.conv2d(input, kernel, self.bias, self.stride, self.padding, self.dilation, self.groups)
 
 

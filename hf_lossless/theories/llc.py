@@ -12,7 +12,7 @@ f_input and f_weight are measured with the noise `+-scale * |random|`, random ~ 
 (lines 10-15), the side that opposes the mean gradient E[p] (Eq. 7). The text of the algorithm prints the same
 expression for both sides; the words around Eq. 7 make clear that they differ in sign.
 
-Where activations stay in floating point, as this release runs them, e = 0 and so is the first term of P.
+Under this theory activations stay in floating point at run time, so that e = 0 and so is the first term of P.
 `activation_noise` counts it nevertheless, as the paper does for models whose inputs are quantised to the width of the
 weight; the plan then says so. Noise that never happens misleads the choice among widths, so it is not counted unless
 asked.

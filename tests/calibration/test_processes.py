@@ -68,6 +68,18 @@ def outcome(sizes: tuple[int, ...]) -> dict:
     }
 
 
+def activations(sizes: tuple[int, ...]) -> dict:
+    """Quantised inputs: what was chosen, and where static levels lie."""
+    config = LosslessCompressionConfig(
+        ratio=3, bits=(2, 3, 4, 8, 16), group_size=8, theory="curvature", activation_bits=(None, 3, 4, 8)
+    )
+    result = compress(Model(), batches_of(sizes), config)
+    return {
+        "grids": {name: repr(layer.activation) for name, layer in result.plan.layers.items()},
+        "levels": {name: value.item() for name, value in result.model.state_dict().items() if "activation" in name},
+    }
+
+
 def gaps(sizes: tuple[int, ...]) -> list[tuple[float, float, float]]:
     """Measured, first and second order of strong noise in every layer's weight and input."""
     model = Model().eval()
@@ -148,6 +160,14 @@ def test_two_processes_agree_with_one(two_processes, sizes):
 
 
 @pytest.mark.parametrize("sizes", SIZES)
+def test_two_processes_quantise_the_same_inputs(two_processes, sizes):
+    one = json.loads(json.dumps(activations(SIZES[sizes])))
+    assert any("static" in grid for grid in one["grids"].values()) and one["grids"]["embedding"] == "None"
+    for found in two_processes:
+        assert found["activations"][sizes] == close(one)
+
+
+@pytest.mark.parametrize("sizes", SIZES)
 def test_two_processes_find_the_same_neighbourhood(two_processes, sizes):
     one = gaps(SIZES[sizes])
     assert len(one) == 6 + 4  # the embedding's input is no real number, one layer never runs
@@ -205,6 +225,7 @@ if __name__ == "__main__":
     )
     found: dict = {name: outcome(sizes) for name, sizes in SIZES.items()}
     found["gaps"] = {name: gaps(sizes) for name, sizes in SIZES.items()}
+    found["activations"] = {name: activations(sizes) for name, sizes in SIZES.items()}
     found["collectives"] = collectives()
     (home / f"{os.environ['RANK']}.json").write_text(json.dumps(found))
     torch.distributed.destroy_process_group()
