@@ -145,10 +145,10 @@ class Evidence(_Record):
         return f"the {self.metric_name} is not shown to have risen by more than {abs(self.metric_margin):.3g}"
 
     def _too_few(self, test: TestOutcome) -> str:
-        """What more rows could do; nothing is said where there were enough of them."""
-        if test.required_rows is None or test.required_rows <= self.num_rows:
+        """What more rows could do; nothing where there were enough, or where they rather say that it *is* worse."""
+        if test.required_rows is None or test.required_rows <= self.num_rows or test.p_value > 0.5:
             return ""
-        return f" (with {self.num_rows:,} rows; about {test.required_rows:,} are needed where there is no difference)"
+        return f" ({self.num_rows:,} rows are too few to tell; about {test.required_rows:,} may be enough)"
 
 
 class Certificate(_Record):
