@@ -1,0 +1,274 @@
+"""The certificate: what held-out rows said of a compressed model, as config.json keeps it and a model card tells it.
+
+It has three parts: where it comes from (`Provenance`), what was measured and tested (`Evidence`), and the verdict,
+which follows from the evidence alone and is checked against it whenever a certificate is read. Verdicts:
+
+- "certified": loss and metric both pass their tests of non-inferiority.
+- "loss decreased": the same, and the upper bound of the plain change of the loss is below zero. Tested only after the
+  weaker statement has passed, so that it takes no share of alpha from it. In a walk it is a statement about the one
+  plan that it is made of, not covered by the walk's error rate.
+- "not certified: ...": with what failed, and how many rows it would take where there were too few.
+"""
+
+import json
+import reprlib
+from importlib import metadata
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from hf_lossless.errors import CheckpointError
+
+CERTIFIED, LOSS_DECREASED = "certified", "loss decreased"
+
+_LIBRARIES = ("hf-lossless", "torch", "transformers", "datasets", "numpy", "scipy")
+
+_Number = Annotated[float, Field(allow_inf_nan=False)]
+_Count = Annotated[int, Field(ge=0)]
+
+
+class _Record(BaseModel):
+    """A frozen record that refuses unknown fields and silent conversions."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+def library_versions() -> dict[str, str]:
+    """Versions of the libraries that had a hand in the numbers."""
+    return {name: metadata.version(name) for name in _LIBRARIES}
+
+
+class Provenance(_Record):
+    """Where a certificate comes from.
+
+    Attributes:
+        data_fingerprint: Name of the set of certification rows (`calibration.splits.fingerprint`).
+        calibration_rows: Rows calibrated on.
+        selection_rows: Rows that plans were selected on.
+        theory: What predicted the losses.
+        seed: Of the splits and of calibration.
+        versions: Of the libraries, by name.
+    """
+
+    data_fingerprint: str
+    calibration_rows: _Count
+    selection_rows: _Count
+    theory: str
+    seed: _Count
+    versions: dict[str, str] = Field(default_factory=library_versions)
+
+
+class Estimate(_Record):
+    """A mean over the certification rows, with its two-sided interval at the certificate's confidence."""
+
+    value: _Number
+    low: _Number
+    high: _Number
+
+
+class TestOutcome(_Record):
+    """A test of non-inferiority (`non_inferiority.NonInferiority`, which explains the fields)."""
+
+    __test__ = False  # else pytest takes it for a test
+
+    method: str
+    p_value: Annotated[float, Field(ge=0, le=1)]
+    bound: _Number
+    required_rows: _Count | None
+
+
+class Evidence(_Record):
+    """What was measured on the certification rows, and tested.
+
+    Attributes:
+        num_rows: Certification rows.
+        confidence: 1 - alpha, of each bound and interval.
+        tolerance: How much of the original's mean loss the loss may rise by.
+        original_loss: Mean loss of the original.
+        compressed_loss: Mean loss of the compressed model.
+        loss_change: The mean of the paired differences.
+        loss_change_error: Its standard error.
+        loss_change_bound: Its one-sided upper bound.
+        loss_test: Of E[compressed - (1 + tolerance) original] < 0.
+        metric_name: The task's metric.
+        metric_margin: How far it may fall.
+        original_metric: Of the original.
+        compressed_metric: Of the compressed model.
+        metric_test: Of E[original - compressed] < margin.
+        flips: Rows whose prediction changed.
+        right_to_wrong: Of these, rows whose score fell.
+        wrong_to_right: Of these, rows whose score rose.
+        mean_kl: Mean divergence of the outputs from the original's, in nats; None for tasks without class scores.
+    """
+
+    num_rows: Annotated[int, Field(ge=2)]
+    confidence: Annotated[float, Field(gt=0, lt=1)]
+    tolerance: _Number
+    original_loss: Estimate
+    compressed_loss: Estimate
+    loss_change: _Number
+    loss_change_error: Annotated[float, Field(ge=0, allow_inf_nan=False)]
+    loss_change_bound: _Number
+    loss_test: TestOutcome
+    metric_name: str
+    metric_margin: _Number
+    original_metric: Estimate
+    compressed_metric: Estimate
+    metric_test: TestOutcome
+    flips: _Count
+    right_to_wrong: _Count
+    wrong_to_right: _Count
+    mean_kl: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None
+
+    @property
+    def verdict(self) -> str:
+        """What follows from the tests."""
+        failures = []
+        if self.loss_test.p_value >= 1 - self.confidence:
+            failures.append(f"{self._loss_failure}{self._too_few(self.loss_test)}")
+        if self.metric_test.p_value >= 1 - self.confidence:
+            failures.append(f"{self._metric_failure}{self._too_few(self.metric_test)}")
+        if failures:
+            return f"not certified: {'; '.join(failures)}"
+        return LOSS_DECREASED if self.loss_change_bound < 0 else CERTIFIED
+
+    @property
+    def _loss_failure(self) -> str:
+        if self.tolerance > 0:
+            return f"the loss may have risen by more than {self.tolerance:.3g} of the original's"
+        return f"the loss is not shown to have fallen by more than {abs(self.tolerance):.3g} of the original's"
+
+    @property
+    def _metric_failure(self) -> str:
+        if self.metric_margin > 0:
+            return f"the {self.metric_name} may have fallen by more than {self.metric_margin:.3g}"
+        return f"the {self.metric_name} is not shown to have risen by more than {abs(self.metric_margin):.3g}"
+
+    def _too_few(self, test: TestOutcome) -> str:
+        """What more rows could do; nothing where there were enough, or where they rather say that it *is* worse."""
+        if test.required_rows is None or test.required_rows <= self.num_rows or test.p_value > 0.5:
+            return ""
+        return f" ({self.num_rows:,} rows are too few to tell; about {test.required_rows:,} may be enough)"
+
+
+class Certificate(_Record):
+    """A verdict, what it rests on, and where it comes from.
+
+    Attributes:
+        verdict: "certified", "loss decreased", or "not certified: " and why.
+        evidence: Measurements and tests.
+        provenance: Data, theory, versions.
+    """
+
+    verdict: str
+    evidence: Evidence
+    provenance: Provenance
+
+    @model_validator(mode="after")
+    def _verdict_follows(self) -> "Certificate":
+        if self.verdict != self.evidence.verdict:
+            raise ValueError(
+                f"the verdict {self.verdict!r} does not follow from the evidence, which says {self.evidence.verdict!r}"
+            )
+        return self
+
+    @property
+    def passed(self) -> bool:
+        """Whether held-out data cannot tell the model from the original, by more than was tolerated."""
+        return self.verdict in (CERTIFIED, LOSS_DECREASED)
+
+    def paragraph(self) -> str:
+        """The certificate in a few plain sentences, for a model card."""
+        seen, made = self.evidence, self.provenance
+        sure = f"{seen.confidence:.6g}"
+        divergence = (
+            "" if seen.mean_kl is None else f" The outputs moved by a mean KL divergence of {seen.mean_kl:.2g}."
+        )
+        return (
+            f"{self.verdict[0].upper()}{self.verdict[1:]}. Judged on {seen.num_rows:,} rows that neither calibration "
+            f"({made.calibration_rows:,} rows) nor selection ({made.selection_rows:,} rows) has seen. "
+            f"The mean loss is {seen.compressed_loss.value:.4g}, the original's {seen.original_loss.value:.4g}; the "
+            f"change is at most {seen.loss_change_bound:+.2g} at confidence {sure}; {self._asked_of_loss}. "
+            f"The {seen.metric_name} is {seen.compressed_metric.value:.4g}, the original's "
+            f"{seen.original_metric.value:.4g}; it fell by at most {seen.metric_test.bound:.2g} at confidence {sure}; "
+            f"{self._asked_of_metric}. "
+            f"{seen.flips:,} predictions changed, {seen.right_to_wrong:,} from right to wrong and "
+            f"{seen.wrong_to_right:,} from wrong to right.{divergence} "
+            "This holds for rows like these; it says nothing of other data."
+        )
+
+    @property
+    def _asked_of_loss(self) -> str:
+        share = f"{abs(self.evidence.tolerance):.3g} of the original's loss"
+        return f"a rise of {share} was tolerated" if self.evidence.tolerance > 0 else f"a fall of {share} was demanded"
+
+    @property
+    def _asked_of_metric(self) -> str:
+        margin = self.evidence.metric_margin
+        return f"a fall of {margin:.3g} was allowed" if margin > 0 else f"a rise of {abs(margin):.3g} was demanded"
+
+    def table(self) -> list[tuple[str, str, str]]:
+        """Rows for a table with the columns "", original, compressed; what is of both stands under compressed."""
+        seen, made = self.evidence, self.provenance
+        return [
+            ("held-out loss", _with_interval(seen.original_loss), _with_interval(seen.compressed_loss)),
+            (
+                f"held-out {seen.metric_name}",
+                _with_interval(seen.original_metric),
+                _with_interval(seen.compressed_metric),
+            ),
+            ("change of the loss", "", f"{seen.loss_change:+.4g} ± {seen.loss_change_error:.2g}"),
+            ("its upper bound", "", f"{seen.loss_change_bound:+.4g}"),
+            ("tolerated rise, of the original's loss", "", f"{seen.tolerance:.3g}"),
+            ("test of the loss", "", f"{seen.loss_test.method}: p = {seen.loss_test.p_value:.2g}"),
+            (f"upper bound of the fall in {seen.metric_name}", "", f"{seen.metric_test.bound:.4g}"),
+            ("allowed fall", "", f"{seen.metric_margin:.3g}"),
+            (f"test of the {seen.metric_name}", "", f"{seen.metric_test.method}: p = {seen.metric_test.p_value:.2g}"),
+            ("changed predictions", "", f"{seen.flips:,}"),
+            ("from right to wrong, from wrong to right", "", f"{seen.right_to_wrong:,}, {seen.wrong_to_right:,}"),
+            ("mean KL divergence", "", "none" if seen.mean_kl is None else f"{seen.mean_kl:.3g}"),
+            ("confidence", "", f"{seen.confidence:.6g}"),
+            (
+                "rows: calibration, selection, certification",
+                "",
+                f"{made.calibration_rows:,}, {made.selection_rows:,}, {seen.num_rows:,}",
+            ),
+            ("fingerprint of the certification rows", "", made.data_fingerprint),
+            ("theory, seed", "", f"{made.theory}, {made.seed}"),
+            ("versions", "", ", ".join(f"{name} {version}" for name, version in made.versions.items())),
+            ("verdict", "", self.verdict),
+        ]
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready values."""
+        return self.model_dump(mode="json")
+
+    @classmethod
+    def from_dict(cls, values: Any) -> "Certificate":
+        """Reads a certificate back.
+
+        Args:
+            values: What `to_dict` gave, perhaps by way of a JSON file.
+
+        Raises:
+            CheckpointError: A field is missing, unknown, of the wrong type or range, or the verdict does not follow
+                from the evidence.
+        """
+        remedy = "Take config.json again from where the checkpoint came from, or certify the model again."
+        try:
+            text = json.dumps(values)
+        except (TypeError, ValueError) as error:
+            raise CheckpointError(f"the certificate is not made of JSON values: {error}. {remedy}") from error
+        try:
+            return cls.model_validate_json(text)
+        except ValidationError as error:
+            first = error.errors()[0]
+            place = ".".join(str(part) for part in first["loc"])
+            got = reprlib.repr(first["input"])
+            raise CheckpointError(
+                f"the certificate is malformed at {place or 'its top'}: {first['msg']} (got {got}). {remedy}"
+            ) from error
+
+
+def _with_interval(estimate: Estimate) -> str:
+    return f"{estimate.value:.4g} ({estimate.low:.4g} to {estimate.high:.4g})"

@@ -1,0 +1,68 @@
+"""The walk from the safest plan to the smallest: fixed-sequence testing.
+
+Plans 1, 2, .., K are tested in an order that is fixed before the certification rows are looked at (by predicted or
+selected loss, never by these rows), each at the full level alpha, until one fails. The last that passed is certified.
+
+**Why alpha need not be shared out.** Let j be the first plan in the order that is truly worse. To certify any bad plan
+the walk has to come to j and pass it, for everything behind j is tested only then. So
+
+    P(some bad plan is certified) <= P(plan j passes) <= alpha
+
+whatever the plans behind j are, however many there are, and however their tests depend on each other. It needs no
+monotone loss: where the order is poor, the walk only stops early.
+
+**Why neither loss nor metric shares alpha.** A plan passes only if both tests do. A plan is bad if its loss *or* its
+metric is worse by the margin; whichever it is, that one test has to be wrong, with chance alpha at most. (An
+intersection-union test: the hypothesis is a union, rejected only as a whole.)
+
+Sources: W. Maurer, L. Hothorn & W. Lehmacher, "Multiple comparisons in drug clinical trials and preclinical assays:
+a-priori ordered hypotheses", in Biometrie in der chemisch-pharmazeutischen Industrie 6, 1995. P. Westfall & A. Krishen,
+"Optimally weighted, fixed sequence and gatekeeper multiple testing procedures", J. Statist. Plann. Inference 99, 2001.
+A. Angelopoulos, S. Bates, E. Candes, M. Jordan & L. Lei, "Learn then test", arXiv 2110.01052, 2021, section 2. R.
+Berger, "Multiparameter hypothesis testing and acceptance sampling", Technometrics 24, 1982 (intersection-union).
+"""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+from hf_lossless.certification.certificate import Certificate
+
+Plan = TypeVar("Plan")
+
+
+@dataclass(frozen=True)
+class Walk(Generic[Plan]):
+    """How far a walk came.
+
+    Attributes:
+        plan: The last plan that passed; None where the first failed.
+        certificate: Its certificate; where no plan passed, that of the first plan, which says why.
+        tested: Plans tested, the one that failed included.
+        stopped: Why the walk ended: what the failing plan's certificate says, or "every plan passed".
+    """
+
+    plan: Plan | None
+    certificate: Certificate
+    tested: int
+    stopped: str
+
+
+def walk(plans: Iterable[Plan], certify_plan: Callable[[Plan], Certificate]) -> Walk[Plan]:
+    """Tests plans in order and stops at the first that fails.
+
+    Args:
+        plans: From the safest to the smallest, in an order that the certification rows had no part in. At least one.
+        certify_plan: Applies a plan, runs it on the certification rows, and judges it. Called once for each plan, and
+            not for those behind the first failure.
+    """
+    passed: Plan | None = None
+    certificate: Certificate | None = None
+    tested = 0
+    for tested, plan in enumerate(plans, start=1):
+        verdict = certify_plan(plan)
+        if not verdict.passed:
+            return Walk(passed, certificate or verdict, tested, verdict.verdict)
+        passed, certificate = plan, verdict
+    assert certificate is not None, "a walk needs a plan"
+    return Walk(passed, certificate, tested, "every plan passed")
