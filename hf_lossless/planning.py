@@ -3,7 +3,7 @@
 A prediction by derivatives is stated to be right to within a factor of two, and is checked: the weights as planned are
 put into the model, and the loss is measured on the calibration rows. Where
 
-    measured > 2 predicted + 2 standard errors of the measurement
+    measured > 2 predicted + 2 standard errors of the measurement + a thousandth of the loss
 
 the layers that the plan spends most on are measured one by one. The predictions of each are multiplied by measured over
 predicted, those of the other layers by the median of these factors, and the knapsack runs again. A loss that falls, or
@@ -37,6 +37,9 @@ from hf_lossless.theories.problem import Prediction, Problem
 
 STATED_FACTOR = 2.0
 """A prediction is stated to be right to within this factor."""
+
+NEGLIGIBLE_SHARE = 1e-3
+"""Of the loss: a rise below it is no reason to plan anew, however small the prediction was."""
 
 REMEASURED_LAYERS = 8
 """Layers that are measured one by one, at one forward pass each, where a plan's prediction was off."""
@@ -178,7 +181,8 @@ class Planner:
         measured = self._measured(planned, self.problem.layers)
         predicted = planned.plan.predicted_loss_change
         _logger.info("predicted change of the loss %.3g, measured %.3g +- %.2g", predicted, *measured)
-        return measured.mean <= STATED_FACTOR * max(predicted, 0.0) + 2 * measured.standard_error
+        floor = NEGLIGIBLE_SHARE * abs(self.problem.calibration.loss)
+        return measured.mean <= STATED_FACTOR * max(predicted, 0.0) + 2 * measured.standard_error + floor
 
     def _measured(self, planned: Planned, layers: Iterable[Layer]) -> LossChange:
         """The change of the loss on the calibration rows with these layers' weights as planned; one forward pass."""

@@ -2,8 +2,8 @@
 
     python recipes/compare.py [--assets DIR] [--models NAME ...] [--theories NAME ...] [--peers] [--update]
 
-1. **Predictions.** Every layer is rounded alone, to nearest, at 2, 3, 4 and 8 bits. A theory's prediction (calibrated on
-   128 rows of the validation split) stands against what is measured on 128 test rows: the change of the loss, and the
+1. **Predictions.** Every layer is rounded alone, to nearest, at 2, 3, 4 and 8 bits. A theory's prediction (calibrated
+   on 128 rows of the validation split) stands against what is measured on 128 test rows: the change of the loss and the
    divergence of the predicted classes from the original's (KL). The loss of an over-confident model falls under noise
    of any kind, the divergence shows what the noise did. The rank correlation says whether a theory orders layers
    rightly; the slope is that of the least squares through zero of measured on predicted change. Both leave out what a
@@ -19,12 +19,12 @@
 """
 
 import argparse
-import copy
 import json
 import platform
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -36,20 +36,21 @@ from peers import ASSETS, DATA, ROWS, compare_peers, figures, load, scores, time
 from scipy.stats import spearmanr
 from torch import Tensor
 from torch.nn.functional import nll_loss
+from transformers import PreTrainedModel
 
 import hf_lossless
-from hf_lossless import LosslessCompressionConfig, compress
+from hf_lossless import LosslessCompressionConfig
 from hf_lossless.apply import apply_plan
 from hf_lossless.calibration.loss import batch_loss
 from hf_lossless.calibration.perturbation import weight_noise
 from hf_lossless.calibration.statistics import calibrate
 from hf_lossless.candidates.menu import menu
-from hf_lossless.config import THEORIES
+from hf_lossless.config import THEORIES, LosslessCheckpointConfig
 from hf_lossless.errors import UnreachableTargetError
 from hf_lossless.layers import find_layers
-from hf_lossless.pipeline import predictor
+from hf_lossless.pipeline import analyse, realise
 from hf_lossless.plan import LayerPlan
-from hf_lossless.theories import cet
+from hf_lossless.theories import cet, curvature, hawq, llc, lod
 from hf_lossless.theories.cet_allocation import allocate
 from hf_lossless.theories.problem import Prediction, Problem
 
@@ -60,6 +61,17 @@ _MEASURED_ROWS = 128
 _AS_PRINTED = "cet, as printed"
 _WITH_RANKS = "curvature, ranks"
 _PLANNERS = (*THEORIES, _WITH_RANKS, _AS_PRINTED)
+
+_PREDICT = {
+    "llc": llc.predict,
+    "lod": lod.predict,
+    "cet": cet.predict,
+    "hawq": hawq.predict,
+    "curvature": curvature.predict,
+}
+
+Judge = Callable[[PreTrainedModel], dict[str, Any]]
+"""What `figures` says of a model on the held-out rows."""
 
 Measured = dict[str, dict[str, list[float]]]
 """By quantity ("loss", "kl") and layer name, one number for each candidate."""
@@ -119,7 +131,7 @@ def bench_model(name: str, assets: Path, planners: list[str], peers: bool) -> di
     labels = torch.cat([batch["labels"] for batch in test_batches])
     original = scores(logits_of(peer_problem.model), test_batches)
 
-    def judged(model: Any) -> dict[str, Any]:
+    def judged(model: PreTrainedModel) -> dict[str, Any]:
         return figures(original, scores(logits_of(model), test_batches), labels, peer_problem.task)
 
     report: dict[str, Any] = {
@@ -135,10 +147,7 @@ def bench_model(name: str, assets: Path, planners: list[str], peers: bool) -> di
     for planner in planners:
         if planner == _AS_PRINTED:
             continue
-        rows = report["plans"][planner] = {}
-        for ratio in _RATIOS:
-            rows[str(ratio)] = row = planned(peer_problem, planner, ratio, pass_seconds, judged)
-            print(name, planner, ratio, row, flush=True)
+        report["plans"][planner] = plans(peer_problem, planner, pass_seconds, judged)
     if _AS_PRINTED in planners:
         report["plans"][_AS_PRINTED] = as_printed(peer_problem, judged)
         print(name, _AS_PRINTED, report["plans"][_AS_PRINTED], flush=True)
@@ -160,7 +169,7 @@ def bench_predictions(
     rows = {}
     for theory in (one for one in planners if one in THEORIES):
         start = time.perf_counter()
-        predictions = predictor(theory)(problem)
+        predictions = _PREDICT[theory](problem)
         rows[theory] = {
             "passes": round((time.perf_counter() - start) / pass_seconds, 1),
             "loss": agreement(problem, predictions, measured["loss"]),
@@ -183,26 +192,39 @@ def nearest_problem(peer_problem: PeerProblem) -> Problem:
     return Problem(model, batches, batch_loss, layers, calibration, menu(layers, calibration, config, {}, "plain"))
 
 
-def planned(peer_problem: PeerProblem, planner: str, ratio: float, pass_seconds: float, judged: Any) -> dict[str, Any]:
-    """Part 2: what `compress` makes of the model at a ratio."""
-    theory = "curvature" if planner == _WITH_RANKS else planner
-    ranks = "auto" if planner == _WITH_RANKS else None
+def plans(peer_problem: PeerProblem, planner: str, pass_seconds: float, judged: Judge) -> dict[str, Any]:
+    """Part 2: what `compress` makes of the model at each ratio, from one analysis."""
     start = time.perf_counter()
-    try:
-        config = LosslessCompressionConfig(theory=theory, ratio=ratio, ranks=ranks)
-        result = compress(peer_problem.copy(), peer_problem.batches, config)
-    except UnreachableTargetError as error:
-        return {"unreachable": str(error)}
-    return {
-        "ratio": round(result.ratio, 3),
-        "size_bytes": result.size_bytes,
-        **judged(result.model),
-        "predicted": result.plan.predicted_loss_change,
-        "passes": round((time.perf_counter() - start) / pass_seconds, 1),
-    }
+    ranks: Literal["auto"] | None = "auto" if planner == _WITH_RANKS else None
+    theory = "curvature" if planner == _WITH_RANKS else planner
+    configs = {ratio: LosslessCompressionConfig(theory=theory, ratio=ratio, ranks=ranks) for ratio in _RATIOS}
+    analysis = analyse(peer_problem.model, peer_problem.batches, configs[_RATIOS[0]])
+    analysis_seconds = time.perf_counter() - start
+    rows: dict[str, Any] = {}
+    for ratio, config in configs.items():
+        start = time.perf_counter()
+        try:
+            planned = analysis.plan(config)
+        except UnreachableTargetError as error:
+            rows[str(ratio)] = {"unreachable": str(error)}
+            continue
+        model = peer_problem.copy()
+        measured = realise(model, analysis.problem, planned)
+        seconds = analysis_seconds + time.perf_counter() - start
+        size_bytes = LosslessCheckpointConfig.of(planned.plan).size_bytes
+        rows[str(ratio)] = {
+            "ratio": round(peer_problem.original_bytes / size_bytes, 3),
+            "size_bytes": size_bytes,
+            **judged(model),
+            "predicted": planned.plan.predicted_loss_change,
+            "measured": measured,
+            "passes": round(seconds / pass_seconds, 1),
+        }
+        print(planner, ratio, rows[str(ratio)], flush=True)
+    return rows
 
 
-def as_printed(peer_problem: PeerProblem, judged: Any) -> dict[str, Any]:
+def as_printed(peer_problem: PeerProblem, judged: Judge) -> dict[str, Any]:
     """The widths of CET's Algorithm 1, at the largest mean width that fits into each size."""
     problem = nearest_problem(peer_problem)
     _, spectra = cet.examine(problem)

@@ -20,6 +20,10 @@ square stands for the sum of squares, with the rows' cross terms, whose mean is 
 | Conv2d with groups | that of each group      | the same                     | see `CurvatureSums`                  |
 | Embedding          | which token: one-hot    | gradient of its vector       | rows: shares of tokens, columns g g' |
 
+Tokens that the calibration rows do not have are not free. By Good and Turing the next token is one of them with a
+probability of about n1 / T, with n1 the number of tokens that were seen once; the unseen share it evenly, the others
+give it up in proportion, and at most a half of what they have.
+
 Sources: Martens & Grosse 2015 (arXiv 1503.05671), Eq. 1; for convolutions Grosse & Martens 2016 (arXiv 1602.01407); for
 layers used at many positions the "expand" setting of Eschenhagen et al. 2023 (arXiv 2311.00636).
 """
@@ -235,7 +239,8 @@ class CurvatureSums:
         """
         # The gradients are 1/N of each row's own, and the mean is over the rows that were added.
         row_weight = self.num_examples**2 / (self.num_examples if num_rows is None else num_rows)
-        terms = [_factors(sums, row_weight) for sums in (self.lookups, self.products) if sums is not None]
+        lookups = None if self.lookups is None else replace(self.lookups, rows=smoothed_counts(self.lookups.rows))
+        terms = [_factors(sums, row_weight) for sums in (lookups, self.products) if sums is not None]
         scale = sum(term.scale for term in terms)
         rows, columns = terms[0].rows, terms[0].columns
         if len(terms) > 1 and scale:  # partial traces add: scale R = sum_u scale_u R_u, and so for C
@@ -250,6 +255,24 @@ class CurvatureSums:
         if self.products is None or self.lookups is not None or self.groups > 1:
             return None
         return (self.products.inputs[0] / self.products.positions.clamp(min=1)).float()
+
+
+def smoothed_counts(counts: Tensor) -> Tensor:
+    """Counts of tokens with the unseen ones' share, of the same sum (Good 1953, Eq. 9).
+
+    Args:
+        counts: How often each token was seen, [tokens].
+
+    Example:
+        >>> smoothed_counts(torch.tensor([6.0, 1.0, 1.0, 0.0, 0.0]))
+        tensor([4.5000, 0.7500, 0.7500, 1.0000, 1.0000])
+    """
+    unseen = counts == 0
+    total, num_once = counts.sum(), (counts == 1).sum()
+    if not unseen.any() or not num_once:
+        return counts
+    share = (num_once / total).clamp(max=0.5)
+    return torch.where(unseen, share * total / unseen.sum(), (1 - share) * counts)
 
 
 def _factors(sums: _Sums, row_weight: float) -> KroneckerFactors:
