@@ -12,6 +12,12 @@ The printed bound is that of one product e p, not of the sum over k of Eq. 7, wh
 as printed, for the smaller one rests on k independent weights, and weights of one layer are not: the same direction
 for all of them shifts every output at once, which is a second-order cost that Eq. 7 does not see. One-sided rounding
 has four times the squared error of rounding to nearest, so it is used only where the bound proves something.
+
+Confirmation by other rows proves too little. With the direction that the mean gradients of both halves of the
+calibration batches ask for as one more candidate of the curvature theory, credited with the smaller of the two first
+orders and charged with its second order, the plan for a ResNet at a ratio of 8 was predicted to gain 0.066 nats; it
+lost 0.051 on the calibration rows themselves and 0.015 +- 0.007 on others, where without such candidates it neither
+gained nor lost 0.0002: what many layers gain by one and the same shift of the scores does not add up.
 """
 
 import torch

@@ -5,6 +5,8 @@ import weakref
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -13,6 +15,7 @@ from hf_lossless.calibration.curvature import (
     CurvatureSums,
     KroneckerFactors,
     second_order_change,
+    smoothed_counts,
 )
 from hf_lossless.calibration.loss import batch_loss
 from hf_lossless.calibration.statistics import calibrate
@@ -55,6 +58,15 @@ def uses_of(model: nn.Module, layer: Layer, batch) -> list[Use]:
     return uses
 
 
+def good_turing(counts: list[int]) -> list[float]:
+    """Counts with the share of what was never seen, token by token."""
+    unseen, once, total = counts.count(0), counts.count(1), sum(counts)
+    if not unseen or not once:
+        return [float(count) for count in counts]
+    share = min(once / total, 0.5)
+    return [share * total / unseen if count == 0 else (1 - share) * count for count in counts]
+
+
 def reference(layer: Layer, uses: list[Use], num_rows: int, groups: int = 1) -> tuple[Tensor, Tensor, float]:
     """R, C and T/N by a loop over positions; C of each group."""
     num_outputs, num_inputs = layer.matrix.shape
@@ -81,6 +93,8 @@ def reference(layer: Layer, uses: list[Use], num_rows: int, groups: int = 1) -> 
             x, g = x.double().view(groups, -1), g.double()
             rows += torch.outer(g, g)
             columns += torch.stack([torch.outer(part, part) for part in x])
+    if uses and all(kind == "Embedding" for kind, *_ in uses):
+        rows = torch.tensor(good_turing([int(count) for count in rows.diagonal()])).double().diag()
     return rows / max(positions, 1), columns / max(positions, 1), positions / num_rows
 
 
@@ -210,7 +224,17 @@ def test_embeddings_count_tokens(sparse):
     model = nn.Sequential(nn.Embedding(7, 4, sparse=sparse), nn.Flatten(), nn.Linear(8, 3)).eval()
     batch = torch.tensor([[1, 2], [2, 2], [6, 0]]), torch.tensor([0, 1, 2])
     factors = check_model(model, batch, [(batch[0][:1], batch[1][:1]), (batch[0][1:], batch[1][1:])])["0"]
-    close(factors.rows, torch.tensor([1, 1, 3, 0, 0, 0, 1]) * 7 / 6)
+    # 6 tokens, 3 of which were seen once: the other 3 share a half of the whole
+    close(factors.rows, torch.tensor([0.5, 0.5, 1.5, 1, 1, 1, 0.5]) * 7 / 6)
+
+
+@given(st.lists(st.integers(0, 5), min_size=1, max_size=12))
+def test_smoothed_counts(counts):
+    found = smoothed_counts(torch.tensor(counts, dtype=torch.float32))
+    torch.testing.assert_close(found, torch.tensor(good_turing(counts)))
+    assert found.sum().item() == pytest.approx(sum(counts), rel=1e-5)
+    if 0 in counts and 1 in counts:
+        assert found.all()
 
 
 @pytest.mark.parametrize("name", ["bert", "vit", "resnet", "gpt2", "bert-mlm", "convnext"])
@@ -243,7 +267,7 @@ def test_one_output_for_all_rows():
     found = calibrate(model, [batch], find_layers(model), batch_loss, gradients=True, curvature=True)
     gradient = found.layers["positions"].gradient[2]
     factors = found.layers["positions"].curvature
-    close(factors.rows, torch.eye(5)[2] * 5)
+    close(factors.rows, torch.tensor([0.125, 0.125, 0.5, 0.125, 0.125]) * 5)  # one was seen, and seen once
     close(factors.scale * 5 * factors.columns, 8 * torch.outer(gradient, gradient))
 
 
@@ -446,7 +470,7 @@ def test_sums_of_processes_are_added(monkeypatch):
         for sums, share in zip((first, second), shares, strict=True):
             sums.products.rows *= share**2
         first.num_examples = 8
-        others = iter([second.products.rows, second.products.columns, second.products.positions])
+        others = iter(second.products.parts)
         monkeypatch.setattr(
             module_under_test, "sum_over_processes", lambda values, others=others: values + next(others)
         )
