@@ -27,6 +27,9 @@ from hf_lossless.calibration.loss import Batch, LossFunction, model_device, to_d
 LARGEST_CHANGE = 4.0
 """A variance is multiplied by at most this and at least its inverse; a channel that is nearly constant has no ratio."""
 
+_ROUNDING = 1e-10
+"""Share of the mean square below which a variance is what rounding leaves of a constant channel."""
+
 Moments = dict[tuple[str, int], Tensor]
 """Sums of x and x^2 and their number, [3, channels] float64, by the norm's name and the batch's index."""
 
@@ -119,5 +122,6 @@ def _sums(values: Tensor) -> Tensor:
 
 def _mean_and_variance(sums: Tensor) -> tuple[Tensor, Tensor]:
     total, squares, count = sums
-    mean = total / count
-    return mean, (squares / count - mean**2).clamp(min=0)
+    mean, square = total / count, squares / count
+    variance = square - mean**2
+    return mean, torch.where(variance > _ROUNDING * square, variance, 0.0)

@@ -3,6 +3,7 @@
 analyse (calibrate -> propose -> predict) -> plan (frontier, target, settle, check) -> realise (apply -> correct)
 """
 
+import logging
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -28,6 +29,8 @@ from hf_lossless.plan import CompressionPlan
 from hf_lossless.planning import Planned, Planner
 from hf_lossless.theories import cet, curvature, hawq, llc, lod
 from hf_lossless.theories.problem import Prediction, Problem
+
+_logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -98,7 +101,8 @@ def compress(
             checkpoint's; None: those of the model as it is.
 
     Returns:
-        The compressed model, its plan, the frontier. An error leaves the model as it was.
+        The compressed model, its plan, the frontier. What goes wrong before the plan is carried out leaves the model as
+        it was.
 
     Raises:
         ConfigurationError: The model is compressed already, or has no layers left to compress.
@@ -178,6 +182,8 @@ def analyse(
             advance=advance,
         )
         predictions = theory.predict(problem)
+    if problem.unreached:
+        _logger.warning("kept as they are, for no calibration row reaches them: %s", ", ".join(problem.unreached))
     return Planner(
         problem,
         predictions,

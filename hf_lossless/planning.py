@@ -28,7 +28,7 @@ from hf_lossless.candidates.proposal import Candidate
 from hf_lossless.candidates.settle import settle
 from hf_lossless.candidates.uniform import QuantisedMatrix, dequantise
 from hf_lossless.config import LosslessCompressionConfig
-from hf_lossless.errors import CalibrationError
+from hf_lossless.errors import CalibrationError, UnreachableTargetError
 from hf_lossless.layers import Layer
 from hf_lossless.plan import CompressionPlan, LayerPlan, activations_of
 from hf_lossless.target import choose_plan
@@ -115,7 +115,7 @@ class Planner:
         """The plan that meets the target of `config` at the least predicted loss; the model is left as it was.
 
         Raises:
-            CalibrationError: A layer can be stored in no way.
+            CalibrationError: A layer can be stored in no way, or the loss of the plan is not finite.
             UnreachableTargetError: No plan meets the target.
         """
         predictions = self.predictions
@@ -129,6 +129,11 @@ class Planner:
             planned = self._plan(predictions, config)
         if not self._as_stated(planned):
             _logger.warning("the loss rises by more than predicted, also after %d new plans", REPLANS)
+            if not math.isfinite(self._measured(planned, self.problem.layers).mean):
+                raise CalibrationError(
+                    f"the loss of the best plan is not finite, also after {REPLANS} new plans. "
+                    "Ask for a larger checkpoint, or add wider widths (16 keeps a layer)."
+                )
         return planned
 
     def _plan(self, predictions: dict[str, list[Prediction]], config: LosslessCompressionConfig) -> Planned:
@@ -163,7 +168,15 @@ class Planner:
                 activation_noise=config.activation_noise,
             )
 
-        plan = choose_plan(frontier, plan_at, config)
+        try:
+            plan = choose_plan(frontier, plan_at, config)
+        except UnreachableTargetError as error:
+            if not self.problem.unreached:
+                raise
+            raise UnreachableTargetError(
+                f"{error} On the calibration rows the gradient of the loss is zero for {self.problem.unreached[0]!r} "
+                f"and {len(self.problem.unreached) - 1} other layer(s), which are kept for it: calibrate on other rows."
+            ) from error
         chosen = {
             name: next(option for option in options[name] if option.plan == layer_plan)
             for name, layer_plan in plan.layers.items()
@@ -209,10 +222,12 @@ class Planner:
             return predictions
         _logger.info("measured over predicted: %s", {name: round(factor, 2) for name, factor in factors.items()})
         others = statistics.median(factors.values())
-        return {
-            name: [replace(one, loss_change=one.loss_change * factors.get(name, others)) for one in group]
-            for name, group in predictions.items()
-        }
+        return {name: [_scaled(one, factors.get(name, others)) for one in group] for name, group in predictions.items()}
+
+
+def _scaled(prediction: Prediction, factor: float) -> Prediction:
+    """A prediction of so many times the rise; a gain stays what it was."""
+    return replace(prediction, loss_change=prediction.loss_change * (factor if prediction.loss_change > 0 else 1.0))
 
 
 def _options(

@@ -38,11 +38,13 @@ def choose_plan(
     # A plan's own text counts too, and differs from plan to plan: from the best plan whose tensors alone would fit,
     # step down to the first that fits with its text.
     point = frontier.within_bytes(max_bytes - smallest.other_bytes)
+    least_bytes = LosslessCheckpointConfig.of(smallest).size_bytes
     for candidate in () if point is None else range(point, -1, -1):
         plan = plan_at(candidate)
-        if LosslessCheckpointConfig.of(plan).size_bytes <= max_bytes:
+        size_bytes = LosslessCheckpointConfig.of(plan).size_bytes
+        if size_bytes <= max_bytes:
             return plan
-    least_bytes = LosslessCheckpointConfig.of(smallest).size_bytes
+        least_bytes = min(least_bytes, size_bytes)
     asked = f"ratio={config.ratio:g}" if config.ratio is not None else f"max_bytes={config.max_bytes}"
     best_ratio = math.floor(100 * original_bytes / least_bytes) / 100  # rounded up, it could not be reached
     raise UnreachableTargetError(

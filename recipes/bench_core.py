@@ -158,7 +158,7 @@ def bench_main_job(assets: Path, ratio: float = 6.0) -> dict[str, Any]:
     if not folder.is_dir():
         return {"left_out": "the folder minilm-sst2 is not there"}
     model = AutoModelForSequenceClassification.from_pretrained(folder)
-    config = LosslessCompressionConfig(dataset=str(folder / "validation.jsonl"), ratio=ratio)
+    config = LosslessCompressionConfig(dataset=str(folder / "validation.jsonl"), ratio=ratio, theory="llc")
     batches = calibration_batches(model, config)
     layers = find_layers(model)
     one_pass = seconds(lambda: calibrate(model, batches, layers, batch_loss), repeats=3)
@@ -166,7 +166,7 @@ def bench_main_job(assets: Path, ratio: float = 6.0) -> dict[str, Any]:
     model.zero_grad()
     start = time.perf_counter()
     compressed = AutoModelForSequenceClassification.from_pretrained(
-        folder, quantization_config=LosslessCompressionConfig(dataset=batches, ratio=ratio)
+        folder, quantization_config=LosslessCompressionConfig(dataset=batches, ratio=ratio, theory="llc")
     )
     planning = time.perf_counter() - start
     result = compressed.hf_quantizer.result

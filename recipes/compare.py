@@ -1,4 +1,4 @@
-"""Every theory, and with --peers every other tool, on the same model and rows. Writes compare.json, .md and .png.
+"""Every theory, and with --peers every other tool, on the same model and rows. Writes compare.json, .md, .png.
 
     python recipes/compare.py [--assets DIR] [--models NAME ...] [--theories NAME ...] [--peers] [--update]
 
@@ -11,20 +11,21 @@
 2. **Plans.** Each theory plans for ratios 4, 6, 8, 10 and 12, as `compress` does it with that theory, and is judged on
    the whole test split (images: 4,000 rows). "curvature, ranks" may choose low-rank factors too. "cet, as printed" is
    the allocation of CET's Algorithm 1 beside the knapsack that uses CET's predictions.
-3. **Planning time** in forward-backward passes over the calibration rows, timed in the same run.
+3. **Planning time** in forward-backward passes over the calibration rows, timed in the same run, calibration included.
 4. **Peers** (see peers.py): the same bytes, rows and figures. At a ratio stands the peer of the least divergence whose
    own ratio is that or more.
 
---update keeps what the present compare.json has of models, theories and peers that are not run again.
+--update keeps what the present compare.json has of models, theories and peers that are not run again. The summary goes
+into the README as well.
 """
 
 import argparse
 import json
 import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -45,30 +46,27 @@ from hf_lossless.calibration.loss import batch_loss
 from hf_lossless.calibration.perturbation import weight_noise
 from hf_lossless.calibration.statistics import calibrate
 from hf_lossless.candidates.menu import menu
+from hf_lossless.candidates.proposal import Candidate
 from hf_lossless.config import THEORIES, LosslessCheckpointConfig
 from hf_lossless.errors import UnreachableTargetError
 from hf_lossless.layers import find_layers
 from hf_lossless.pipeline import analyse, realise
 from hf_lossless.plan import LayerPlan
-from hf_lossless.theories import cet, curvature, hawq, llc, lod
+from hf_lossless.planning import Planner
+from hf_lossless.theories import cet
 from hf_lossless.theories.cet_allocation import allocate
 from hf_lossless.theories.problem import Prediction, Problem
 
 _HERE = Path(__file__).resolve().parent
+_OUT = _HERE / "compare.json"
 _WIDTHS = (2, 3, 4, 8)
 _RATIOS = (4, 6, 8, 10, 12)
 _MEASURED_ROWS = 128
 _AS_PRINTED = "cet, as printed"
 _WITH_RANKS = "curvature, ranks"
-_PLANNERS = (*THEORIES, _WITH_RANKS, _AS_PRINTED)
+_PLANNERS = (*THEORIES, _WITH_RANKS)
 
-_PREDICT = {
-    "llc": llc.predict,
-    "lod": lod.predict,
-    "cet": cet.predict,
-    "hawq": hawq.predict,
-    "curvature": curvature.predict,
-}
+Predictions = dict[str, list[Prediction]]
 
 Judge = Callable[[PreTrainedModel], dict[str, Any]]
 """What `figures` says of a model on the held-out rows."""
@@ -96,17 +94,18 @@ def measured_changes(problem: Problem, test_batches: list[Batch]) -> Measured:
     return measured
 
 
-def agreement(
-    problem: Problem, predictions: dict[str, list[Prediction]], measured: dict[str, list[float]]
-) -> dict[str, Any]:
-    """Rank correlation at each width and overall, and the slope of measured on predicted change."""
+def agreement(problem: Problem, predictions: Predictions, measured: dict[str, list[float]]) -> dict[str, Any]:
+    """Rank correlation at each width and overall, and the slope of measured on predicted change.
+
+    Of all candidates those that are rounded to nearest at the widths measured.
+    """
     points = [
         (candidate.grid.bits, prediction.loss_change, change)
         for name, group in problem.candidates.items()
-        for candidate, prediction, change in zip(group, predictions[name], measured[name], strict=True)
+        for (candidate, prediction), change in zip(_nearest(group, predictions[name]), measured[name], strict=False)
         if candidate.grid is not None and prediction.usable
     ]
-    total = sum(candidate.grid is not None for group in problem.candidates.values() for candidate in group)
+    total = sum(len(_nearest(group, predictions[name])) for name, group in problem.candidates.items())
     by_width = {str(width): _spearman([point[1:] for point in points if point[0] == width]) for width in _WIDTHS}
     predicted, found = np.array([point[1:] for point in points]).T
     square = float(predicted @ predicted)
@@ -115,6 +114,15 @@ def agreement(
         "slope": round(float(predicted @ found) / square, 4) if square else None,
         "refused": total - len(points),
     }
+
+
+def _nearest(candidates: list[Candidate], predictions: list[Prediction]) -> list[tuple[Candidate, Prediction]]:
+    """The plain widths, from the narrowest up, with what is predicted of them."""
+    return [
+        (candidate, prediction)
+        for candidate, prediction in zip(candidates, predictions, strict=True)
+        if candidate.kind == "grid" and candidate.grid is not None and candidate.grid.rounding == "nearest"
+    ]
 
 
 def _spearman(pairs: list[tuple[float, float]]) -> float | None:
@@ -134,77 +142,85 @@ def bench_model(name: str, assets: Path, planners: list[str], peers: bool) -> di
     def judged(model: PreTrainedModel) -> dict[str, Any]:
         return figures(original, scores(logits_of(model), test_batches), labels, peer_problem.task)
 
+    nearest = nearest_problem(peer_problem)
+    few = [
+        {key: values[: max(0, _MEASURED_ROWS - 64 * index)] for key, values in batch.items()}
+        for index, batch in enumerate(test_batches[:2])
+    ]
     report: dict[str, Any] = {
         "test_rows": len(labels),
-        "measured_rows": _MEASURED_ROWS,
         "original": figures(original, original, labels, peer_problem.task),
         "original_bytes": peer_problem.original_bytes,
         "forward_backward_seconds": round(pass_seconds, 3),
+        "layers": len(nearest.layers),
+        "measured_rows": _MEASURED_ROWS,
+        "measured": measured_changes(nearest, few),
         "predictions": {},
         "plans": {},
     }
-    report |= bench_predictions(peer_problem, test_batches, planners, pass_seconds)
     for planner in planners:
-        if planner == _AS_PRINTED:
-            continue
-        report["plans"][planner] = plans(peer_problem, planner, pass_seconds, judged)
-    if _AS_PRINTED in planners:
-        report["plans"][_AS_PRINTED] = as_printed(peer_problem, judged)
-        print(name, _AS_PRINTED, report["plans"][_AS_PRINTED], flush=True)
+        start = time.perf_counter()
+        analysis, spectra = analysed(peer_problem, planner, nearest)
+        seconds = time.perf_counter() - start
+        if planner in THEORIES:
+            report["predictions"][planner] = row = {
+                "passes": round(seconds / pass_seconds, 1),
+                **{
+                    quantity: agreement(analysis.problem, analysis.predictions, report["measured"][quantity])
+                    for quantity in ("loss", "kl")
+                },
+            }
+            print(name, planner, row, flush=True)
+        report["plans"][planner] = plans(peer_problem, planner, analysis, seconds, pass_seconds, judged)
+        if spectra is not None:
+            report["plans"][_AS_PRINTED] = as_printed(peer_problem, nearest, spectra, judged)
     if peers:
         report["peers"] = compare_peers(peer_problem, test_batches, pass_seconds)["peers"]
     return report
-
-
-def bench_predictions(
-    peer_problem: PeerProblem, test_batches: list[Batch], planners: list[str], pass_seconds: float
-) -> dict[str, Any]:
-    """Part 1: what the theories predict for every layer rounded alone, and what is measured."""
-    problem = nearest_problem(peer_problem)
-    few = [
-        {name: values[: max(0, _MEASURED_ROWS - 64 * i)] for name, values in batch.items()}
-        for i, batch in enumerate(test_batches[:2])
-    ]
-    measured = measured_changes(problem, few)
-    rows = {}
-    for theory in (one for one in planners if one in THEORIES):
-        start = time.perf_counter()
-        predictions = _PREDICT[theory](problem)
-        rows[theory] = {
-            "passes": round((time.perf_counter() - start) / pass_seconds, 1),
-            "loss": agreement(problem, predictions, measured["loss"]),
-            "kl": agreement(problem, predictions, measured["kl"]),
-            "predicted": {
-                layer: [one.loss_change if one.usable else None for one in group]
-                for layer, group in predictions.items()
-            },
-        }
-        print(theory, {key: value for key, value in rows[theory].items() if key != "predicted"}, flush=True)
-    return {"layers": len(problem.layers), "measured": measured, "predictions": rows}
 
 
 def nearest_problem(peer_problem: PeerProblem) -> Problem:
     """All layers of a model, each at every width, rounded to nearest."""
     model, batches = peer_problem.model, peer_problem.batches
     layers = find_layers(model)
-    calibration = calibrate(model, batches, layers, batch_loss, gradients=True, curvature=True)
+    calibration = calibrate(model, batches, layers, batch_loss)
     config = LosslessCompressionConfig(ratio=6)
     return Problem(model, batches, batch_loss, layers, calibration, menu(layers, calibration, config, {}, "plain"))
 
 
-def plans(peer_problem: PeerProblem, planner: str, pass_seconds: float, judged: Judge) -> dict[str, Any]:
+def analysed(
+    peer_problem: PeerProblem, planner: str, nearest: Problem
+) -> tuple[Planner, dict[str, cet.LayerSpectrum] | None]:
+    """What `compress` predicts of a model; for CET the spectra too, which the paper's own allocation takes."""
+    if planner == "cet":
+        predictions, spectra = cet.examine(nearest)
+        other_bytes = peer_problem.original_bytes - sum(layer.weight.nbytes for layer in nearest.layers)
+        return Planner(nearest, predictions, True, other_bytes, peer_problem.original_bytes), spectra
+    return analyse(peer_problem.model, peer_problem.batches, config_of(planner, _RATIOS[0])), None
+
+
+def config_of(planner: str, ratio: float) -> LosslessCompressionConfig:
+    """What is asked of `compress`."""
+    with_ranks = planner == _WITH_RANKS
+    return LosslessCompressionConfig(
+        theory="curvature" if with_ranks else planner, ratio=ratio, ranks="auto" if with_ranks else None
+    )
+
+
+def plans(
+    peer_problem: PeerProblem,
+    planner: str,
+    analysis: Planner,
+    analysis_seconds: float,
+    pass_seconds: float,
+    judged: Judge,
+) -> dict[str, Any]:
     """Part 2: what `compress` makes of the model at each ratio, from one analysis."""
-    start = time.perf_counter()
-    ranks: Literal["auto"] | None = "auto" if planner == _WITH_RANKS else None
-    theory = "curvature" if planner == _WITH_RANKS else planner
-    configs = {ratio: LosslessCompressionConfig(theory=theory, ratio=ratio, ranks=ranks) for ratio in _RATIOS}
-    analysis = analyse(peer_problem.model, peer_problem.batches, configs[_RATIOS[0]])
-    analysis_seconds = time.perf_counter() - start
     rows: dict[str, Any] = {}
-    for ratio, config in configs.items():
+    for ratio in _RATIOS:
         start = time.perf_counter()
         try:
-            planned = analysis.plan(config)
+            planned = analysis.plan(config_of(planner, ratio))
         except UnreachableTargetError as error:
             rows[str(ratio)] = {"unreachable": str(error)}
             continue
@@ -224,51 +240,50 @@ def plans(peer_problem: PeerProblem, planner: str, pass_seconds: float, judged: 
     return rows
 
 
-def as_printed(peer_problem: PeerProblem, judged: Judge) -> dict[str, Any]:
+def as_printed(
+    peer_problem: PeerProblem, problem: Problem, spectra: dict[str, cet.LayerSpectrum], judged: Judge
+) -> dict[str, Any]:
     """The widths of CET's Algorithm 1, at the largest mean width that fits into each size."""
-    problem = nearest_problem(peer_problem)
-    _, spectra = cet.examine(problem)
     other_bytes = peer_problem.original_bytes - sum(layer.weight.nbytes for layer in problem.layers)
-    rows = {}
+    allocated = list(mean_widths(problem, spectra))
+    rows: dict[str, Any] = {}
     for ratio in _RATIOS:
-        choices = largest_mean_width(problem, spectra, int(peer_problem.original_bytes / ratio) - other_bytes)
-        if choices is None:
+        fitting = [
+            chosen
+            for chosen in allocated
+            if other_bytes + sum(one.cost_bytes for one in chosen.values()) <= peer_problem.original_bytes / ratio
+        ]
+        if not fitting:
             rows[str(ratio)] = {"unreachable": "no mean width from 2 to 8 bits is small enough"}
             continue
-        twin = peer_problem.copy()
-        chosen = {layer: problem.candidates[layer][choice] for layer, choice in choices.items()}
-        stored = other_bytes + sum(candidate.cost_bytes for candidate in chosen.values())
+        stored = other_bytes + sum(one.cost_bytes for one in fitting[-1].values())
+        model = peer_problem.copy()
         apply_plan(
-            twin,
+            model,
             {
                 layer: LayerPlan(kind=one.kind, grid=one.grid, cost_bytes=one.cost_bytes, predicted_loss_change=0.0)
-                for layer, one in chosen.items()
+                for layer, one in fitting[-1].items()
             },
         )
-        rows[str(ratio)] = {"ratio": round(peer_problem.original_bytes / stored, 3), **judged(twin)}
+        rows[str(ratio)] = {"ratio": round(peer_problem.original_bytes / stored, 3), **judged(model)}
+        print(_AS_PRINTED, ratio, rows[str(ratio)], flush=True)
     return rows
 
 
-def largest_mean_width(
-    problem: Problem, spectra: dict[str, cet.LayerSpectrum], max_bytes: int
-) -> dict[str, int] | None:
-    """The candidates of CET's allocation within these bytes of all layers; None where there are none."""
-    best = None
-    for sixteenths in range(2 * 16, 8 * 16 + 1):
+def mean_widths(problem: Problem, spectra: dict[str, cet.LayerSpectrum]) -> Iterator[dict[str, Candidate]]:
+    """The candidates of CET's allocation at mean widths from 2 to 8 bits, an eighth apart."""
+    for eighths in range(2 * 8, 8 * 8 + 1):
         try:
-            allocations = allocate(spectra, problem.candidates, sixteenths / 16)
+            allocations = allocate(spectra, problem.candidates, eighths / 8)
         except UnreachableTargetError:
             continue
-        widths = {
-            name: [one.grid.bits if one.grid else 16 for one in group] for name, group in problem.candidates.items()
+        yield {
+            name: next(
+                (one for one in group if one.grid and name in allocations and one.grid.bits == allocations[name].bits),
+                group[-1],
+            )
+            for name, group in problem.candidates.items()
         }
-        choices = {
-            name: widths[name].index(allocations[name].bits) if name in allocations else len(widths[name]) - 1
-            for name in problem.candidates
-        }
-        if sum(problem.candidates[name][choice].cost_bytes for name, choice in choices.items()) <= max_bytes:
-            best = choices
-    return best
 
 
 def best_peer(rows: list[dict[str, Any]], ratio: float) -> dict[str, Any] | None:
@@ -277,8 +292,8 @@ def best_peer(rows: list[dict[str, Any]], ratio: float) -> dict[str, Any] | None
     return min(reaching, key=lambda row: row["kl"], default=None)
 
 
-def markdown(report: dict[str, Any]) -> str:
-    """The tables of the README."""
+def summary(report: dict[str, Any]) -> str:
+    """What the README shows: predictions, plans, and the best peer at each ratio."""
     lines = [
         "| theory | rank correlation with the divergence, 2 / 3 / 4 / 8 bits | passes to predict |",
         "|---|---|---|",
@@ -294,39 +309,49 @@ def markdown(report: dict[str, Any]) -> str:
     lines += ["", f"| planner | {' | '.join(f'{ratio}x' for ratio in _RATIOS)} | passes in all, at 8x |"]
     lines.append("|---" * (len(_RATIOS) + 2) + "|")
     for name, model in report["models"].items():
-        lines.append(f"| **{name}** |{' |' * (len(_RATIOS) + 1)}")
+        original = f"**{name}**, {model['test_rows']:,} rows: loss {model['original']['loss']:.4f}, "
+        lines.append(f"| {original}accuracy {model['original']['metric']:.4f} |{' |' * (len(_RATIOS) + 1)}")
         for planner, rows in model["plans"].items():
             cells = [_cell(rows[str(ratio)]) for ratio in _RATIOS]
             lines.append(f"| {planner} | {' | '.join(cells)} | {rows['8'].get('passes', '')} |")
         if "peers" in model:
             best = [best_peer(model["peers"], ratio) for ratio in _RATIOS]
-            cells = ["none" if row is None else f"{_cell(row)}, {row['peer']} ({row['ratio']:.2f}x)" for row in best]
+            cells = ["none" if row is None else f"{_cell(row)} {row['peer']}, {row['ratio']:.2f}x" for row in best]
             lines.append(f"| best peer | {' | '.join(cells)} | |")
-    for name, model in report["models"].items():
-        if "peers" in model:
-            lines += [
-                "",
-                f"{name}:",
-                "",
-                "| peer | ratio | loss change | metric | flips | KL |",
-                "|---|---|---|---|---|---|",
-            ]
-            for row in model["peers"]:
-                if "unavailable" in row:
-                    lines.append(f"| {row['peer']} | | {row['unavailable']} | | | |")
-                else:
-                    lines.append(
-                        f"| {row['peer']} | {row['ratio']:.2f} | {row['loss_change']:+.4f} ± "
-                        f"{row['loss_change_se']:.4f} | {row['metric']:.4f} | {row['flips']} | {row['kl']:.5f} |"
-                    )
     return "\n".join(lines) + "\n"
 
 
 def _cell(row: dict[str, Any]) -> str:
-    """Loss change, divergence and flips."""
+    """Loss change, metric, divergence and flips."""
     if "unreachable" in row:
         return "out of reach"
-    return f"{row['loss_change']:+.4f} ± {row['loss_change_se']:.4f}; {row['kl']:.2g}; {row['flips']}"
+    return (
+        f"{row['loss_change']:+.4f} ± {row['loss_change_se']:.4f}, {row['metric']:.4f}, KL {row['kl']:.1e}, "
+        f"{row['flips']} flips"
+    )
+
+
+def peers_tables(report: dict[str, Any]) -> str:
+    """All rows of all peers."""
+    lines = []
+    for name, model in report["models"].items():
+        lines += [f"{name}:", "", "| peer | ratio | loss change | metric | flips | KL |", "|---" * 6 + "|"]
+        for row in model.get("peers", []):
+            if "unavailable" in row:
+                lines.append(f"| {row['peer']} | | {row['unavailable'].replace('|', '/')} | | | |")
+            else:
+                change = f"{row['loss_change']:+.4f} ± {row['loss_change_se']:.4f}"
+                figures = f"{row['metric']:.4f} | {row['flips']} | {row['kl']:.5f}"
+                lines.append(f"| {row['peer']} | {row['ratio']:.2f} | {change} | {figures} |")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def write_readme(report: dict[str, Any], readme: Path) -> None:
+    """Puts the summary between the README's markers."""
+    before, rest = readme.read_text().split("<!-- compare -->\n")
+    _, after = rest.split("<!-- /compare -->\n")
+    readme.write_text(f"{before}<!-- compare -->\n{summary(report)}<!-- /compare -->\n{after}")
 
 
 def draw(report: dict[str, Any], path: Path) -> None:
@@ -361,7 +386,7 @@ def main() -> None:
     parser.add_argument("--theories", nargs="*", choices=_PLANNERS, default=list(_PLANNERS))
     parser.add_argument("--peers", action="store_true", help="other tools too: pip install 'hf-lossless[peers]'")
     parser.add_argument("--update", action="store_true", help="keep what is not run again")
-    parser.add_argument("--out", type=Path, default=_HERE / "compare.json")
+    parser.add_argument("--out", type=Path, default=_OUT)
     arguments = parser.parse_args()
     if not arguments.assets.is_dir():
         raise SystemExit(
@@ -385,8 +410,10 @@ def main() -> None:
             new = {**old, **new, **merged}
         report["models"][name] = new
         arguments.out.write_text(json.dumps(report, indent=1) + "\n")
-    arguments.out.with_suffix(".md").write_text(markdown(report))
+    arguments.out.with_suffix(".md").write_text(f"{summary(report)}\n{peers_tables(report)}")
     draw(report, arguments.out.with_suffix(".png"))
+    if arguments.out == _OUT:
+        write_readme(report, _HERE.parent / "README.md")
 
 
 if __name__ == "__main__":

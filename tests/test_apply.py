@@ -1,5 +1,7 @@
 """Plans are carried out whole or not at all."""
 
+import dataclasses
+
 import pytest
 import torch
 from tiny_plans import by_hand, dense_matrix, fitting_grid, truncated_svd
@@ -8,6 +10,7 @@ from torch import nn
 from hf_lossless import PlanError, apply_plan
 from hf_lossless.candidates.activation_ranges import StaticGrid
 from hf_lossless.candidates.low_rank import Factors
+from hf_lossless.candidates.uniform import QuantisedMatrix, dequantise, quantise
 from hf_lossless.layers import find_layers
 from hf_lossless.modules.base import CompressedModule
 from hf_lossless.modules.low_rank import LowRankConv2d, LowRankEmbedding, LowRankLinear
@@ -230,7 +233,7 @@ def test_quantised_inputs_on_real_weights_and_on_meta():
     model = build()
     plans, factors = plans_and_factors(model)
     plans = with_activations(plans)
-    apply_plan(model, plans, factors, STATIC_GRIDS)
+    apply_plan(model, plans, factors, static_grids=STATIC_GRIDS)
     found = {name: module.activation for name, module in model.items() if isinstance(module, CompressedModule)}
     assert {name: None if one is None else one.grid for name, one in found.items()} == {
         name: ACTIVATIONS.get(name) for name in found
@@ -255,7 +258,7 @@ def test_a_static_range_that_is_not_given():
     before = dict(model.items())
     message = r"'depthwise' a static range, which was not given\. Give it: .*static_grids=\{'depthwise': StaticGrid\("
     with pytest.raises(PlanError, match=message):
-        apply_plan(model, with_activations(plans), factors, {"linear": STATIC_GRIDS["linear"]})
+        apply_plan(model, with_activations(plans), factors, static_grids={"linear": STATIC_GRIDS["linear"]})
     assert dict(model.items()) == before
 
 
@@ -267,3 +270,86 @@ def test_an_embedding_has_no_input_to_quantise():
     with pytest.raises(PlanError, match=r"quantises the input of layer 'embedding', which looks up rows or shares"):
         apply_plan(model, plans, factors)
     assert dict(model.items()) == before
+
+
+# Codes that need the calibration data.
+
+FEEDBACK = ("head", "depthwise", "embedding")
+
+
+def feedback_plans(model: nn.Module) -> tuple[dict[str, LayerPlan], dict[str, QuantisedMatrix]]:
+    """Plans by feedback, with codes that are not those of rounding to nearest."""
+    plans, codes = {}, {}
+    for layer in find_layers(model):
+        if layer.name in FEEDBACK:
+            plan, _ = by_hand(layer, "grid")
+            grid = plan.grid.model_copy(update={"rounding": "feedback"})
+            plans[layer.name] = plan.model_copy(update={"grid": grid})
+            moved = quantise(layer.matrix, grid)
+            codes[layer.name] = dataclasses.replace(moved, codes=moved.codes ^ 1)
+    return plans, codes
+
+
+def test_codes_are_stored_as_they_are_given():
+    model = build()
+    plans, codes = feedback_plans(model)
+    apply_plan(model, plans, quantised=codes)
+    for name, one in codes.items():
+        expected = dequantise(one.codes, one.scales, one.zeros, one.grid)
+        assert torch.equal(model[name].matrix(), expected)
+        assert model[name].weight_bytes == plans[name].cost_bytes
+    with torch.device("meta"):
+        empty = build()
+    apply_plan(empty, plans)  # where there are no weights, no codes are needed
+    empty.load_state_dict(model.state_dict(), assign=True)
+    assert all(torch.equal(empty[name].matrix(), model[name].matrix()) for name in codes)
+
+
+def other_rows(one: QuantisedMatrix) -> QuantisedMatrix:
+    return dataclasses.replace(one, codes=one.codes[:-1], scales=one.scales[:-1])
+
+
+def other_bits(one: QuantisedMatrix) -> QuantisedMatrix:
+    return dataclasses.replace(one, grid=one.grid.model_copy(update={"bits": 4}))
+
+
+def other_scales(one: QuantisedMatrix) -> QuantisedMatrix:
+    return dataclasses.replace(one, grid=one.grid.model_copy(update={"scale_dtype": "float32"}))
+
+
+def other_rounding(one: QuantisedMatrix) -> QuantisedMatrix:
+    return dataclasses.replace(one, grid=one.grid.model_copy(update={"rounding": "nearest"}))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            None,
+            r"rounds layer 'head' by feedback, which needs the calibration data, but its codes were not given\. "
+            r"Give them: apply_plan\(model, layer_plans, quantised=\{'head': \.\.\.\}\), see settle\(\)",
+        ),
+        (
+            other_rows,
+            r"codes of layer 'head' are a matrix \[7, 16\] on .*, the plan needs \[8, 16\] on .*\. Settle them",
+        ),
+        (other_bits, r"codes of layer 'head' are a matrix \[8, 16\] on bits=4 .*, the plan needs .* on bits=3 "),
+        (
+            other_scales,
+            r"'head' .*scale_dtype='float32', the plan needs .*scale_dtype='float16'\. Settle them for this",
+        ),
+        (other_rounding, r"'head' .*rounding='nearest' .*, the plan needs .*rounding='feedback'"),
+    ],
+    ids=["missing", "shape", "bits", "scales", "rounding"],
+)
+def test_codes_that_do_not_fit(change, message):
+    model = build()
+    before, state = dict(model.items()), {name: value.clone() for name, value in model.state_dict().items()}
+    plans, codes = feedback_plans(model)
+    head = codes.pop("head")
+    if change is not None:
+        codes["head"] = change(head)
+    with pytest.raises(PlanError, match=message):
+        apply_plan(model, plans, quantised=codes)
+    assert dict(model.items()) == before
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())

@@ -244,7 +244,8 @@ def test_the_same_seed_gives_the_same_plan(plan_with: Callable[..., CompressionP
 
 
 def test_activation_noise(plan_with: Callable[..., CompressionPlan]) -> None:
-    without, counted = (plan_with("--ratio", 2, "--bits", "3", *options) for options in ((), ("--activation-noise",)))
+    shared = "--ratio", 2, "--bits", "3", "--theory", "llc"
+    without, counted = (plan_with(*shared, *options) for options in ((), ("--activation-noise",)))
     assert not without.activation_noise and counted.activation_noise
     assert counted.predicted_loss_change > without.predicted_loss_change
 

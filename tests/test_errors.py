@@ -657,7 +657,7 @@ def alter_config(folder: Path, entry: dict[str, Any]) -> None:
             r"--activation-bits '8,wide' is not a list of widths\. Write for example --activation-bits none,8",
         ),
         (
-            ("--ratio", 2, "--activation-bits", "8"),
+            ("--ratio", 2, "--theory", "llc", "--activation-bits", "8"),
             r"theory='llc' cannot say what quantised activations cost\. Take theory=\"curvature\"",
         ),
         (

@@ -139,7 +139,7 @@ GRID, LAYER = "layers/body.0/grid/", "layers/body.0/"
         (GRID + "group_size", 0, r"group_size: .*greater than or equal to 1 \(got 0\)"),
         (GRID + "group_size", "64", r"group_size: .*valid integer \(got '64'\)"),
         (GRID + "symmetric", 1, r"symmetric: .*valid boolean \(got 1\)"),
-        (GRID + "rounding", "sideways", r"rounding: .*'nearest', 'down' or 'up' \(got 'sideways'\)"),
+        (GRID + "rounding", "sideways", r"rounding: .*'nearest', 'down', 'up' or 'feedback' \(got 'sideways'\)"),
         (GRID + "scale_dtype", "bfloat16", r"scale_dtype: .*'float16' or 'float32' \(got 'bfloat16'\)"),
         (GRID + "clip", 1, r"grid\.clip: Extra inputs are not permitted \(got 1\)"),
         (LAYER + "kind", "sparse", r"at layers\.body\.0\.kind: .*'low_rank' or 'sum' \(got 'sparse'\)"),

@@ -1,1 +1,1 @@
-"""Ways to store one layer: grids (`uniform`), factors (`low_rank`), and what is proposed (`menu`)."""
+"""Ways to store one layer: grids (`uniform`, `feedback`), factors (`low_rank`), and what is proposed (`menu`)."""

@@ -48,6 +48,9 @@ ROUNDS = 2
 _ROWS_AT_ONCE = 8192
 """Rows of a matrix that are treated at a time; an embedding may have some hundred thousand."""
 
+_LARGEST_SYSTEMS = 2**25
+"""Numbers in the linear systems of the scales at a time, groups^2 for each row: 128 MiB."""
+
 _BLOCK = 64
 """Columns that are updated one by one, before what they did is carried to all later ones in one product."""
 
@@ -149,7 +152,9 @@ def quantise_in_metric(
             for matrix, own, one in zip(matrices, grids, weights, strict=True)
         ]
     metric = Metric.of(columns, damping)
-    parts = [_on_lattice(part, grids, metric) for part in torch.split(matrices, _ROWS_AT_ONCE, dim=1)]
+    systems_per_row = len(matrices) * len(grids[0]) * grids[0][0].num_groups(matrices.shape[2]) ** 2
+    num_rows = max(1, min(_ROWS_AT_ONCE, _LARGEST_SYSTEMS // systems_per_row))
+    parts = [_on_lattice(part, grids, metric) for part in torch.split(matrices, num_rows, dim=1)]
     return [
         [_joined([part[member][index] for part in parts]) for index in range(len(own))]
         for member, own in enumerate(grids)
@@ -295,7 +300,7 @@ def _in_dtype(quantised: QuantisedMatrix, grid: Grid) -> QuantisedMatrix:
     dtype = getattr(torch, grid.scale_dtype)
     limit = torch.finfo(dtype).max
     zeros = None if quantised.zeros is None else quantised.zeros.to(dtype)
-    return QuantisedMatrix(quantised.codes, quantised.scales.clamp(-limit, limit).to(dtype), zeros, grid)
+    return QuantisedMatrix(quantised.codes, quantised.scales.float().clamp(-limit, limit).to(dtype), zeros, grid)
 
 
 def _carry(later: Tensor, shares: Tensor, column: Tensor, sign: int) -> None:

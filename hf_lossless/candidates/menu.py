@@ -9,7 +9,7 @@ from hf_lossless.candidates.descent import aligned_factors, smallest_rank
 from hf_lossless.candidates.factored import propose_factored, propose_sums
 from hf_lossless.candidates.low_rank import Factors, Whitening, factorise
 from hf_lossless.candidates.parallel import for_each_layer
-from hf_lossless.candidates.proposal import Candidate, propose
+from hf_lossless.candidates.proposal import Candidate, propose, refuse_infinite
 from hf_lossless.config import LosslessCompressionConfig
 from hf_lossless.layers import Layer
 
@@ -49,6 +49,7 @@ def menu(
 
     def of_layer(layer: Layer) -> list[Candidate]:
         statistics = calibration.layers[layer.name]
+        refuse_infinite(layer)
         if by_derivatives and statistics.weight_gradient.is_zero:
             return [Candidate(None, layer.weight.nbytes)]
         widths = propose(layer, statistics, config.bits, config.group_size, config.symmetric)

@@ -42,11 +42,12 @@ class Candidate:
         return kind_of_parts(self.grid, self.low_rank)
 
     def error(self, matrix: Tensor) -> Tensor:
-        """The weight error `d = stored - W`, float32 [out, in], computed now.
+        """The weight error `d = stored - W`, float32 [out, in], computed now; not of the rounding "feedback".
 
         Args:
             matrix: The layer's W [out, in].
         """
+        assert self.grid is None or self.grid.rounding != "feedback", "its codes depend on data: see Planned.error"
         if self.kind == "kept":
             return torch.zeros_like(matrix, dtype=torch.float32)
         stored = torch.zeros_like(matrix, dtype=torch.float32)

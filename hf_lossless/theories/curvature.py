@@ -3,11 +3,13 @@
     dL ~ 1/2 scale tr(R d C d')
 
 with R and C the second moments of the layer's output gradients and inputs, all from the one calibration pass (see
-`calibration.curvature`). No forward pass is needed for a candidate, so that many can be compared. Ranks are judged on
-other rows than those that they are fitted to, see `truncation`.
+`calibration.curvature`, which also says how much memory they take at most). No forward pass is needed for a candidate,
+so that many can be compared. What is fitted to the data is judged on other rows: codes, see `fitted_rounding`, and
+ranks, see `truncation`.
 
 The curvature is the empirical Fisher matrix: it orders layers and candidates well, but its size is too small on rows
-that the model knows by heart (see `calibration.curvature`), and so are then the predictions.
+that the model knows by heart (see `calibration.curvature`), and so are then the predictions. That is why a plan's loss
+is measured, and the plan made anew where it rises by more than stated (see `planning`).
 
 The first-order term `<g, d>` of the mean gradient g is left out. A trained model's true gradient is near zero, that of
 some calibration rows is their sampling noise, and a knapsack that may choose among thousands of errors finds those that

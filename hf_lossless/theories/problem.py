@@ -42,6 +42,17 @@ class Problem:
     activation_noise: bool = False
     advance: Callable[[], object] = lambda: None
 
+    @property
+    def unreached(self) -> list[str]:
+        """Names of the layers that no gradient reaches on the calibration rows, and that can only be kept."""
+        statistics = self.calibration.layers
+        return [
+            layer.name
+            for layer in self.layers
+            if (not statistics[layer.name].calls or statistics[layer.name].weight_gradient.is_zero)
+            and all(candidate.kind == "kept" for candidate in self.candidates[layer.name])
+        ]
+
 
 @dataclass(frozen=True)
 class Prediction:

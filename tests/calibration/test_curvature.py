@@ -568,3 +568,59 @@ def test_halves_are_the_even_and_the_odd_batches_alone():
     one = calibrate(model, batches[:1], layers, batch_loss, curvature=True)
     assert all(layer.halves is None and layer.curvature is not None for layer in one.layers.values())
     assert all(layer.halves is None for layer in calibration.without_tensors().layers.values())
+
+
+def mean_inputs(model: nn.Module, batches: list, **settings) -> dict[str, Tensor | None]:
+    calibration = calibrate(model, batches, find_layers(model), batch_loss, curvature=True, **settings)
+    return {name: statistics.curvature.mean_input for name, statistics in calibration.layers.items()}
+
+
+@pytest.mark.parametrize("name", ["bert", "vit", "resnet", "gpt2"])
+def test_mean_inputs(name):
+    """Of all positions that have a part in the loss, in the unit of the inputs; none of lookups and shared weights."""
+    tiny = TINY_MODELS[name]
+    model, batch = tiny.build(), tiny.batch(rows=4)
+    found = mean_inputs(model, [batch])
+    for layer in find_layers(model):
+        if layer.kind == "embedding":  # looked up, and perhaps multiplied as well
+            assert found[layer.name] is None
+            continue
+        vectors = []
+        for kind, inputs, gradient in uses_of(model, layer, batch):
+            if kind == "Conv2d":
+                module = layer.module
+                patches = F.unfold(inputs, module.kernel_size, module.dilation, module.padding, module.stride)
+                vectors.append(patches[0].T[gradient[0].flatten(1).T.any(1)])
+            else:
+                flat = inputs.reshape(-1, inputs.shape[-1])
+                vectors.append(flat[gradient.reshape(-1, gradient.shape[-1]).any(1)])
+        close(found[layer.name], torch.cat(vectors).mean(0), rtol=1e-3)
+        assert found[layer.name].dtype == torch.float32
+
+
+def test_the_mean_input_of_each_half():
+    """The batches do not matter for the whole; the even and the odd ones have their own."""
+    inputs, targets = classified(9)
+    model = nn.Sequential(nn.Linear(6, 3)).eval()
+    batches = list(zip(inputs.split(2), targets.split(2), strict=True))
+    found = calibrate(model, batches, find_layers(model), batch_loss, curvature=True).layers["0"]
+    close(found.curvature.mean_input, inputs.mean(0))
+    halves = [torch.cat([batch[0] for batch in batches[start::2]]).mean(0) for start in (0, 1)]
+    for half, expected in zip(found.halves, halves, strict=True):
+        close(half.mean_input, expected)
+
+
+def test_mean_inputs_of_grouped_convolutions_and_unreached_layers():
+    torch.manual_seed(0)
+    model = Pixels(nn.Conv2d(4, 8, 3, groups=2), 8).eval()
+    found = mean_inputs(model, [images(channels=4)])
+    assert found["conv"] is None and found["head"] is not None
+    idle = mean_inputs(Partial().eval(), [classified(6)])
+    for name in ("idle", "ignored", "frozen", "conv"):
+        assert not idle[name].any() and torch.isfinite(idle[name]).all()
+    assert mean_inputs(Tied().eval(), [TOKENS])["embedding"] is None
+
+
+def test_the_mean_input_is_kept_when_damped():
+    factors = KroneckerFactors(torch.ones(2), torch.ones(3), 1.0, torch.arange(3.0))
+    assert torch.equal(factors.damped(0.1).mean_input, torch.arange(3.0))

@@ -10,6 +10,7 @@ from transformers.pytorch_utils import Conv1D
 from hf_lossless.calibration.loss import batch_loss
 from hf_lossless.calibration.perturbation import (
     input_noise,
+    loss_change,
     mean_loss_share,
     one_sided_noise,
     seeded_number,
@@ -209,3 +210,70 @@ def test_mean_loss_needs_no_gradient():
 def test_a_loss_that_is_not_finite():
     batches = [(torch.zeros(2, 4), torch.tensor([0, 1])), (torch.full((2, 4), torch.inf), torch.tensor([0, 1]))]
     assert math.isnan(mean_loss_share(nn.Linear(4, 3), batches, batch_loss))
+
+
+def changed_batches(sizes: tuple[int, ...] = (7, 2, 1)) -> tuple[nn.Module, list, list[float]]:
+    """A model, its batches, and the losses before each row of its weight was doubled."""
+    torch.manual_seed(0)
+    model = nn.Linear(4, 3)
+    batches = [(torch.randn(rows, 4), torch.randint(0, 3, (rows,))) for rows in sizes]
+    before = [batch_loss(model, batch).item() for batch in batches]
+    model.weight.data *= 2
+    return model, batches, before
+
+
+def test_loss_change_weighs_batches_by_their_examples():
+    model, batches, before = changed_batches()
+    inputs, targets = (torch.cat(parts) for parts in zip(*batches, strict=True))
+    after = batch_loss(model, (inputs, targets)).item()
+    found = loss_change(model, batches, batch_loss, before)
+    assert found.mean == pytest.approx(after - (7 * before[0] + 2 * before[1] + before[2]) / 10, rel=1e-5)
+    assert found.mean == pytest.approx(
+        mean_loss_share(model, batches, batch_loss) - sum(map(math.prod, zip(before, (0.7, 0.2, 0.1), strict=True)))
+    )
+
+
+def test_the_standard_error_of_a_loss_change():
+    """Of equal batches it is that of a mean of so many numbers; it shrinks with them."""
+    model, batches, before = changed_batches((3,) * 8)
+    changes = torch.tensor([batch_loss(model, batch).item() - old for batch, old in zip(batches, before, strict=True)])
+    found = loss_change(model, batches, batch_loss, before)
+    assert found.mean == pytest.approx(changes.mean().item(), rel=1e-5)
+    assert found.standard_error == pytest.approx((changes.std() / 8**0.5).item(), rel=1e-5)
+    more = loss_change(model, batches * 4, batch_loss, before * 4)
+    assert more.standard_error == pytest.approx(found.standard_error / 2, rel=0.1)
+    # Of unequal batches: sum of w^2 (change - mean)^2, and n / (n - 1) for the mean's own part in it
+    model, batches, before = changed_batches()
+    changes = torch.tensor([batch_loss(model, batch).item() - old for batch, old in zip(batches, before, strict=True)])
+    weights = torch.tensor([0.7, 0.2, 0.1])
+    expected = ((weights * (changes - weights @ changes)).square().sum() * 3 / 2).sqrt().item()
+    assert loss_change(model, batches, batch_loss, before).standard_error == pytest.approx(expected, rel=1e-4)
+
+
+def test_no_loss_change():
+    model, batches, _ = changed_batches()
+    now = [batch_loss(model, batch).item() for batch in batches]
+    assert loss_change(model, batches, batch_loss, now) == (0, 0)
+    [alone], one = now[:1], batches[:1]
+    assert loss_change(model, one, batch_loss, [alone - 2]) == (pytest.approx(2), 0)
+
+
+@pytest.mark.parametrize("value", [torch.inf, torch.nan], ids=str)
+def test_a_loss_change_that_is_not_finite(value):
+    model, batches, before = changed_batches()
+    batches[1] = (batches[1][0] * value, batches[1][1])
+    found = loss_change(model, batches, batch_loss, before)
+    assert not math.isfinite(found.mean) and not math.isfinite(found.standard_error)
+    assert not found.mean <= 1e9 + 2 * found.standard_error  # it is no change within any limits
+
+
+def test_loss_change_needs_no_gradient():
+    modes = []
+
+    def loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+        modes.append(torch.is_grad_enabled())
+        return batch_loss(model, batch)
+
+    model, batches, before = changed_batches()
+    loss_change(model, batches, loss, before)
+    assert modes == [False] * 3 and torch.is_grad_enabled()

@@ -17,6 +17,7 @@ from hf_lossless.candidates.ranks import ranks_by_layer
 from hf_lossless.candidates.uniform import on_grid
 from hf_lossless.errors import CalibrationError
 from hf_lossless.layers import Layer, find_layers
+from hf_lossless.plan import Grid
 
 TRUNCATIONS = pytest.mark.parametrize("truncation", ["plain", "descent", "metric"])
 BATCHES = [(torch.randn(9, 24, generator=torch.Generator().manual_seed(0)), torch.arange(9) % 3)]
@@ -47,16 +48,21 @@ def candidates(truncation: str, asked="auto", bits=(2, 4, 8, 16), gradient=1.0) 
     return menu(layers, calibration, config, ranks_by_layer(layers, config.ranks), truncation)
 
 
+def fed_back(grid: Grid) -> Grid:
+    return grid.model_copy(update={"rounding": "feedback"})
+
+
 @TRUNCATIONS
 def test_without_ranks_only_widths(truncation):
     layers, calibration = prepared()
     config = LosslessCompressionConfig(ratio=2, group_size=16)
     found = menu(layers, calibration, config, {}, truncation)
     for layer in layers:
-        expected = propose(layer, calibration.layers[layer.name], config.bits, 16, True)
-        assert [(one.grid, one.cost_bytes) for one in found[layer.name]] == [
-            (one.grid, one.cost_bytes) for one in expected
-        ]
+        proposed = propose(layer, calibration.layers[layer.name], config.bits, 16, True)
+        expected = [(one.grid, one.cost_bytes) for one in proposed]
+        if truncation == "metric":  # each grid again, to be rounded by feedback
+            expected += [(fed_back(grid), cost) for grid, cost in expected if grid is not None]
+        assert [(one.grid, one.cost_bytes) for one in found[layer.name]] == expected
 
 
 @TRUNCATIONS
@@ -66,7 +72,8 @@ def test_widths_then_ranks_then_sums(truncation):
     assert [one.kind for one in found["idle"]] == ["kept"]  # no data reached it
     for name in ("first", "last"):
         kinds = [one.kind for one in found[name]]
-        order = ["grid"] * 3 + ["kept"] + ["low_rank"] * kinds.count("low_rank") + ["sum"] * kinds.count("sum")
+        widths = ["grid"] * 3 + ["kept"] + ["grid"] * (3 if truncation == "metric" else 0)
+        order = widths + ["low_rank"] * kinds.count("low_rank") + ["sum"] * kinds.count("sum")
         assert kinds == order and {"low_rank", "sum"} <= set(kinds)
         ranks = [one.low_rank.rank for one in found[name] if one.kind == "low_rank"]
         assert ranks == sorted(ranks)
@@ -122,7 +129,7 @@ def test_descent_adds_the_smallest_rank_within_the_tolerance(monkeypatch):
 @TRUNCATIONS
 def test_explicit_ranks(truncation):
     found = candidates(truncation, {"first": (3, 6)}, bits=(4, 16))
-    assert [one.kind for one in found["last"]] == ["grid", "kept"]
+    assert [one.kind for one in found["last"]] == ["grid", "kept", *["grid"] * (truncation == "metric")]
     assert list(products(found["first"])) == [3, 6]
     widths = [one.low_rank.left and one.low_rank.left.bits for one in found["first"] if one.kind == "low_rank"]
     assert widths == [4, None, 4, None]

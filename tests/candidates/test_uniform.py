@@ -315,6 +315,80 @@ def test_a_parameter_is_quantised_without_a_graph():
     assert not quantised.scales.requires_grad
 
 
+# Weights of columns: of the ranges, and a ladder of shares of the whole range, the one with the least weighted error.
+
+
+def reference_shares(group: list[float], grid: Grid) -> list[tuple[float, float]]:
+    """The ladder: from 0.3 to 0.95 of the whole range, about the same middle."""
+    scale, zero = reference_ranges(group, grid)[0]
+    half = (2**grid.bits - 1) / 2
+    shares = []
+    for step in range(6, 20):
+        small = scale * step / 20
+        shares.append((small, zero if grid.symmetric or small == 0 else half - scale * (half - zero) / small))
+    return shares
+
+
+def weighted_error(values: list[float], group: list[float], weights: list[float]) -> float:
+    return sum(w * (value - weight) ** 2 for value, weight, w in zip(values, group, weights, strict=True))
+
+
+@settings(deadline=None, max_examples=150)
+@given(matrices(), grids(), st.integers(0, 2**20), st.sampled_from([0, 1, 3]))
+def test_the_range_taken_has_the_least_weighted_error_of_those_tried(matrix, grid, seed, spread):
+    grid = grid.model_copy(update={"rounding": "nearest"})
+    matrix = matrix * (1e-12 / matrix.abs().amax().clamp(min=1e-30))  # so small that scales stay in float32
+    assume(matrix.any())
+    columns = 10.0 ** (spread * (random_matrix(1, matrix.shape[1], seed)[0]).clamp(-2, 2))
+    quantised = quantise(matrix, grid, columns)
+    plain = quantise(matrix, grid)
+    assert quantised.codes.dtype == torch.uint8 and int(quantised.codes.max()) < 2**grid.bits
+    assert (quantised.scales.shape, quantised.grid) == (plain.scales.shape, plain.grid)
+    weights = groups_of(columns.tolist(), grid)
+    for row, row_values in zip(matrix.tolist(), values_of(quantised).tolist(), strict=True):
+        for group, values, own in zip(groups_of(row, grid), groups_of(row_values, grid), weights, strict=True):
+            tried = [*reference_ranges(group, grid), *reference_shares(group, grid)]
+            errors = []
+            for scale, zero in tried:
+                codes = [reference_code(weight, scale, zero, grid.bits, "nearest") for weight in group]
+                errors.append(weighted_error([scale * (code - zero) for code in codes], group, own))
+            size, step = max(abs(weight) for weight in group), max(abs(scale) for scale, _ in tried)
+            blur = max(own) * len(group) * (1e-5 * size * step + (1e-6 * size) ** 2)
+            assert weighted_error(values, group, own) <= min(errors) * (1 + 1e-3) + blur
+
+
+@pytest.mark.parametrize("bits", BITS)
+@SYMMETRIES
+def test_equal_column_weights_only_lengthen_the_search(bits, symmetric):
+    """Whatever the weight is; the squared error is never above that without weights."""
+    matrix, grid = random_matrix(5, 40) * 2.0**-40, Grid(bits=bits, group_size=16, symmetric=symmetric)
+    plain = (values_of(quantise(matrix, grid)) - matrix).square().sum(1)
+    ones, larger = (quantise(matrix, grid, torch.full((40,), weight)) for weight in (1.0, 1024.0))
+    assert torch.equal(ones.codes, larger.codes) and torch.equal(ones.scales, larger.scales)
+    assert ((values_of(ones) - matrix).square().sum(1) <= plain * (1 + 1e-5)).all()
+
+
+@SYMMETRIES
+def test_a_column_without_weight_may_lie_outside_the_range(symmetric):
+    """The outlier costs nothing, and the others get finer steps."""
+    matrix = random_matrix(3, 20)
+    matrix[:, 4] = 8
+    weights = torch.ones(20)
+    weights[4] = 0
+    grid = Grid(bits=4, symmetric=symmetric)
+    errors = [
+        (values_of(one) - matrix).square() @ weights
+        for one in (quantise(matrix, grid, weights), quantise(matrix, grid))
+    ]
+    assert (errors[0] < 0.95 * errors[1]).all()
+
+
+def test_column_weights_of_zero():
+    matrix = random_matrix(2, 10)
+    quantised = quantise(matrix, Grid(bits=3, group_size=4), torch.zeros(10))
+    assert torch.isfinite(values_of(quantised)).all() and quantised.scales.all()
+
+
 # More bits. The squared error of one matrix may rise with a bit: four levels that fit the weights exactly beat eight
 # that do not. What holds is (1) the bound by the whole range's step, which falls; (2) nesting: the symmetric grid
 # reach * k / 2^(b-1) of b bits is part of that of b+1 bits, and the whole-range grid of b bits is part of that of a

@@ -9,9 +9,13 @@ from hf_lossless.calibration.loss import batch_loss
 from hf_lossless.calibration.statistics import calibrate
 from hf_lossless.candidates.menu import menu
 from hf_lossless.candidates.ranks import ranks_by_layer
+from hf_lossless.candidates.settle import settle
+from hf_lossless.candidates.uniform import dequantise
 from hf_lossless.config import LosslessCompressionConfig
 from hf_lossless.layers import find_layers
+from hf_lossless.plan import LayerPlan
 from hf_lossless.theories.curvature import predict
+from hf_lossless.theories.fitted_rounding import feedback_changes
 from hf_lossless.theories.problem import Problem
 from hf_lossless.theories.truncation import CrossFit, rounding_change
 
@@ -32,13 +36,16 @@ def prepared(ranks="auto"):
 def test_every_candidate_by_its_formula():
     problem, calls = prepared()
     predictions = predict(problem)
+    by_feedback = feedback_changes(problem)  # see test_fitted_rounding.py
     kinds = set()
     for layer in problem.layers:
         statistics = problem.calibration.layers[layer.name]
         for candidate, prediction in zip(problem.candidates[layer.name], predictions[layer.name], strict=True):
-            kinds.add(candidate.kind)
+            kinds.add((candidate.kind, candidate.kind == "grid" and candidate.grid.rounding))
             if candidate.kind == "kept":
                 expected = 0.0
+            elif candidate.kind == "grid" and candidate.grid.rounding == "feedback":
+                expected = by_feedback[layer.name][candidate.grid]
             elif candidate.kind == "grid":
                 expected = second_order_change(candidate.error(layer.matrix), statistics.curvature)
             else:
@@ -53,7 +60,13 @@ def test_every_candidate_by_its_formula():
                 expected += rounding_change(candidate.factors, candidate.low_rank, statistics.curvature)
             assert prediction.loss_change == pytest.approx(expected, rel=1e-4, abs=1e-9)
             assert prediction.loss_change >= 0 and prediction.regime is None
-    assert kinds == {"kept", "grid", "low_rank", "sum"}
+    assert kinds == {
+        ("kept", False),
+        ("grid", "nearest"),
+        ("grid", "feedback"),
+        ("low_rank", False),
+        ("sum", False),
+    }
     assert len(calls) == sum(map(len, problem.candidates.values()))
 
 
@@ -61,8 +74,14 @@ def test_more_bits_and_more_rank_are_predicted_to_be_no_worse():
     problem, _ = prepared()
     for name, group in predict(problem).items():
         candidates = problem.candidates[name]
-        widths = [one.loss_change for one, which in zip(group, candidates, strict=True) if which.low_rank is None]
-        assert widths == sorted(widths, reverse=True)
+        for rounding in ("nearest", "feedback"):
+            widths = [
+                one.loss_change
+                for one, which in zip(group, candidates, strict=True)
+                if which.low_rank is None and (which.grid is None or which.grid.rounding == rounding)
+            ]
+            kept = widths.pop(3 if rounding == "nearest" else 0)  # the kept layer stands behind the first grids
+            assert kept == 0 and len(widths) == 3 and widths == sorted(widths, reverse=True)
         exact = [
             one.loss_change
             for one, which in zip(group, candidates, strict=True)
@@ -96,7 +115,12 @@ def test_the_loss_of_other_rows_rises_as_predicted():
     before = sum(batch_loss(model, batch).item() * len(batch[1]) for batch in others) / 60_000
     weight = model[0].weight.data.clone()
     for candidate, prediction in zip(candidates["0"], predict(problem)["0"], strict=True):
-        model[0].weight.data = weight + candidate.error(weight)
+        plan = LayerPlan(kind="grid", grid=candidate.grid, cost_bytes=1, predicted_loss_change=0.0)
+        settled = settle(layers, {"0": plan}, calibration).get("0")  # codes by feedback
+        if settled is None:
+            model[0].weight.data = weight + candidate.error(weight)
+        else:
+            model[0].weight.data = dequantise(settled.codes, settled.scales, settled.zeros, settled.grid)
         after = sum(batch_loss(model, batch).item() * len(batch[1]) for batch in others) / 60_000
         assert after - before == pytest.approx(prediction.loss_change, rel=0.35)
         model[0].weight.data = weight

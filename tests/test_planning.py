@@ -1,0 +1,345 @@
+"""Plans are checked by a measurement, and made anew where the prediction was too small."""
+
+import dataclasses
+import logging
+import math
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from hf_lossless import LosslessCompressionConfig, compress, pipeline, planning
+from hf_lossless.calibration.loss import batch_loss
+from hf_lossless.calibration.perturbation import LossChange
+from hf_lossless.config import THEORIES
+from hf_lossless.errors import UnreachableTargetError
+from hf_lossless.pipeline import analyse
+from hf_lossless.planning import Planned, Planner
+from hf_lossless.theories import curvature
+from hf_lossless.theories.problem import Prediction
+
+FEATURES, CLASSES = 32, 4
+WIDTHS = (1, 2, 3, 4, 6, 8, 16)
+
+
+def network() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Linear(FEATURES, 96), nn.ReLU(), nn.LayerNorm(96), nn.Linear(96, 64), nn.ReLU(), nn.Linear(64, CLASSES)
+    ).eval()
+
+
+def batches_of(*sizes: int) -> list[tuple[Tensor, Tensor]]:
+    """Labels as the network would have them, more or less."""
+    generator, model, batches = torch.Generator().manual_seed(0), network(), []
+    for rows in sizes:
+        inputs = torch.randn(rows, FEATURES, generator=generator)
+        with torch.no_grad():
+            chances = torch.softmax(3 * model(inputs), 1)
+        batches.append((inputs, torch.multinomial(chances, 1, generator=generator)[:, 0]))
+    return batches
+
+
+BATCHES = batches_of(32, 32, 32, 32)
+
+
+class Counted:
+    """A loss that counts its calls."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def __call__(self, model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+        self.calls += 1
+        return batch_loss(model, batch)
+
+
+def config_of(**settings) -> LosslessCompressionConfig:
+    return LosslessCompressionConfig(**{"bits": WIDTHS, **settings})
+
+
+def predict_times(monkeypatch, factor: float) -> None:
+    """Lets the default theory predict so many times what it would."""
+
+    def predict(problem):
+        return scaled(curvature.predict(problem), factor)
+
+    theory = dataclasses.replace(pipeline._THEORIES["curvature"], predict=predict)
+    monkeypatch.setitem(pipeline._THEORIES, "curvature", theory)
+
+
+def scaled(predictions: dict[str, list[Prediction]], factor: float) -> dict[str, list[Prediction]]:
+    return {
+        name: [dataclasses.replace(one, loss_change=one.loss_change * factor) for one in group]
+        for name, group in predictions.items()
+    }
+
+
+def planner_of(factor: float = 1.0, model: nn.Module | None = None, batches: list = BATCHES) -> Planner:
+    planner = analyse(network() if model is None else model, batches, config_of(ratio=2))
+    return dataclasses.replace(planner, predictions=scaled(planner.predictions, factor))
+
+
+def measure_as(monkeypatch, answer) -> list[int]:
+    """Lets every measurement of some layers give `answer(planned, layers)`; returns how many layers each had."""
+    sizes: list[int] = []
+
+    def measured(planner, planned, layers):
+        layers = list(layers)
+        sizes.append(len(layers))
+        return LossChange(*answer(planned, layers))
+
+    monkeypatch.setattr(Planner, "_measured", measured)
+    return sizes
+
+
+def test_predictions_that_are_far_too_small_are_found_out(monkeypatch):
+    predict_times(monkeypatch, 1e-9)
+    believed = dataclasses.replace(pipeline._THEORIES["curvature"], by_derivatives=False)
+    config = config_of(loss_budget=0.01)
+    result = compress(network(), BATCHES, config)
+    monkeypatch.setitem(pipeline._THEORIES, "curvature", believed)
+    blind = compress(network(), BATCHES, config)
+    assert {layer.bits for layer in blind.plan.layers.values()} == {1} and blind.measured_loss_change > 0.04
+    assert result.plan.predicted_loss_change <= 0.01
+    assert result.measured_loss_change <= 0.015
+    assert result.plan.predicted_loss_change > 1e4 * blind.plan.predicted_loss_change
+    assert result.plan.tensor_bytes > blind.plan.tensor_bytes
+
+
+@pytest.mark.parametrize("factor", [1.0, 10.0, 1e3], ids="times-{}".format)
+def test_predictions_that_hold_stand(factor, monkeypatch):
+    predict_times(monkeypatch, factor)
+    config, loss = config_of(loss_budget=1e-3), Counted()
+    result = compress(network(), BATCHES, config, loss=loss)
+    planner = planner_of()
+    assert result.plan == planner._plan(planner.predictions, config).plan
+    assert loss.calls == 3 * len(BATCHES)  # calibration, check, and what is reported at the end
+
+
+def test_how_many_forward_passes_a_new_plan_takes(monkeypatch):
+    """One for each layer that is measured, one to check the new plan."""
+    predict_times(monkeypatch, 1e-9)
+    loss = Counted()
+    compress(network(), BATCHES, config_of(loss_budget=0.01), loss=loss)
+    assert loss.calls == (3 + 3 + 1) * len(BATCHES)
+    monkeypatch.setattr(planning, "REMEASURED_LAYERS", 2)
+    loss = Counted()
+    compress(network(), BATCHES, config_of(loss_budget=0.01), loss=loss)
+    assert loss.calls in [(3 + 2 + 1) * len(BATCHES), (3 + 2 + 1 + 2 + 1) * len(BATCHES)]
+
+
+def test_a_theory_that_measures_is_not_checked():
+    checked = {theory for theory in THEORIES if pipeline._THEORIES[theory].by_derivatives}
+    assert checked == {"cet", "hawq", "curvature"}
+    planner = analyse(network(), BATCHES, config_of(ratio=2, theory="llc", bits=(2, 8)))
+    assert not planner.checked and planner_of().checked
+
+
+def test_what_is_measured_is_the_loss_with_the_planned_weights():
+    planner = planner_of()
+    planned = planner.plan(config_of(ratio=7))
+    assert planned.quantised and len({layer.kind for layer in planned.plan.layers.values()}) == 1
+    for layers in (planner.problem.layers, planner.problem.layers[1:2], []):
+        twin = network()
+        with torch.no_grad():
+            for layer in layers:
+                twin.get_submodule(layer.name).weight += planned.error(layer)
+            change = sum(
+                (batch_loss(twin, batch) - batch_loss(planner.problem.model, batch)).item() for batch in BATCHES
+            )
+        assert planner._measured(planned, layers).mean == pytest.approx(change / len(BATCHES), abs=1e-6)
+
+
+def test_planning_leaves_the_model_alone():
+    model = network()
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    planner = planner_of(1e-9, model)
+    planner.plan(config_of(loss_budget=0.01))
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+
+
+def test_one_analysis_serves_many_plans():
+    planner = planner_of(1e-9)
+    configs = [
+        config_of(loss_budget=0.01),
+        config_of(ratio=3),
+        config_of(loss_budget=1e-3),
+        config_of(loss_budget=0.01),
+    ]
+    plans = [planner.plan(config).plan for config in configs]
+    assert plans[0] == plans[3] and len({plan.tensor_bytes for plan in plans}) == 3
+    assert plans[1] == planner_of(1e-9).plan(configs[1]).plan
+
+
+@pytest.mark.parametrize(
+    ("measured", "stands"),
+    [
+        ((0.0, 0.0), True),
+        ((-5.0, 0.0), True),
+        ((1.99, 0.0), True),
+        ((2.1, 0.0), False),
+        ((2.9, 0.5), True),
+        ((3.1, 0.5), False),
+        ((math.nan, 0.0), False),
+        ((math.inf, math.nan), False),
+        ((math.nan, math.nan), False),
+    ],
+    ids=str,
+)
+def test_what_counts_as_stated(measured, stands, monkeypatch):
+    """At most twice the prediction, and two standard errors; in units of the prediction."""
+    planner = planner_of(1e4)  # so that a negligible change of the loss is none here
+    planned = planner._plan(planner.predictions, config_of(ratio=7))
+    predicted = planned.plan.predicted_loss_change
+    assert predicted > 20 * planner.problem.calibration.loss * planning.NEGLIGIBLE_SHARE
+    measure_as(monkeypatch, lambda *_: [number * predicted for number in measured])
+    assert planner._as_stated(planned) == stands
+
+
+def test_a_negligible_rise_is_no_reason(monkeypatch):
+    planner = planner_of(1e-9)
+    planned = planner._plan(planner.predictions, config_of(ratio=7))
+    for share, stands in ((0.9, True), (1.1, False)):
+        rise = share * planning.NEGLIGIBLE_SHARE * planner.problem.calibration.loss
+        measure_as(monkeypatch, lambda *_, rise=rise: (rise, 0.0))
+        assert planner._as_stated(planned) == stands
+
+
+def corrections(planner: Planner, planned: Planned) -> dict[str, float]:
+    """By how much the predictions of each layer were multiplied."""
+    found = {}
+    for name, group in planner._corrected(planner.predictions, planned).items():
+        pairs = [(new.loss_change, old.loss_change) for new, old in zip(group, planner.predictions[name], strict=True)]
+        assert all(new == 0 for new, old in pairs if old == 0)
+        [found[name]] = {float(f"{new / old:.2g}") for new, old in pairs if old}
+    return found
+
+
+@pytest.mark.parametrize(
+    ("factors", "expected"),
+    [
+        ([3.0, 5.0, 4.0], [3, 5, 4]),
+        ([0.1, 5.0, -4.0], [1, 5, 1]),
+        ([math.inf, 5.0, math.nan], [1e6, 5, 1e6]),
+    ],
+    ids=["each", "never-down", "not-finite"],
+)
+def test_predictions_are_multiplied_by_what_was_measured(factors, expected, monkeypatch):
+    planner = planner_of()
+    planned = planner._plan(planner.predictions, config_of(ratio=8))
+    of_layer = dict(zip(planner.predictions, factors, strict=True))
+
+    def answer(planned, layers):
+        [layer] = layers
+        return of_layer[layer.name] * planned.plan.layers[layer.name].predicted_loss_change, 0.0
+
+    sizes = measure_as(monkeypatch, answer)
+    assert list(corrections(planner, planned).values()) == pytest.approx(expected, rel=0.02)
+    assert sizes == [1, 1, 1]
+
+
+def test_layers_that_were_not_measured_take_the_median(monkeypatch):
+    planner = planner_of()
+    planned = planner._plan(planner.predictions, config_of(ratio=8))
+    spent = {name: layer.predicted_loss_change for name, layer in planned.plan.layers.items()}
+    order = sorted(spent, key=spent.__getitem__, reverse=True)
+    factors = {order[0]: 3.0, order[1]: 7.0}
+
+    def answer(planned, layers):
+        return factors[layers[0].name] * spent[layers[0].name], 0.0
+
+    measure_as(monkeypatch, answer)
+    monkeypatch.setattr(planning, "REMEASURED_LAYERS", 2)
+    assert corrections(planner, planned) == pytest.approx({**factors, order[2]: 5.0}, rel=0.02)
+
+
+def test_nothing_to_correct_where_nothing_is_predicted():
+    planner = planner_of()
+    kept = planner._plan(planner.predictions, config_of(loss_budget=0))
+    assert {layer.kind for layer in kept.plan.layers.values()} == {"kept"}
+    assert planner._corrected(planner.predictions, kept) == planner.predictions
+    assert planner._as_stated(kept) and planner._measured(kept, planner.problem.layers) == (0, 0)
+
+
+def test_what_stays_too_high_is_said(monkeypatch, caplog):
+    planner = planner_of()
+    plans = []
+    monkeypatch.setattr(
+        Planner, "_plan", lambda *arguments, plan=Planner._plan: plans.append(plan(*arguments)) or plans[-1]
+    )
+    measure_as(monkeypatch, lambda planned, layers: (100 * (1 + planned.plan.predicted_loss_change), 0.0))
+    with caplog.at_level(logging.INFO, "hf_lossless.planning"):
+        planned = planner.plan(config_of(ratio=7))
+    assert planned is plans[-1] and len(plans) == 1 + planning.REPLANS
+    warnings = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+    assert warnings == ["the loss rises by more than predicted, also after 2 new plans"]
+    assert sum("predicted change of the loss" in record.getMessage() for record in caplog.records) == 3
+
+
+def test_a_loss_that_overflows_with_the_planned_weights():
+    """It is found out however small the prediction was."""
+    model = network()
+    original = model[0].weight.detach().clone()
+
+    def loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+        far = (model[0].weight - original).norm() > 0.1 * original.norm()
+        return batch_loss(model, batch) * (torch.inf if far else 1.0)
+
+    planner = analyse(model, BATCHES, config_of(ratio=2, bits=(1, 8, 16)), loss=loss)
+    small = {"0": scaled(planner.predictions, 1e-6)["0"]}
+    planner = dataclasses.replace(planner, predictions={**planner.predictions, **small})
+    config = config_of(ratio=3.5, bits=(1, 8, 16))
+    assert planner._plan(planner.predictions, config).plan.layers["0"].bits == 1
+    planned = planner.plan(config)
+    assert planned.plan.layers["0"].bits == 8
+    assert math.isfinite(planner._measured(planned, planner.problem.layers).mean)
+
+
+def test_a_gain_that_was_predicted_never_grows(monkeypatch):
+    """CET and HAWQ may predict that the loss falls; where a plan was worse than predicted, that is no better."""
+    planner = planner_of()
+    predictions = {
+        name: [dataclasses.replace(one, loss_change=one.loss_change - 1e-4) for one in group]
+        for name, group in planner.predictions.items()
+    }
+    planner = dataclasses.replace(planner, predictions=predictions)
+    planned = planner._plan(predictions, config_of(ratio=8))
+    measure_as(monkeypatch, lambda planned, layers: (1.0, 0.0))
+    corrected = planner._corrected(predictions, planned)
+    assert corrected != predictions
+    for name, group in corrected.items():
+        assert all(new.loss_change >= old.loss_change for new, old in zip(group, predictions[name], strict=True))
+
+
+def test_a_budget_that_only_a_wrong_prediction_met(monkeypatch):
+    """What is found out may be that there is no plan; the model stays as it was."""
+    predict_times(monkeypatch, 1e-9)
+    model = network()
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(UnreachableTargetError, match=r"loss_budget=0\.01 cannot be met: the least predicted loss"):
+        compress(model, BATCHES, config_of(loss_budget=0.01, bits=(1,)))
+    assert model.state_dict().keys() == state.keys()
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+
+
+def test_errors_are_those_of_what_is_stored():
+    """By feedback, to nearest, as factors, as a sum, and none of a kept layer."""
+    config = config_of(ratio=2, ranks="auto", bits=(2, 4, 16))
+    planner = analyse(network(), BATCHES, config)
+    seen = set()
+    for ratio in (1.2, 2, 4, 6, 8, 10):
+        config = config_of(ratio=ratio, ranks="auto", bits=(2, 4, 16))
+        planned = planner.plan(config)
+        twin = network()
+        pipeline.apply_plan(twin, planned.plan.layers, planned.factors, planned.quantised)
+        for layer in planner.problem.layers:
+            module = twin.get_submodule(layer.name)
+            stored = module.weight if isinstance(module, nn.Linear) else module.matrix()
+            error = planned.error(layer)
+            assert error.dtype == torch.float32 and error.shape == layer.matrix.shape
+            torch.testing.assert_close(error, (stored - layer.matrix).detach(), rtol=1e-4, atol=1e-5)
+            plan = planned.plan.layers[layer.name]
+            seen.add((plan.kind, plan.grid and plan.grid.rounding))
+    assert {"kept", "grid"} <= {kind for kind, _ in seen}
+    assert ("grid", "feedback") in seen
