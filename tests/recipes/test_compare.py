@@ -4,12 +4,13 @@ import json
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT / "recipes"))
-
-import compare
 import pytest
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "recipes"))
+
+import compare
+
+ROOT = Path(__file__).resolve().parents[2]
 REPORT = json.loads((ROOT / "recipes/compare.json").read_text())
 
 
