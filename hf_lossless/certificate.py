@@ -148,9 +148,11 @@ class Evidence(_Record):
                 "hide from so few"
             )
         if self.loss_test.p_value >= 1 - self.confidence:
-            failures.append(f"{self._loss_failure}{self._too_few(self.loss_test)}")
+            excess = self.loss_change - self.tolerance * self.original_loss.value
+            failures.append(f"{self._loss_failure}{self._too_few(self.loss_test, excess)}")
         if self.metric_test.p_value >= 1 - self.confidence:
-            failures.append(f"{self._metric_failure}{self._too_few(self.metric_test)}")
+            excess = self.original_metric.value - self.compressed_metric.value - self.metric_margin
+            failures.append(f"{self._metric_failure}{self._too_few(self.metric_test, excess)}")
         if failures:
             return f"not certified: {'; '.join(failures)}"
         return LOSS_DECREASED if self.loss_change_bound < 0 else CERTIFIED
@@ -167,9 +169,9 @@ class Evidence(_Record):
             return f"the {self.metric_name} may have fallen by more than {self.metric_margin:.3g}"
         return f"the {self.metric_name} is not shown to have risen by more than {abs(self.metric_margin):.3g}"
 
-    def _too_few(self, test: TestOutcome) -> str:
-        """What more rows could do; nothing where there were enough, or where they rather say that it *is* worse."""
-        if test.required_rows is None or test.required_rows <= self.num_rows or test.p_value > 0.5:
+    def _too_few(self, test: TestOutcome, excess: float) -> str:
+        """What more rows could do; nothing where there were enough, or where these show more than was allowed."""
+        if test.required_rows is None or test.required_rows <= self.num_rows or excess >= 0:
             return ""
         return f" ({self.num_rows:,} rows are too few to tell; about {test.required_rows:,} may be enough)"
 

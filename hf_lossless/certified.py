@@ -4,8 +4,8 @@ split the rows -> calibrate and analyse once -> search on the selection rows -> 
 
 **Search.** Between a safe plan, a quarter of the way to the smallest there is (by the logarithm of the ratio), and that
 smallest, `SEARCH_STEPS` plans are made one after the other, each carried out on a copy of the model and run over the
-selection rows, which gives its chance to pass. The next one is put where the chance falls most
-(`certification.selection.next_ratio`): so the rungs of the ladder lie close where it matters.
+selection rows, which gives its chance to pass. The next one is put where a rung more gains most
+(`certification.selection.next_ratio`): the ladder is fine where the chance falls.
 
 **Walk.** What was measured becomes a fixed order (`certification.selection`), and is tested on the certification rows
 one by one until a plan fails (`certification.walk`). The very tensors that passed are then put into the model.

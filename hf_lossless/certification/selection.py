@@ -84,11 +84,12 @@ def _chance(values: NDArray[np.float64], num_rows: int, z: float, variance: floa
 
 
 def next_ratio(chances: Mapping[float, float]) -> float | None:
-    """The ratio to be measured next: in the middle of the two neighbours between which the chance falls most.
+    """The ratio to be measured next: in the middle of the two neighbours where another rung gains most.
 
-    So halving finds the edge, and the way down to it gets rungs too, for a walk takes its steps in chance and not in
-    ratio. Where the chance falls nowhere (all are hopeless: superiority is demanded, or rows are few) the widest gap is
-    halved.
+    A walk that fails at the smaller of two neighbours ends at the larger, though a plan between might have passed, and
+    may not go back to it. That happens in about `chance(larger) - chance(smaller)` of the walks, and costs up to the
+    logarithm of their ratio; the product of the two is the gain. Where the chance falls nowhere (all are hopeless:
+    superiority is demanded, or rows are few) the widest gap is halved.
 
     Args:
         chances: Chance to pass by ratio, for two ratios or more.
@@ -103,7 +104,13 @@ def next_ratio(chances: Mapping[float, float]) -> float | None:
     gaps = [gap for gap in pairwise(sorted(chances)) if gap[1] / gap[0] > CLOSE]
     if not gaps:
         return None
-    low, high = max(gaps, key=lambda gap: (max(chances[gap[0]] - chances[gap[1]], 0.0), gap[1] / gap[0]))
+
+    def gain(gap: tuple[float, float]) -> tuple[float, float]:
+        low, high = gap
+        width = math.log(high / low)
+        return max(chances[low] - chances[high], 0.0) * width, width
+
+    low, high = max(gaps, key=gain)
     return math.sqrt(low * high)
 
 
