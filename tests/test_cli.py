@@ -376,7 +376,7 @@ def test_neighbourhood_says_what_is_wrong(
 @pytest.fixture(scope="module")
 def many_rows(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """Rows to compress with, and others to certify on."""
-    rows = three_splits(datasets.Dataset.from_list(text_rows(2000, seed=1)), 0, (0.1, 0.1, 0.8))
+    rows = three_splits(datasets.Dataset.from_list(text_rows(2000, seed=1)), 7, (0.1, 0.1, 0.8))
     folder = tmp_path_factory.mktemp("many")
     rows.calibration.to_json(folder / "rows.jsonl")
     rows.certification.to_json(folder / "held-out.jsonl")
