@@ -224,7 +224,11 @@ class Certificate(_Record):
     @property
     def _asked_of_loss(self) -> str:
         share = f"{abs(self.evidence.tolerance):.3g} of the original's loss"
-        return f"a rise of {share} was tolerated" if self.evidence.tolerance > 0 else f"a fall of {share} was demanded"
+        asked = f"a rise of {share} was tolerated" if self.evidence.tolerance > 0 else f"a fall of {share} was demanded"
+        # Not what the bound of the change says: the original's loss scatters too, and goes up and down with it.
+        bound = self.evidence.loss_test.bound
+        outcome = f"kept with {-bound:.1g} to spare" if bound < 0 else f"perhaps missed by {bound:.1g}"
+        return f"{asked}, and is {outcome}"
 
     @property
     def _asked_of_metric(self) -> str:

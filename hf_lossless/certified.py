@@ -50,7 +50,7 @@ from hf_lossless.plan import CompressionPlan
 from hf_lossless.planning import Planner
 from hf_lossless.tasks.registry import task_of
 
-SEARCH_STEPS = 8
+SEARCH_STEPS = 10
 """Plans measured beside the safe one."""
 
 _ANY_RATIO = 1e-3  # every plan meets it
