@@ -1,11 +1,13 @@
-"""The command line: compress, evaluate, inspect, neighbourhood, demo."""
+"""The command line: compress, evaluate, certify, inspect, neighbourhood, demo."""
 
 import json
 import sys
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import datasets
 import torch
 import typer
 from rich.console import Console
@@ -13,16 +15,35 @@ from safetensors import SafetensorError
 from tqdm.auto import tqdm
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
-from hf_lossless.calibration.data import calibration_batches
+from hf_lossless.calibration.data import calibration_batches, load_rows
 from hf_lossless.calibration.processes import process_state
+from hf_lossless.calibration.splits import fingerprint
+from hf_lossless.certificate import Provenance
+from hf_lossless.certification.certify import certify
+from hf_lossless.certification.comparison import Comparison, compare
 from hf_lossless.checkpoint import new_folder, read_entry, refuse_occupied, refuse_other_bytes
-from hf_lossless.config import THEORIES, LosslessCheckpointConfig, LosslessCompressionConfig
+from hf_lossless.config import (
+    CONFIDENCE,
+    METRIC_MARGIN,
+    QUANT_METHOD,
+    THEORIES,
+    TOLERANCE,
+    LosslessCheckpointConfig,
+    LosslessCompressionConfig,
+)
 from hf_lossless.demo import run_demo
 from hf_lossless.errors import CheckpointError, ConfigurationError, LosslessError, reason
-from hf_lossless.evaluation import Evaluation, evaluate
+from hf_lossless.evaluation import Answers, Evaluation, answers, refuse_unlabelled
 from hf_lossless.layers import find_layers
 from hf_lossless.pipeline import tensor_bytes
-from hf_lossless.report import comparison_table, inspection, plan_table
+from hf_lossless.report import (
+    certificate_table,
+    certificate_texts,
+    comparison_table,
+    comparison_text,
+    inspection,
+    plan_table,
+)
 from hf_lossless.report_neighbourhood import gap_tables, layer_table, plot_neighbourhood
 from hf_lossless.tasks.base import Task
 from hf_lossless.tasks.registry import TASKS, task_named, task_of_class
@@ -39,6 +60,8 @@ _console = Console()
 _Data = Annotated[str, typer.Option("--data", help="A json, jsonl, csv or parquet file, a saved dataset, or a Hub id.")]
 _Split = Annotated[str | None, typer.Option("--split", help="Which split of a dataset that has several.")]
 _TaskName = Annotated[str | None, typer.Option("--task", help=f"{' or '.join(TASKS)}; default: by the model's class.")]
+_Confidence = Annotated[float, typer.Option(help="Of the certificate, between 0 and 1.")]
+_MetricMargin = Annotated[float, typer.Option(help="How far the metric may fall, for the certificate.")]
 _Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
@@ -52,6 +75,18 @@ def compress(
     theory: Annotated[
         str, typer.Option(help=f"What predicts the change of the loss: {', '.join(THEORIES)}.")
     ] = "curvature",
+    tolerance: Annotated[
+        float | None,
+        typer.Option(help=f"Target: certified rise of the loss, over the original's loss; default: {TOLERANCE}."),
+    ] = None,
+    confidence: _Confidence = CONFIDENCE,
+    metric_margin: _MetricMargin = METRIC_MARGIN,
+    selection_data: Annotated[
+        str | None, typer.Option(help="Rows to compare plans on; default: a part of --data.")
+    ] = None,
+    certification_data: Annotated[
+        str | None, typer.Option(help="Rows that the certificate rests on; default: a part of --data.")
+    ] = None,
     ratio: Annotated[float | None, typer.Option(help="Target: at least so many times smaller.")] = None,
     max_bytes: Annotated[int | None, typer.Option(help="Target: at most so many bytes.")] = None,
     loss_budget: Annotated[float | None, typer.Option(help="Target: predicted rise of the loss, at most.")] = None,
@@ -82,6 +117,11 @@ def compress(
         theory=theory,
         activation_noise=activation_noise,
         activation_bits=_activation_widths(activation_bits),
+        tolerance=tolerance,
+        confidence=confidence,
+        metric_margin=metric_margin,
+        selection_dataset=selection_data,
+        certification_dataset=certification_data,
         ratio=ratio,
         max_bytes=max_bytes,
         loss_budget=loss_budget,
@@ -107,9 +147,12 @@ def compress(
             f"{out}: {result.size_bytes:,} bytes, {result.ratio:.2f} times smaller; "
             f"predicted change of the loss {result.plan.predicted_loss_change:+.4f}, measured on the calibration rows "
             f"{result.measured_loss_change:+.4f}. "
-            "Judge it on rows it has not seen: hf-lossless evaluate",
+            f"{'' if result.certificate else 'Judge it on rows it has not seen: hf-lossless evaluate'}",
             soft_wrap=True,
         )
+        if result.certificate is not None:
+            for text in certificate_texts(result):
+                _console.print(text, soft_wrap=True, highlight=False)
 
 
 @app.command(name="evaluate")
@@ -124,14 +167,76 @@ def evaluate_command(
     """Measure loss and metric on labelled rows."""
     models = {"model": model} if against is None else {"compressed": model, "original": against}
     tasks = {name: _task(path, task) for name, path in models.items()}  # both, before the first takes its time
-    rows = {name: _evaluated(path, data, tasks[name], split) for name, path in models.items()}
+    rows = load_rows(data, split)
+    judged = {name: _judged(path, rows, tasks[name]) for name, path in models.items()}
+    evaluations = {name: one.answers.evaluation for name, one in judged.items()}
+    compared = None
+    if against is not None:
+        compared = compare(judged["original"].answers.outputs, judged["compressed"].answers.outputs)
+    if not process_state().is_main_process:
+        return
+    first = next(iter(judged.values()))
     if as_json:
-        values = [_evaluation_json(*row) for row in rows.values()]
-        _print_json({**values[0], "original": values[1]} if against is not None else values[0])
+        values = [_evaluation_json(evaluations[name], one) for name, one in judged.items()]
+        beside = {} if compared is None else {**_comparison_json(compared), "original": values[1]}
+        _print_json({**values[0], **beside})
     else:
-        _, _, original_bytes = next(iter(rows.values()))
-        sizes = {name: (result, size_bytes) for name, (result, size_bytes, _) in rows.items()}
-        _console.print(comparison_table(sizes, original_bytes))
+        sizes = {name: (evaluations[name], one.size_bytes) for name, one in judged.items()}
+        _console.print(comparison_table(sizes, first.original_bytes))
+        if compared is not None:
+            _console.print(comparison_text(compared), soft_wrap=True)
+
+
+@app.command(name="certify")
+def certify_command(
+    folder: Annotated[str, typer.Argument(metavar="DIR", help="A compressed checkpoint.")],
+    data: _Data,
+    against: Annotated[str, typer.Option(help="The original.")],
+    task: _TaskName = None,
+    split: _Split = None,
+    tolerance: Annotated[
+        float, typer.Option(help="How much the loss may have risen, over the original's loss.")
+    ] = TOLERANCE,
+    confidence: _Confidence = CONFIDENCE,
+    metric_margin: _MetricMargin = METRIC_MARGIN,
+    as_json: _Json = False,
+) -> None:
+    """Check a compressed checkpoint on rows of your own that had no part in it; status 1 where it fails."""
+    # The same settings as a compression's, and the same refusals.
+    LosslessCompressionConfig(tolerance=tolerance, confidence=confidence, metric_margin=metric_margin)
+    models = {"original": against, "compressed": folder}
+    tasks = {name: _task(path, task) for name, path in models.items()}
+    entry = getattr(_config(folder), "quantization_config", None)
+    if not isinstance(entry, dict) or entry.get("quant_method") != QUANT_METHOD:
+        raise CheckpointError(
+            f"{folder} holds no model compressed by hf_lossless. Compress one with: hf-lossless compress"
+        )
+    rows = load_rows(data, split)
+    refuse_unlabelled(rows, "A certificate needs labels")
+    judged = {name: _judged(path, rows, tasks[name]) for name, path in models.items()}
+    certificate = certify(
+        judged["original"].answers.outputs,
+        judged["compressed"].answers.outputs,
+        Provenance(
+            data_fingerprint=fingerprint(rows),
+            calibration_rows=None,
+            selection_rows=None,
+            theory=judged["compressed"].theory,
+            seed=None,
+        ),
+        metric_name=tasks["original"].metric_name,
+        tolerance=tolerance,
+        confidence=confidence,
+        metric_margin=metric_margin,
+    )
+    if process_state().is_main_process:
+        if as_json:
+            _print_json(certificate.to_dict())
+        else:
+            _console.print(certificate_table(certificate))
+            _console.print(certificate.paragraph(), soft_wrap=True, highlight=False)
+    if not certificate.passed:
+        raise typer.Exit(1)
 
 
 @app.command()
@@ -148,6 +253,8 @@ def inspect(
     else:
         _console.print(plan_table(config.plan))
         _console.print(f"{values['size_bytes']:,} bytes, {values['ratio']:.2f} times smaller")
+        verdict = "none was asked for" if config.certificate is None else config.certificate.verdict
+        _console.print(f"certificate: {verdict}", soft_wrap=True, highlight=False)
 
 
 @app.command(name="neighbourhood")
@@ -302,28 +409,44 @@ def _load_model(task: Task, model: str, **kwargs: Any) -> PreTrainedModel:
         ) from error
 
 
-def _evaluated(model: str, data: str, task: Task, split: str | None) -> tuple[Evaluation, int, int]:
-    """Evaluation, bytes now, and bytes of the original."""
+@dataclass(frozen=True)
+class _Judged:
+    """What a model answered, what predicted its plan (nothing: it is not compressed), and its bytes now and before."""
+
+    answers: Answers
+    theory: str
+    size_bytes: int
+    original_bytes: int
+
+
+def _judged(model: str, rows: datasets.Dataset, task: Task) -> _Judged:
     loaded = _load_model(task, model)
-    result = evaluate(loaded, data, task, task.load_processor(model), split)
-    return result, *_sizes(loaded)
-
-
-def _sizes(model: PreTrainedModel) -> tuple[int, int]:
-    config = getattr(model.config, "quantization_config", None)
+    found = answers(loaded, rows, task, task.load_processor(model), f"evaluating {model}")
+    config = getattr(loaded.config, "quantization_config", None)
     if isinstance(config, LosslessCheckpointConfig):
-        return config.size_bytes, config.plan.original_bytes
-    size_bytes = tensor_bytes(model)
-    return size_bytes, size_bytes
+        return _Judged(found, config.plan.theory, config.size_bytes, config.plan.original_bytes)
+    size_bytes = tensor_bytes(loaded)
+    return _Judged(found, "none", size_bytes, size_bytes)
 
 
-def _evaluation_json(evaluation: Evaluation, size_bytes: int, original_bytes: int) -> dict[str, Any]:
+def _evaluation_json(evaluation: Evaluation, judged: _Judged) -> dict[str, Any]:
     return {
         "loss": evaluation.loss,
         evaluation.metric_name: evaluation.metric,
         "num_examples": evaluation.num_examples,
-        "size_bytes": size_bytes,
-        "ratio": original_bytes / size_bytes,
+        "size_bytes": judged.size_bytes,
+        "ratio": judged.original_bytes / judged.size_bytes,
+    }
+
+
+def _comparison_json(compared: Comparison) -> dict[str, Any]:
+    return {
+        "loss_change": compared.loss_change,
+        "loss_change_error": compared.loss_change_error,
+        "flips": compared.flips,
+        "right_to_wrong": compared.right_to_wrong,
+        "wrong_to_right": compared.wrong_to_right,
+        "mean_kl": compared.mean_kl,
     }
 
 

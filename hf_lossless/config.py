@@ -14,29 +14,45 @@ from typing import Any, Literal
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, register_quantization_config
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from hf_lossless.certificate import Certificate
 from hf_lossless.errors import CheckpointError, ConfigurationError
 from hf_lossless.plan import KEPT_BITS, CompressionPlan, json_bytes
 
 QUANT_METHOD = "lossless"
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 """Version of the layout on disk; raised when an older release could not read a newer folder. 2 has low-rank factors, 3
-quantised activations; a folder of an older version is one of version 3 without."""
+quantised activations, 4 a certificate; a folder of an older version is one of version 4 without."""
 
 THEORIES = ("llc", "lod", "cet", "hawq", "curvature")
 
 _REMEDY = "Take config.json again from where the checkpoint came from."
+_NOT_SETTINGS = ("dataset", "selection_dataset", "certification_dataset", "processor")
+
+TOLERANCE = 0.01
+"""Share of the original's loss by which the loss may rise, where no target is given."""
+
+METRIC_MARGIN = 0.005
+CONFIDENCE = 0.95
+
 _SAY = {"ratio": "ratio=6", "max_bytes": "max_bytes=1_000_000", "loss_budget": "loss_budget=0.01"}
 
 
 class LosslessCompressionConfig(QuantizationConfigMixin):
     """What to compress to, and with what data.
 
-    Exactly one target is given: `ratio`, `max_bytes` or `loss_budget`.
+    Exactly one target is given: `tolerance`, `ratio`, `max_bytes` or `loss_budget`; without any it is
+    `tolerance=0.01`. It alone asks for a certificate: the smallest plan is sought that rows not used before cannot tell
+    from the original (see `certified`). The others are met by what is predicted, and no row is held back.
 
     Args:
         dataset: Labelled rows: a datasets.Dataset, a DatasetDict (see `split`), a list of dicts, the path of a json,
             jsonl, csv or parquet file or of a saved dataset, a Hub id; or ready batches of tensors (a list or a
             DataLoader). Rows without labels are calibrated on the model's own predictions.
+        tolerance: Share of the original's mean loss by which the mean loss may rise; zero or below: it has to fall.
+        confidence: Of the certificate: 1 - the chance that a model which is worse by more is certified.
+        metric_margin: How far the task's metric may fall, for the certificate; zero or below: it has to rise.
+        selection_dataset: Rows on which plans are compared; None: a part of `dataset`, by a hash of the rows.
+        certification_dataset: Rows that the certificate rests on; None likewise. None of its rows may be in the others.
         ratio: Bytes of the original model's tensors over bytes of the compressed one's tensors and plan, at least.
         max_bytes: The most bytes that tensors and plan may take.
         loss_budget: The most that the predicted loss may rise, in the loss's unit (nats).
@@ -64,18 +80,25 @@ class LosslessCompressionConfig(QuantizationConfigMixin):
         seed: Seed of sampling and noise.
 
     Raises:
-        ConfigurationError: A value is unknown or out of range, or not exactly one target is given.
+        ConfigurationError: A value is unknown or out of range, or more than one target is given.
 
     Example:
         >>> config = LosslessCompressionConfig(dataset=[{"text": "good", "label": 1}], ratio=8)
         >>> config.theory, config.bits
         ('curvature', (2, 3, 4, 8, 16))
+        >>> LosslessCompressionConfig(dataset=[{"text": "good", "label": 1}]).tolerance
+        0.01
     """
 
     def __init__(
         self,
         dataset: Any = None,
         *,
+        tolerance: float | None = None,
+        confidence: float = CONFIDENCE,
+        metric_margin: float = METRIC_MARGIN,
+        selection_dataset: Any = None,
+        certification_dataset: Any = None,
         ratio: float | None = None,
         max_bytes: int | None = None,
         loss_budget: float | None = None,
@@ -97,6 +120,11 @@ class LosslessCompressionConfig(QuantizationConfigMixin):
     ) -> None:
         self.quant_method = QUANT_METHOD  # type: ignore[assignment]  # plug-ins use a plain string
         self.dataset = dataset
+        self.tolerance = TOLERANCE if tolerance is ratio is max_bytes is loss_budget is None else tolerance
+        self.confidence = confidence
+        self.metric_margin = metric_margin
+        self.selection_dataset = selection_dataset
+        self.certification_dataset = certification_dataset
         self.ratio = ratio
         self.max_bytes = max_bytes
         self.loss_budget = loss_budget
@@ -120,15 +148,18 @@ class LosslessCompressionConfig(QuantizationConfigMixin):
         self._validate()
 
     def _validate(self) -> None:
-        targets = {name: getattr(self, name) for name in ("ratio", "max_bytes", "loss_budget")}
+        targets = {name: getattr(self, name) for name in ("tolerance", *_SAY)}
         given = {name: value for name, value in targets.items() if value is not None}
         if len(given) != 1:
-            got = f"two targets at once: {given}" if given else "no target"
-            raise ConfigurationError(f"got {got}. Give exactly one of ratio, max_bytes and loss_budget.")
-        for name, value in given.items():
-            number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+            raise ConfigurationError(
+                f"got several targets at once: {given}. Give exactly one of {', '.join(targets)}, or none: "
+                f"tolerance={TOLERANCE} is the default."
+            )
+        self._validate_certificate()
+        for name in _SAY.keys() & given.keys():
+            value = given[name]
             # A budget of 0 is what "lossless" says.
-            if not number or value < 0 or (value == 0 and name != "loss_budget"):
+            if not _is_finite(value) or value < 0 or (value == 0 and name != "loss_budget"):
                 least = "of at least 0" if name == "loss_budget" else "above 0"
                 raise ConfigurationError(
                     f"{name}={value!r} is not a finite number {least}. Give one, say {_SAY[name]}."
@@ -152,6 +183,36 @@ class LosslessCompressionConfig(QuantizationConfigMixin):
             if not isinstance(value, int) or isinstance(value, bool) or value < lowest:
                 raise ConfigurationError(f"{name}={value!r} is not a whole number of at least {lowest}. Give one.")
 
+    def _validate_certificate(self) -> None:
+        if self.tolerance is not None and not _is_finite(self.tolerance):
+            raise ConfigurationError(
+                f"tolerance={self.tolerance!r} is not a finite number. Give a share of the original's loss, say 0.01; "
+                "zero or below demands that the loss falls."
+            )
+        if not _is_finite(self.confidence) or not 0 < self.confidence < 1:
+            raise ConfigurationError(f"confidence={self.confidence!r} is not between 0 and 1. Give say 0.95.")
+        if not _is_finite(self.metric_margin) or not -1 < self.metric_margin < 1:
+            raise ConfigurationError(
+                f"metric_margin={self.metric_margin!r} is not between -1 and 1. Metrics run from 0 to 1: half a point "
+                "is 0.005."
+            )
+        unused = [name for name in ("selection_dataset", "certification_dataset") if getattr(self, name) is not None]
+        if unused and self.tolerance is None:
+            raise ConfigurationError(
+                f"{unused[0]} is given, but only the target tolerance= makes a certificate. Leave it out, or the other "
+                "target."
+            )
+
+    def with_target(self, **target: float) -> "LosslessCompressionConfig":
+        """The same configuration with another target, say ratio=6."""
+        twin = copy.copy(self)
+        twin.tolerance = twin.ratio = twin.max_bytes = twin.loss_budget = None
+        twin.selection_dataset = twin.certification_dataset = None
+        for name, value in target.items():
+            setattr(twin, name, value)
+        twin._validate()
+        return twin
+
     @property
     def activation_widths(self) -> tuple[int, ...]:
         """The widths among `activation_bits`."""
@@ -165,8 +226,12 @@ class LosslessCompressionConfig(QuantizationConfigMixin):
 
     def to_dict(self) -> dict[str, Any]:
         """The settings without data and processor; JSON-ready."""
-        settings = {key: value for key, value in self.__dict__.items() if key not in ("dataset", "processor")}
+        settings = {key: value for key, value in self.__dict__.items() if key not in _NOT_SETTINGS}
         return {key: _json_ready(value) for key, value in settings.items()}
+
+
+def _is_finite(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _json_ready(value: Any) -> Any:
@@ -229,13 +294,20 @@ class LosslessCheckpointConfig(QuantizationConfigMixin):
         format_version: Layout on disk.
         plan: The plan, as JSON values or read.
         quant_method: Always "lossless".
+        certificate: What held-out rows said of the model, as JSON values or read; None: nobody asked.
 
     Raises:
-        CheckpointError: The format is newer than this release, or not one at all.
+        CheckpointError: The format is newer than this release, or not one at all; the certificate is malformed.
         PlanError: The plan is malformed.
     """
 
-    def __init__(self, format_version: Any = None, plan: Any = None, quant_method: str = QUANT_METHOD) -> None:
+    def __init__(
+        self,
+        format_version: Any = None,
+        plan: Any = None,
+        quant_method: str = QUANT_METHOD,
+        certificate: Any = None,
+    ) -> None:
         if type(format_version) is not int or format_version < 1:
             raise CheckpointError(f"format_version={format_version!r} in config.json is not a version. {_REMEDY}")
         if format_version > FORMAT_VERSION:
@@ -246,11 +318,13 @@ class LosslessCheckpointConfig(QuantizationConfigMixin):
         self.quant_method = quant_method  # type: ignore[assignment]
         self.format_version = format_version
         self.plan = plan if isinstance(plan, CompressionPlan) else CompressionPlan.from_dict(plan)
+        read = certificate is None or isinstance(certificate, Certificate)
+        self.certificate: Certificate | None = certificate if read else Certificate.from_dict(certificate)
 
     @classmethod
-    def of(cls, plan: CompressionPlan) -> "LosslessCheckpointConfig":
-        """What a checkpoint with this plan, written by this release, says."""
-        return cls(FORMAT_VERSION, plan)
+    def of(cls, plan: CompressionPlan, certificate: Certificate | None = None) -> "LosslessCheckpointConfig":
+        """What a checkpoint with this plan and certificate, written by this release, says."""
+        return cls(FORMAT_VERSION, plan, certificate=certificate)
 
     @property
     def size_bytes(self) -> int:
@@ -273,11 +347,12 @@ class LosslessCheckpointConfig(QuantizationConfigMixin):
             "quant_method": self.quant_method,
             "format_version": self.format_version,
             "plan": self.plan.to_dict(),
+            **({} if self.certificate is None else {"certificate": self.certificate.to_dict()}),
         }
 
 
 def _known(config_dict: dict[str, Any]) -> dict[str, Any]:
-    unknown = set(config_dict) - {"quant_method", "format_version", "plan"}
+    unknown = set(config_dict) - {"quant_method", "format_version", "plan", "certificate"}
     if unknown:
         raise CheckpointError(
             f"config.json has unknown entries under quantization_config: {sorted(unknown)}. {_REMEDY}"

@@ -16,6 +16,8 @@ from transformers.quantizers.base import HfQuantizer
 
 from hf_lossless.apply import apply_plan
 from hf_lossless.calibration.data import calibration_batches
+from hf_lossless.certificate import Certificate
+from hf_lossless.certified import compress_certified
 from hf_lossless.checkpoint import (
     check_files,
     guard_names,
@@ -49,7 +51,7 @@ class LosslessHfQuantizer(HfQuantizer):
         if not self.pre_quantized and not isinstance(quantization_config, LosslessCompressionConfig):
             raise ConfigurationError(
                 f"quantization_config is a {type(quantization_config).__name__}. "
-                "Pass a LosslessCompressionConfig with a dataset and a target."
+                "Pass a LosslessCompressionConfig with a dataset."
             )
 
     def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
@@ -100,24 +102,29 @@ class LosslessHfQuantizer(HfQuantizer):
         if self.pre_quantized:
             _refuse_unloaded(model)
             restore_scales(model)
-            self._describe(model, plan_of(model, self.quantization_config.plan))
+            # A certificate speaks of the model that was saved, and not of a part of it (AutoModel of a classifier's).
+            certificate = self.quantization_config.certificate if is_saved_class(model) else None
+            self._describe(model, plan_of(model, self.quantization_config.plan), certificate)
             return model
         _refuse_meta(model)
         config = self.quantization_config
         with torch.enable_grad():  # the caller may be under no_grad
-            self.result = compress(
-                model, calibration_batches(model, config), config, original_bytes=self._original_bytes
-            )
+            if config.tolerance is not None:
+                self.result = compress_certified(model, config, original_bytes=self._original_bytes)
+            else:
+                batches = calibration_batches(model, config)
+                self.result = compress(model, batches, config, original_bytes=self._original_bytes)
         forget_compressed_ties(model)
-        self._describe(model, self.result.plan)
+        self._describe(model, self.result.plan, self.result.certificate)
         return model
 
-    def _describe(self, model: PreTrainedModel, plan: CompressionPlan) -> None:
-        self.quantization_config = model.config.quantization_config = LosslessCheckpointConfig.of(plan)
+    def _describe(self, model: PreTrainedModel, plan: CompressionPlan, certificate: Certificate | None) -> None:
+        self.quantization_config = model.config.quantization_config = LosslessCheckpointConfig.of(plan, certificate)
 
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, Tensor], dict[str, str]]:
         """What `save_pretrained` writes: the model's tensors and the guards; the plan counts their bytes."""
-        self._describe(model, with_present_bytes(model, self.quantization_config.plan))
+        present = with_present_bytes(model, self.quantization_config.plan)
+        self._describe(model, present, self.quantization_config.certificate)
         return state_dict_with_guards(model), {}
 
     def is_serializable(self) -> bool:

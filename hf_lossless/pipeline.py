@@ -21,6 +21,7 @@ from hf_lossless.calibration.processes import own_share, process_state, same_in_
 from hf_lossless.calibration.statistics import Calibration, calibrate
 from hf_lossless.candidates.menu import Truncation, menu
 from hf_lossless.candidates.ranks import ranks_by_layer
+from hf_lossless.certificate import Certificate
 from hf_lossless.config import LosslessCheckpointConfig, LosslessCompressionConfig
 from hf_lossless.errors import ConfigurationError, DataError
 from hf_lossless.layers import Layer, find_layers
@@ -66,6 +67,8 @@ class CompressionResult:
         size_bytes: Bytes of the compressed model's tensors and plan.
         measured_loss_change: Change of the mean loss on the calibration rows, beside which the plan's
             `predicted_loss_change` can be judged. These rows have had a hand in the plan.
+        certificate: What held-out rows said of the model; None where the target was a size or a budget.
+        not_smaller: Why no smaller plan is certified; None without a certificate.
     """
 
     model: nn.Module
@@ -74,6 +77,8 @@ class CompressionResult:
     calibration: Calibration
     size_bytes: int
     measured_loss_change: float
+    certificate: Certificate | None = None
+    not_smaller: str | None = None
 
     @property
     def ratio(self) -> float:
@@ -105,7 +110,8 @@ def compress(
         it was.
 
     Raises:
-        ConfigurationError: The model is compressed already, or has no layers left to compress.
+        ConfigurationError: The model is compressed already, or has no layers left to compress; or the target is a
+            tolerance, for which batches cannot be split.
         DataError: There are no batches.
         CalibrationError: The loss is not finite, or cannot be computed.
         UnreachableTargetError: No plan meets the target; the message says what the best one reaches.
@@ -118,7 +124,9 @@ def compress(
         >>> result.size_bytes <= 2000
         True
     """
-    with _evaluation_mode(model):
+    if config.tolerance is not None:
+        raise no_rows_to_hold_back(config)
+    with evaluation_mode(model):
         planner = analyse(model, batches, config, loss=loss, original_bytes=original_bytes)
         planned = planner.plan(config)
         measured_loss_change = realise(model, planner.problem, planned)
@@ -126,6 +134,15 @@ def compress(
     size_bytes = LosslessCheckpointConfig.of(planned.plan).size_bytes
     calibration = planner.problem.calibration.without_tensors()
     return CompressionResult(model, planned.plan, planned.frontier, calibration, size_bytes, measured_loss_change)
+
+
+def no_rows_to_hold_back(config: LosslessCompressionConfig) -> ConfigurationError:
+    """The error for a tolerance where there are only batches."""
+    return ConfigurationError(
+        f"the target is tolerance={config.tolerance:g} (the default), which holds back rows for a certificate, and "
+        "ready batches are no rows. Give one of ratio=, max_bytes=, loss_budget=; or, for a model of transformers, "
+        "rows as dataset in from_pretrained(quantization_config=...)."
+    )
 
 
 def analyse(
@@ -157,7 +174,7 @@ def analyse(
     layers = _layers_to_compress(model, config)
     present_bytes = tensor_bytes(model)
     ranks = ranks_by_layer(layers, config.ranks)
-    with _progress(len(own_share(batches)), "calibrating") as advance:
+    with progress_bar(len(own_share(batches)), "calibrating") as advance:
         calibration = calibrate(
             model,
             batches,
@@ -169,7 +186,7 @@ def analyse(
             activation_bits=config.activation_widths,
         )
     candidates = menu(layers, calibration, config, ranks, theory.truncation, by_derivatives=theory.by_derivatives)
-    with _progress(sum(map(len, candidates.values())), "predicting") as advance:
+    with progress_bar(sum(map(len, candidates.values())), "predicting") as advance:
         problem = Problem(
             model,
             batches,
@@ -258,7 +275,7 @@ def _head_modules(model: nn.Module) -> list[str]:
 
 
 @contextmanager
-def _evaluation_mode(model: nn.Module) -> Iterator[None]:
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
     """Dropout off and batch norms frozen; every module's mode comes back afterwards."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
@@ -270,7 +287,7 @@ def _evaluation_mode(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _progress(total: int, what: str) -> Iterator[Callable[[], object]]:
+def progress_bar(total: int, what: str) -> Iterator[Callable[[], object]]:
     """A progress bar with the time left, on the main process only."""
     silent = {} if process_state().is_main_process else {"disable": True}  # None would override TQDM_DISABLE
     with tqdm(total=total, desc=what, **silent) as bar:

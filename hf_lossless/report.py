@@ -6,8 +6,11 @@ from typing import Any
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from rich.markup import escape
 from rich.table import Table
 
+from hf_lossless.certificate import Certificate
+from hf_lossless.certification.comparison import Comparison
 from hf_lossless.config import LosslessCheckpointConfig
 from hf_lossless.evaluation import Evaluation
 from hf_lossless.knapsack import Frontier
@@ -28,7 +31,7 @@ def inspection(config: LosslessCheckpointConfig) -> dict[str, Any]:
         lookup, which has none), saves_time (whether they are below `SAVES_TIME`), activation (bits and range of its
         quantised input; None: in floating point), cost_bytes, predicted_loss_change, regime (LoD's verdict, with its
         signal-to-noise ratio and the bounds on a wrong sign); and "size_bytes", "original_bytes", "ratio", "theory",
-        "activations", "activation_noise", "predicted_loss_change".
+        "activations", "activation_noise", "predicted_loss_change", "certificate" (None: none was asked for).
     """
     plan = config.plan
     return {
@@ -40,6 +43,7 @@ def inspection(config: LosslessCheckpointConfig) -> dict[str, Any]:
         "activations": plan.activations,
         "activation_noise": plan.activation_noise,
         "predicted_loss_change": plan.predicted_loss_change,
+        "certificate": None if config.certificate is None else config.certificate.to_dict(),
     }
 
 
@@ -149,6 +153,34 @@ def comparison_table(rows: dict[str, tuple[Evaluation, int]], original_bytes: in
             f"{evaluation.num_examples:,}",
         )
     return table
+
+
+def comparison_text(compared: Comparison) -> str:
+    """What two models' answers have to do with each other, in one sentence."""
+    divergence = "" if compared.mean_kl is None else f"; mean KL divergence {compared.mean_kl:.2g}"
+    return (
+        f"change of the loss {compared.loss_change:+.4f} ± {compared.loss_change_error:.2g}; {compared.flips:,} "
+        f"predictions changed, {compared.right_to_wrong:,} from right to wrong and {compared.wrong_to_right:,} from "
+        f"wrong to right{divergence}"
+    )
+
+
+def certificate_table(certificate: Certificate) -> Table:
+    """All that a certificate says, line by line."""
+    table = Table(title="certificate")
+    for heading in ("", "original", "compressed"):
+        table.add_column(heading, overflow="fold")
+    for row in certificate.table():
+        table.add_row(*map(escape, row))
+    return table
+
+
+def certificate_texts(result: CompressionResult) -> list[str]:
+    """What a compression says of its certificate: the paragraph, and why no smaller plan is certified."""
+    if result.certificate is None:
+        return []
+    not_smaller = [] if result.not_smaller is None else [f"Not smaller: {result.not_smaller}."]
+    return [result.certificate.paragraph(), *not_smaller]
 
 
 def plot_frontier(result: CompressionResult, path: str | os.PathLike[str]) -> None:

@@ -12,7 +12,7 @@ import datasets
 import pytest
 import torch
 from rich.console import Console
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tiny_checkpoints import text_rows, without
 from transformers import (
     AutoImageProcessor,
@@ -23,6 +23,8 @@ from transformers import (
 
 from hf_lossless import cli
 from hf_lossless.calibration import data as calibration_data
+from hf_lossless.calibration.splits import three_splits
+from hf_lossless.certificate import Certificate
 from hf_lossless.checkpoint import read_entry
 from hf_lossless.modules.base import CompressedModule
 from hf_lossless.plan import CompressionPlan
@@ -76,7 +78,12 @@ def test_text_from_compress_to_inspect(run: Run, text_folder: Path, text_file: P
     beside = json.loads(run("evaluate", out, "--data", text_file, "--against", text_folder, "--json"))
     keys = {"loss", "accuracy", "num_examples", "size_bytes", "ratio"}
     assert alone.keys() == keys
-    assert beside.keys() == keys | {"original"} and beside["original"].keys() == keys
+    compared = {"loss_change", "loss_change_error", "flips", "right_to_wrong", "wrong_to_right", "mean_kl"}
+    assert beside.keys() == keys | compared | {"original"} and beside["original"].keys() == keys
+    assert beside["loss_change"] == pytest.approx(beside["loss"] - beside["original"]["loss"], abs=1e-6)
+    assert 0 <= beside["flips"] <= len(text_rows()) and beside["mean_kl"] > 0
+    said = run("evaluate", out, "--data", text_file, "--against", text_folder)
+    assert f"{beside['flips']} predictions changed" in said and f"KL divergence {beside['mean_kl']:.2g}" in said
     assert {key: beside[key] for key in keys} == alone
     assert beside["original"]["ratio"] == 1.0
     assert alone["ratio"] == beside["original"]["size_bytes"] / alone["size_bytes"] >= 3
@@ -367,6 +374,102 @@ def test_neighbourhood_says_what_is_wrong(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.fixture(scope="module")
+def many_rows(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """Rows to compress with, and others to certify on."""
+    rows = three_splits(datasets.Dataset.from_list(text_rows(2000, seed=1)), 7, (0.1, 0.1, 0.8))
+    folder = tmp_path_factory.mktemp("many")
+    rows.calibration.to_json(folder / "rows.jsonl")
+    rows.certification.to_json(folder / "held-out.jsonl")
+    return folder / "rows.jsonl", folder / "held-out.jsonl"
+
+
+def test_from_compress_to_certify(
+    run: Run,
+    text_folder: Path,
+    many_rows: tuple[Path, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr("hf_lossless.certified.SEARCH_STEPS", 2)
+    (rows, held_out), out = many_rows, tmp_path / "small"
+    settings = ("--tolerance", 0.02, "--confidence", 0.9, "--metric-margin", 0.01)
+    split = ("--certification-data", held_out, "--samples", 32, "--bits", "4,8,16")
+    said = run("compress", text_folder, "--data", rows, "--out", out, *settings, *split)
+    certificate = read_entry(out).certificate
+    assert certificate.passed and certificate.paragraph() in said and "Not smaller: " in said
+    assert (certificate.evidence.tolerance, certificate.evidence.confidence) == (0.02, 0.9)
+    assert certificate.evidence.metric_margin == 0.01
+    assert f"certificate: {certificate.verdict}" in run("inspect", out)
+    assert json.loads(run("inspect", out, "--json"))["certificate"] == certificate.to_dict()
+
+    check = ("certify", out, "--against", text_folder, "--data", held_out)
+    again = Certificate.from_dict(json.loads(run(*check, *settings, "--json")))
+    assert again.evidence == certificate.evidence
+    assert again.provenance.calibration_rows is None
+    assert again.provenance.data_fingerprint == certificate.provenance.data_fingerprint
+    assert again.paragraph() in run(*check, *settings)
+
+    for options, message in (
+        (("--tolerance", -0.5), "the loss is not shown to have fallen by more than 0.5 of the original's"),
+        (("--data", rows), "rows are fewer than the 500 that a certificate takes"),
+    ):
+        monkeypatch.setattr(sys, "argv", ["hf-lossless", *map(str, (*check, *options))])
+        with pytest.raises(SystemExit) as exit:
+            cli.main()
+        assert exit.value.code == 1
+        assert message in capsys.readouterr().out
+
+
+def test_no_certificate_for_want_of_rows_is_no_error(run: Run, text_folder: Path, tmp_path: Path) -> None:
+    rows = tmp_path / "rows.jsonl"
+    datasets.Dataset.from_list(text_rows(60)).to_json(rows)
+    said = run("compress", text_folder, "--data", rows, "--out", tmp_path / "small")
+    assert "Not certified: " in said and "are fewer than the 500 that a certificate takes" in said
+    assert not read_entry(tmp_path / "small").certificate.passed
+
+
+@pytest.mark.parametrize(
+    ("case", "message"),
+    [
+        ("original", "holds no model compressed by hf_lossless"),
+        ("unlabelled", "A certificate needs labels: rename a column"),
+        ("confidence", "confidence=1.5 is not between 0 and 1"),
+        ("nan", "the loss is nan on row 0"),
+    ],
+)
+def test_certify_says_what_is_wrong(
+    run: Run,
+    case: str,
+    message: str,
+    text_folder: Path,
+    text_file: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    out, rows, options = tmp_path / "small", text_file, ()
+    run("compress", text_folder, "--data", text_file, "--out", out, "--ratio", 2, "--bits", "8")
+    if case == "original":
+        out = text_folder
+    if case == "unlabelled":
+        rows = tmp_path / "rows.jsonl"
+        datasets.Dataset.from_list(without(text_rows(), "label")).to_json(rows)
+    if case == "confidence":
+        options = ("--confidence", 1.5)
+    if case == "nan":
+        tensors = load_file(out / "model.safetensors")
+        tensors["classifier.bias"][0] = torch.nan
+        save_file(tensors, out / "model.safetensors", {"format": "pt"})
+    arguments = ("certify", out, "--against", text_folder, "--data", rows, *options)
+    monkeypatch.setattr(sys, "argv", ["hf-lossless", *map(str, arguments)])
+    with pytest.raises(SystemExit) as exit:
+        cli.main()
+    assert exit.value.code == 1
+    assert message in capsys.readouterr().err
+
+
 def test_demo(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What it does is in test_demo.py; here, where it does it."""
     folders: list[Path] = []
@@ -380,7 +483,7 @@ def test_demo(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
 
 def test_python_m() -> None:
     result = subprocess.run([sys.executable, "-m", "hf_lossless", "--help"], capture_output=True, text=True, check=True)
-    for command in ("demo", "compress", "evaluate", "inspect", "neighbourhood"):
+    for command in ("demo", "compress", "evaluate", "certify", "inspect", "neighbourhood"):
         assert command in result.stdout
     assert result.stderr == ""
 

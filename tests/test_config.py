@@ -4,9 +4,13 @@ import copy
 import json
 
 import pytest
+import torch
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AutoQuantizationConfig
 
 from hf_lossless import CompressionPlan, Grid, LayerPlan, LosslessCheckpointConfig, LosslessCompressionConfig
+from hf_lossless.certificate import Certificate, Provenance
+from hf_lossless.certification.certify import certify
+from hf_lossless.certification.comparison import Outputs
 from hf_lossless.config import FORMAT_VERSION, QUANT_METHOD
 from hf_lossless.errors import ConfigurationError
 
@@ -22,8 +26,20 @@ PLAN = CompressionPlan(
     original_bytes=100,
 )
 
+LOSSES = torch.linspace(0, 1, 900)
+OUTPUTS = Outputs(LOSSES, torch.ones(900), torch.zeros(900))
+CERTIFICATE = certify(
+    OUTPUTS,
+    OUTPUTS,
+    Provenance(data_fingerprint="ab", calibration_rows=1, selection_rows=2, theory="llc", seed=0),
+    metric_name="accuracy",
+)
+
 
 def test_a_target_of_each_kind() -> None:
+    assert LosslessCompressionConfig().tolerance == 0.01
+    assert LosslessCompressionConfig(tolerance=-0.5).tolerance == -0.5
+    assert LosslessCompressionConfig(ratio=1.5).tolerance is None
     assert LosslessCompressionConfig(ratio=1.5).ratio == 1.5
     assert LosslessCompressionConfig(max_bytes=10).max_bytes == 10
     assert LosslessCompressionConfig(loss_budget=0).loss_budget == 0
@@ -67,6 +83,14 @@ def test_modules_to_leave_alone() -> None:
     assert LosslessCompressionConfig(ratio=2, modules_to_not_convert=None).modules_to_not_convert == ()
 
 
+def test_another_target() -> None:
+    config = LosslessCompressionConfig([], certification_dataset=[], tolerance=0.1, seed=3)
+    other = config.with_target(ratio=3)
+    assert (other.ratio, other.tolerance, other.seed) == (3, None, 3) and other.dataset is config.dataset
+    assert (config.ratio, config.tolerance) == (None, 0.1)
+    assert other.with_target(tolerance=0).tolerance == 0
+
+
 def test_a_copy_shares_the_data() -> None:
     """Auto classes copy their arguments; neither a generator nor a large data set should be."""
     rows = (row for row in ())
@@ -94,14 +118,21 @@ def test_an_entry_comes_back_from_json() -> None:
     assert again.plan == PLAN and again.to_dict() == entry.to_dict()
 
 
-def test_size_bytes_are_tensors_and_text() -> None:
-    entry = LosslessCheckpointConfig.of(PLAN)
+@pytest.mark.parametrize("certificate", [None, CERTIFICATE], ids=["plan", "certificate"])
+def test_size_bytes_are_tensors_and_text(certificate: Certificate | None) -> None:
+    entry = LosslessCheckpointConfig.of(PLAN, certificate)
     others = {"architectures": ["BertModel"], "vocab_size": 5}
     with_entry, without = (
         json.dumps(values, indent=2, sort_keys=True)
         for values in (others | {"quantization_config": entry.to_dict()}, others)
     )
     assert entry.size_bytes == 8 + 5 + 7 + len(with_entry) - len(without)
+
+
+def test_a_certificate_comes_back_from_json() -> None:
+    entry = LosslessCheckpointConfig.of(PLAN, CERTIFICATE)
+    again = AutoQuantizationConfig.from_dict(json.loads(json.dumps(entry.to_dict())))
+    assert again.certificate == CERTIFICATE and again.size_bytes == entry.size_bytes
 
 
 def test_unused_arguments_are_handed_back() -> None:
@@ -159,7 +190,7 @@ def test_widths_of_activations(bits, stored, widths):
     assert json.loads(json.dumps(config.to_dict()))["activation_bits"] == list(stored)
 
 
-@pytest.mark.parametrize("version", [1, 2])
+@pytest.mark.parametrize("version", [1, 2, 3])
 def test_earlier_formats_are_still_read(version):
     plan = {"theory": "llc", "layers": {}, "other_bytes": 1, "original_bytes": 2, "activations": "float"}
     config = LosslessCheckpointConfig.from_dict({"quant_method": QUANT_METHOD, "format_version": version, "plan": plan})

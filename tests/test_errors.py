@@ -43,7 +43,7 @@ BATCHES = [(torch.randn(4, 6), torch.tensor([0, 1, 0, 1]))]
 
 
 def config(dataset: Any = ROWS, **settings: Any) -> LosslessCompressionConfig:
-    targets = {"ratio", "max_bytes", "loss_budget"}
+    targets = {"tolerance", "ratio", "max_bytes", "loss_budget"}
     target = {} if targets & set(settings) else {"ratio": 2}
     return LosslessCompressionConfig(dataset, **{"bits": (2, 4), **target, **settings})
 
@@ -80,8 +80,25 @@ def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str])
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({}, r"got no target\. Give exactly one of ratio, max_bytes and loss_budget"),
-        ({"ratio": 6, "max_bytes": 10}, r"two targets at once: \{'ratio': 6, 'max_bytes': 10\}\. Give exactly one"),
+        ({"ratio": 6, "max_bytes": 10}, r"several targets at once: \{'ratio': 6, 'max_bytes': 10\}\. Give exactly one"),
+        (
+            {"ratio": 6, "tolerance": 0.01},
+            r"several targets at once: \{'tolerance': 0\.01, 'ratio': 6\}\. Give exactly one of tolerance, ratio, "
+            r"max_bytes, loss_budget, or none: tolerance=0\.01 is the default",
+        ),
+        ({"tolerance": float("nan")}, r"tolerance=nan is not a finite number\. Give a share of the original's loss"),
+        ({"tolerance": "1%"}, r"tolerance='1%' is not a finite number"),
+        ({"tolerance": True}, r"tolerance=True is not a finite number"),
+        ({"confidence": 0}, r"confidence=0 is not between 0 and 1\. Give say 0\.95"),
+        ({"confidence": 1.0}, r"confidence=1\.0 is not between 0 and 1"),
+        ({"confidence": 95}, r"confidence=95 is not between 0 and 1"),
+        ({"confidence": None}, r"confidence=None is not between 0 and 1"),
+        ({"metric_margin": 1}, r"metric_margin=1 is not between -1 and 1\. .* half a point is 0\.005"),
+        ({"metric_margin": float("nan")}, r"metric_margin=nan is not between -1 and 1"),
+        (
+            {"ratio": 6, "certification_dataset": []},
+            r"certification_dataset is given, but only the target tolerance= makes a certificate\. Leave it out",
+        ),
         ({"ratio": -6}, r"ratio=-6 is not a finite number above 0\. Give one, say ratio=6"),
         ({"ratio": 0}, r"ratio=0 is not a finite number above 0"),
         ({"ratio": float("nan")}, r"ratio=nan is not a finite number above 0"),
@@ -569,9 +586,9 @@ EMPTY_PLAN = {"theory": "llc", "layers": {}, "other_bytes": 1, "original_bytes":
     ("entry", "error_class", "message"),
     [
         (
-            {"format_version": 4},
+            {"format_version": 5},
             CheckpointError,
-            r"format version 4, this release .* up to 3\. Upgrade with: pip install",
+            r"format version 5, this release .* up to 4\. Upgrade with: pip install",
         ),
         (
             {"format_version": "1"},
@@ -583,7 +600,12 @@ EMPTY_PLAN = {"theory": "llc", "layers": {}, "other_bytes": 1, "original_bytes":
             CheckpointError,
             r"format_version=None .* is not a version\. Take config\.json again",
         ),
-        ({"certificate": {}}, CheckpointError, r"unknown entries under quantization_config: \['certificate'\]\. Take"),
+        ({"author": {}}, CheckpointError, r"unknown entries under quantization_config: \['author'\]\. Take"),
+        (
+            {"certificate": {"verdict": "certified"}},
+            CheckpointError,
+            r"the certificate is malformed at evidence: Field required .*, or certify the model again",
+        ),
         ({"plan": None}, PlanError, r"malformed at its top: .* \(got None\)\. Take config\.json again"),
         ({"plan": {**EMPTY_PLAN, "theory": 1}}, PlanError, r"malformed at theory: .* \(got 1\)\. Take"),
         ({"plan": {**EMPTY_PLAN, "rank": 1}}, PlanError, r"malformed at rank: .*\. Take config\.json again"),
@@ -610,7 +632,16 @@ EMPTY_PLAN = {"theory": "llc", "layers": {}, "other_bytes": 1, "original_bytes":
         ),
     ],
     ids=[
-        *("newer-format", "format-a-string", "no-format", "unknown-entry", "no-plan", "wrong-type", "unknown-field"),
+        *(
+            "newer-format",
+            "format-a-string",
+            "no-format",
+            "unknown-entry",
+            "bare-verdict",
+            "no-plan",
+            "wrong-type",
+            "unknown-field",
+        ),
         *("missing-field", "nine-bits", "kept-with-grid", "no-such-layer", "no-layer"),
     ],
 )
@@ -622,13 +653,13 @@ def test_an_entry_of_config_json(
         AutoModelForSequenceClassification.from_pretrained(altered)
 
 
-@pytest.mark.parametrize("entry", [{"format_version": 4}, {"plan": None}], ids=["newer-format", "no-plan"])
+@pytest.mark.parametrize("entry", [{"format_version": 5}, {"plan": None}], ids=["newer-format", "no-plan"])
 def test_an_entry_of_config_json_on_the_command_line(
     altered: Path, text_file: Path, command: Callable[..., str], entry: dict[str, Any]
 ) -> None:
     alter_config(altered, entry)
     for arguments in (("inspect", altered), ("evaluate", altered, "--data", text_file)):
-        assert re.search(r"format version 4|malformed at its top", command(*arguments))
+        assert re.search(r"format version 5|malformed at its top", command(*arguments))
 
 
 def alter_config(folder: Path, entry: dict[str, Any]) -> None:
@@ -644,8 +675,12 @@ def alter_config(folder: Path, entry: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ((), r"got no target\. Give exactly one of ratio"),
-        (("--ratio", 2, "--loss-budget", 1), r"two targets at once: \{'ratio': 2\.0, 'loss_budget': 1\.0\}"),
+        (("--ratio", 2, "--loss-budget", 1), r"several targets at once: \{'ratio': 2\.0, 'loss_budget': 1\.0\}"),
+        (("--ratio", 2, "--tolerance", 0.02), r"several targets at once: \{'tolerance': 0\.02, 'ratio': 2\.0\}"),
+        (("--confidence", 1), r"confidence=1\.0 is not between 0 and 1"),
+        (("--metric-margin", 2), r"metric_margin=2\.0 is not between -1 and 1"),
+        (("--ratio", 2, "--selection-data", "x.csv"), r"selection_dataset is given, but only the target tolerance="),
+        (("--certification-data", "nowhere.csv"), r"the data file 'nowhere\.csv' does not exist"),
         (("--ratio", "nan"), r"ratio=nan is not a finite number above 0"),
         (("--ratio", 300), r"ratio=300 cannot be reached: .* a ratio of"),
         (
@@ -766,7 +801,7 @@ def test_evaluation(
     datasets.Dataset.from_list(without(ROWS, "label")).to_json(tmp_path / "rows.jsonl")
     said = command("evaluate", text_folder, "--data", tmp_path / "rows.jsonl")
     assert re.search(r"no label column: looked for label, labels, fine_label, found text\. .* rename a column", said)
-    monkeypatch.setattr(cli, "evaluate", None)  # the original is looked for before the first model takes its time
+    monkeypatch.setattr(cli, "answers", None)  # the original is looked for before the first model takes its time
     said = command("evaluate", text_folder, "--data", text_file, "--against", "nowhere")
     assert re.search(r"the config\.json of nowhere", said)
 

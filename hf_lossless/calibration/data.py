@@ -128,9 +128,24 @@ def sample_rows(rows: datasets.Dataset, num_samples: int, seed: int) -> datasets
 
 
 def make_batches(
-    rows: datasets.Dataset, task: Task, processor: Any, model: PreTrainedModel, batch_size: int
+    rows: datasets.Dataset,
+    task: Task,
+    processor: Any,
+    model: PreTrainedModel,
+    batch_size: int,
+    first: int = 0,
+    step: int = 1,
 ) -> Iterator[dict[str, Tensor]]:
     """Batches of rows of like length, which need the least padding; one at a time, for a test set may not fit memory.
+
+    Args:
+        rows: The rows; the same rows always make the same batches.
+        task: What encodes them.
+        processor: Its tokenizer or image processor.
+        model: What the batches are for.
+        batch_size: Rows of a batch.
+        first: Index of the first batch that is made.
+        step: Each how many-th batch is made from there on: one process's share.
 
     Raises:
         DataError: The rows do not have the task's columns, or hold what it cannot use.
@@ -145,7 +160,7 @@ def make_batches(
     if task.length(rows[0]) is not None:
         lengths = [task.length(row) for row in rows]
         order.sort(key=lambda index: lengths[index] or 0)
-    for start in range(0, len(order), batch_size):
+    for start in range(first * batch_size, len(order), step * batch_size):
         batch = [rows[index] for index in order[start : start + batch_size]]
         for column, ids in label_ids.items():
             for row in batch:
@@ -240,8 +255,19 @@ def calibration_batches(model: PreTrainedModel, config: LosslessCompressionConfi
     """
     batches = ready_batches(config.dataset)
     if batches is None:
-        task = task_of(model, config.task)
-        rows = sample_rows(load_rows(config.dataset, config.split), config.num_samples, config.seed)
-        processor = config.processor if config.processor is not None else task.load_processor(str(model.name_or_path))
-        batches = list(make_batches(rows, task, processor, model, config.batch_size))
+        return batches_of_rows(model, load_rows(config.dataset, config.split), config)
     return with_own_targets(model, batches, config.task)
+
+
+def batches_of_rows(model: PreTrainedModel, rows: datasets.Dataset, config: LosslessCompressionConfig) -> list[Batch]:
+    """Calibration batches of `num_samples` of the rows."""
+    task = task_of(model, config.task)
+    processor = processor_of(model, config, task)
+    chosen = sample_rows(rows, config.num_samples, config.seed)
+    batches = list(make_batches(chosen, task, processor, model, config.batch_size))
+    return with_own_targets(model, batches, config.task)
+
+
+def processor_of(model: PreTrainedModel, config: LosslessCompressionConfig, task: Task) -> Any:
+    """The configuration's tokenizer or image processor, or else the one saved with the model."""
+    return config.processor if config.processor is not None else task.load_processor(str(model.name_or_path))

@@ -7,14 +7,17 @@ and so biases sums.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TypeVar
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import broadcast_object_list, reduce
+from accelerate.utils import broadcast_object_list, gather_object, reduce
 from torch import Tensor
 
 from hf_lossless.calibration.loss import Batch
 from hf_lossless.errors import CalibrationError
+
+Item = TypeVar("Item")
 
 
 def process_state() -> PartialState:
@@ -49,6 +52,15 @@ def same_in_every_process(batches: list[Batch]) -> list[Batch]:
     return shared[0]
 
 
+def gather_shares(own: list[Item]) -> list[Item]:
+    """The items of all processes in the order of the whole list, of which each had every `num_processes`-th."""
+    state = process_state()
+    if state.num_processes == 1:
+        return own
+    tagged = [(state.process_index + position * state.num_processes, item) for position, item in enumerate(own)]
+    return [item for _, item in sorted(gather_object(tagged), key=lambda pair: pair[0])]
+
+
 @contextmanager
 def failing_together() -> Iterator[None]:
     """An error in one process is raised in all of them: the others would wait for its sums for ever."""
@@ -62,7 +74,7 @@ def failing_together() -> Iterator[None]:
         raise failure
     if failures:
         raise CalibrationError(
-            f"{failures:.0f} other process(es) could not calibrate. Mend what their own messages name, and start again."
+            f"{failures:.0f} other process(es) could not go on. Mend what their own messages name, and start again."
         )
 
 

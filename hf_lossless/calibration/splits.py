@@ -110,7 +110,10 @@ def overlap(rows: datasets.Dataset, others: datasets.Dataset, columns: Sequence[
 
 
 def refuse_overlap(
-    certification: datasets.Dataset, calibration: datasets.Dataset, columns: Sequence[str] | None = None
+    certification: datasets.Dataset,
+    calibration: datasets.Dataset,
+    columns: Sequence[str] | None = None,
+    what: str = "calibration",
 ) -> None:
     """Ends with an error where a certification row had a hand in the model that it is to judge.
 
@@ -121,8 +124,8 @@ def refuse_overlap(
     if len(shared):
         shown = {name: _shortened(value) for name, value in certification[int(shared[0])].items()}
         raise DataError(
-            f"{len(shared)} of {len(certification)} certification rows are among the {len(calibration)} calibration "
-            f"rows too, the first of them row {shared[0]}: {shown}. Give rows that were not calibrated on, or one data "
+            f"{len(shared)} of {len(certification)} certification rows are among the {len(calibration)} {what} "
+            f"rows too, the first of them row {shared[0]}: {shown}. Give rows that were not used before, or one data "
             "set from which the splits are made."
         )
 

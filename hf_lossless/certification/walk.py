@@ -26,7 +26,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
-from hf_lossless.certification.certificate import Certificate
+from hf_lossless.certificate import Certificate
+from hf_lossless.errors import CalibrationError
 
 Plan = TypeVar("Plan")
 
@@ -39,13 +40,14 @@ class Walk(Generic[Plan]):
         plan: The last plan that passed; None where the first failed.
         certificate: Its certificate; where no plan passed, that of the first plan, which says why.
         tested: Plans tested, the one that failed included.
-        stopped: Why the walk ended: what the failing plan's certificate says, or "every plan passed".
+        stopped: Why the walk ended: what the failing plan's certificate says, or that it could not be judged; None
+            where every plan passed.
     """
 
     plan: Plan | None
     certificate: Certificate
     tested: int
-    stopped: str
+    stopped: str | None
 
 
 def walk(plans: Iterable[Plan], certify_plan: Callable[[Plan], Certificate]) -> Walk[Plan]:
@@ -54,15 +56,24 @@ def walk(plans: Iterable[Plan], certify_plan: Callable[[Plan], Certificate]) -> 
     Args:
         plans: From the safest to the smallest, in an order that the certification rows had no part in. At least one.
         certify_plan: Applies a plan, runs it on the certification rows, and judges it. Called once for each plan, and
-            not for those behind the first failure.
+            not for those behind the first failure. A CalibrationError from it (an output that is not finite) is a
+            failure too.
+
+    Raises:
+        CalibrationError: The first plan cannot be judged.
     """
     passed: Plan | None = None
     certificate: Certificate | None = None
     tested = 0
     for tested, plan in enumerate(plans, start=1):
-        verdict = certify_plan(plan)
+        try:
+            verdict = certify_plan(plan)
+        except CalibrationError as error:
+            if certificate is None:
+                raise
+            return Walk(passed, certificate, tested, f"not certified: {error}")
         if not verdict.passed:
             return Walk(passed, certificate or verdict, tested, verdict.verdict)
         passed, certificate = plan, verdict
     assert certificate is not None, "a walk needs a plan"
-    return Walk(passed, certificate, tested, "every plan passed")
+    return Walk(passed, certificate, tested, None)

@@ -20,11 +20,13 @@ class Task(ABC):
         name: The Hub's pipeline tag.
         head: What the class names of models that do this task have after the architecture's name.
         metric_name: Name of the metric, as it is reported.
+        needs_two_classes: Whether the metric is undefined on rows that are all of one class (F1, correlations).
     """
 
     name: ClassVar[str]
     head: ClassVar[str]
     metric_name: ClassVar[str]
+    needs_two_classes: ClassVar[bool] = False
 
     @abstractmethod
     def load_model(self, model: str, **kwargs: Any) -> PreTrainedModel:
@@ -53,6 +55,10 @@ class Task(ABC):
     @abstractmethod
     def example_losses(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Loss of each example [examples]; their mean is the loss the model itself returns."""
+
+    @abstractmethod
+    def example_scores(self, predictions: Tensor, labels: Tensor) -> Tensor:
+        """The metric of each example [examples], between 0 and 1, for tests that are paired row by row."""
 
     @abstractmethod
     def metric(self, predictions: Tensor, labels: Tensor) -> float:

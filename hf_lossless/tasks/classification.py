@@ -20,6 +20,10 @@ class Classification(Task):
         """Cross-entropy of each example, in nats."""
         return F.cross_entropy(logits.float(), labels, reduction="none")
 
+    def example_scores(self, predictions: Tensor, labels: Tensor) -> Tensor:
+        """1 where the prediction is right, 0 where not."""
+        return (predictions == labels).float()
+
     def metric(self, predictions: Tensor, labels: Tensor) -> float:
         """Share of right predictions."""
         result = Accuracy().compute(predictions=predictions.tolist(), references=labels.tolist())

@@ -220,3 +220,16 @@ def test_label_names_of_which_the_model_knows_some(bert: PreTrainedModel):
     table = datasets.Dataset.from_list([{"text": "a", "label": 1}], features=features)
     with pytest.raises(DataError, match=r"\['unheard of', 'neither'\] of column 'label' are not among the model's"):
         list(make_batches(table, TEXT, TOKENIZER, bert, 4))
+
+
+@pytest.mark.parametrize("processes", [2, 3, 5])
+def test_shares_of_batches_make_up_the_whole(text_folder: Path, processes: int) -> None:
+    task = TASKS["text-classification"]
+    model, processor = task.load_model(str(text_folder)), task.load_processor(str(text_folder))
+    rows = datasets.Dataset.from_list(text_rows(21))
+    whole = list(make_batches(rows, task, processor, model, 5))
+    for first in range(processes):
+        share = list(make_batches(rows, task, processor, model, 5, first, processes))
+        assert len(share) == len(whole[first::processes])
+        for batch, expected in zip(share, whole[first::processes], strict=True):
+            assert all(torch.equal(batch[name], expected[name]) for name in expected)

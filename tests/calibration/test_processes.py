@@ -245,7 +245,7 @@ def test_batches_are_those_of_the_first_process(two_processes):
 
 def test_an_error_in_one_process_is_raised_in_all(two_processes):
     first, second = (found["collectives"]["failure"] for found in two_processes)
-    assert first.startswith("1 other process(es) could not calibrate")
+    assert first.startswith("1 other process(es) could not go on")
     assert second == "a broken row"
 
 

@@ -1,0 +1,255 @@
+"""`compress_certified`: the smallest plan that rows not used before cannot tell from the original.
+
+split the rows -> calibrate and analyse once -> search on the selection rows -> walk on the certification rows
+
+**Search.** Between a safe plan, a quarter of the way to the smallest there is (by the logarithm of the ratio), and that
+smallest, `SEARCH_STEPS` plans are made one after the other, each carried out on a copy of the model and run over the
+selection rows, which gives its chance to pass. The next one is put where a rung more gains most
+(`certification.selection.next_ratio`): the ladder is fine where the chance falls.
+
+**Walk.** What was measured becomes a fixed order (`certification.selection`), and is tested on the certification rows
+one by one until a plan fails (`certification.walk`). The very tensors that passed are then put into the model.
+
+**Cost.** One analysis; `SEARCH_STEPS` + 1 plans and as many passes over the selection rows; a pass over the
+certification rows for each plan tested; and one pass of the original over both. Memory: the model, a copy, and the
+compressed copies that are waiting for the walk, a few times smaller each.
+"""
+
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import datasets
+import numpy as np
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from hf_lossless.calibration.data import batches_of_rows, load_rows, processor_of, ready_batches
+from hf_lossless.calibration.splits import (
+    Splits,
+    assign,
+    fingerprint,
+    refuse_overlap,
+    row_digests,
+    three_splits,
+)
+from hf_lossless.certificate import MIN_ROWS, Certificate, Provenance
+from hf_lossless.certification.certify import certify
+from hf_lossless.certification.comparison import Outputs
+from hf_lossless.certification.selection import chance_to_pass, next_ratio, order_of_proposals
+from hf_lossless.certification.walk import Walk, walk
+from hf_lossless.config import LosslessCheckpointConfig, LosslessCompressionConfig
+from hf_lossless.errors import CalibrationError, DataError, UnreachableTargetError
+from hf_lossless.evaluation import answers, refuse_unlabelled
+from hf_lossless.knapsack import Frontier
+from hf_lossless.modules.base import CompressedModule
+from hf_lossless.modules.tied import Tied
+from hf_lossless.pipeline import CompressionResult, analyse, evaluation_mode, no_rows_to_hold_back, realise
+from hf_lossless.plan import CompressionPlan
+from hf_lossless.planning import Planner
+from hf_lossless.tasks.registry import task_of
+
+SEARCH_STEPS = 10
+"""Plans measured beside the safe one."""
+
+_ANY_RATIO = 1e-3  # every plan meets it
+
+
+@dataclass(frozen=True, eq=False)
+class _Measured:
+    """A plan, carried out on a copy of the model, and its chance to pass as the selection rows see it."""
+
+    plan: CompressionPlan
+    frontier: Frontier
+    model: PreTrainedModel
+    measured_loss_change: float
+    chance: float
+
+    @property
+    def ratio(self) -> float:
+        return self.plan.original_bytes / LosslessCheckpointConfig.of(self.plan).size_bytes
+
+
+def compress_certified(
+    model: PreTrainedModel, config: LosslessCompressionConfig, *, original_bytes: int | None = None
+) -> CompressionResult:
+    """Compresses a model in place, as far as `config.tolerance` can be certified.
+
+    Args:
+        model: On its devices; put in evaluation mode.
+        config: Tolerance, confidence, metric margin, and the rows.
+        original_bytes: As for `pipeline.compress`.
+
+    Returns:
+        The model under the last plan that passed, with its certificate. Where none passed, under the first that was
+        tested, which is the safest; its certificate then says "not certified: ...".
+
+    Raises:
+        ConfigurationError: The dataset is ready batches, or the model cannot be compressed.
+        DataError: Certification rows are among the others, have no labels, or there are too few to split at all.
+        CalibrationError: The original's loss is not finite, or that of the safest plan.
+    """
+    assert config.tolerance is not None
+    if ready_batches(config.dataset) is not None:
+        raise no_rows_to_hold_back(config)
+    splits = _splits(config)
+    task = task_of(model, config.task)
+    processor = processor_of(model, config, task)
+    asked = {
+        "tolerance": config.tolerance,
+        "metric_margin": config.metric_margin,
+        "confidence": config.confidence,
+    }
+
+    def outputs(judged: PreTrainedModel, rows: datasets.Dataset, what: str) -> Outputs:
+        return answers(judged, rows, task, processor, what).outputs
+
+    with evaluation_mode(model):
+        original_selection = outputs(model, splits.selection, "original, selection rows")
+        original_certification = outputs(model, splits.certification, "original, certification rows")
+        batches = batches_of_rows(model, splits.calibration, config)
+        planner = analyse(model, batches, config, original_bytes=original_bytes)
+
+        def measure(ratio: float) -> _Measured:
+            planned = planner.plan(config.with_target(ratio=ratio))
+            twin = copy.deepcopy(model)
+            measured_loss_change = realise(twin, planner.problem, planned)
+            try:
+                selection = outputs(twin, splits.selection, "a plan, selection rows")
+                chance = chance_to_pass(original_selection, selection, len(splits.certification), **asked)
+            except CalibrationError:  # a loss that is not finite
+                chance = 0.0
+            return _Measured(planned.plan, planned.frontier, twin, measured_loss_change, chance)
+
+        measured = _search(planner, config, measure, worthwhile=len(splits.certification) >= MIN_ROWS)
+        proposals = order_of_proposals(measured)
+        provenance = Provenance(
+            data_fingerprint=fingerprint(splits.certification),
+            calibration_rows=min(config.num_samples, len(splits.calibration)),
+            selection_rows=len(splits.selection),
+            theory=config.theory,
+            seed=config.seed,
+        )
+
+        def certify_plan(proposal: _Measured) -> Certificate:
+            certification = outputs(proposal.model, splits.certification, "a plan, certification rows")
+            return certify(original_certification, certification, provenance, metric_name=task.metric_name, **asked)
+
+        found = walk(proposals, certify_plan)
+    chosen = found.plan if found.plan is not None else proposals[0]
+    take_over(model, chosen.model)
+    model.eval()  # type: ignore[no-untyped-call]
+    return CompressionResult(
+        model,
+        chosen.plan,
+        chosen.frontier,
+        planner.problem.calibration.without_tensors(),
+        LosslessCheckpointConfig.of(chosen.plan, found.certificate).size_bytes,
+        chosen.measured_loss_change,
+        found.certificate,
+        _not_smaller(found, proposals, measured),
+    )
+
+
+def _splits(config: LosslessCompressionConfig) -> Splits:
+    """The three splits: what the user gives separately, and the rest by a hash of the rows of `dataset`.
+
+    Where one of the held-out splits is given, `dataset` makes the two others, and the one that is not calibration gets
+    the share of both.
+
+    Raises:
+        DataError: Rows cannot be used, overlap, or are too few.
+    """
+    rows = load_rows(config.dataset, config.split)
+    selection, certification = (
+        None if given is None else load_rows(given)
+        for given in (config.selection_dataset, config.certification_dataset)
+    )
+    if selection is None and certification is None:
+        splits = three_splits(rows, config.seed)
+    elif selection is not None and certification is not None:
+        splits = Splits(rows, selection, certification)
+    else:
+        is_calibration = assign(row_digests(rows), config.seed) == 0
+        calibration, rest = (rows.select(np.flatnonzero(chosen)) for chosen in (is_calibration, ~is_calibration))
+        splits = Splits(
+            calibration,
+            rest if selection is None else selection,
+            rest if certification is None else certification,
+        )
+    sizes = [len(splits.calibration), len(splits.selection), len(splits.certification)]
+    if sizes[0] < 1 or min(sizes[1:]) < 2:
+        raise DataError(
+            f"there are {sizes[0]}, {sizes[1]} and {sizes[2]} rows for calibration, selection and certification. A "
+            f"certificate takes at least {MIN_ROWS} to certify on, and 2 to say anything. Give more rows, or another "
+            "target than tolerance=, say ratio=6."
+        )
+    for held_out in (splits.selection, splits.certification):
+        refuse_unlabelled(
+            held_out, "A certificate needs labels (the targets ratio=, max_bytes= and loss_budget= do not)"
+        )
+    refuse_overlap(splits.certification, splits.calibration)
+    refuse_overlap(splits.certification, splits.selection, what="selection")
+    return splits
+
+
+def _search(
+    planner: Planner,
+    config: LosslessCompressionConfig,
+    measure: Callable[[float], _Measured],
+    *,
+    worthwhile: bool,
+) -> list[_Measured]:
+    """Measured plans from the largest to the smallest; the safe one alone where nothing can be certified."""
+    most = _largest_ratio(planner, config)
+    safe_ratio = most**0.25 if most > 1 else _ANY_RATIO
+    safe = measure(safe_ratio)
+    found = [safe]
+    chances = {safe_ratio: safe.chance, most: 0.0}  # nobody hopes for the smallest plan of all
+    for _ in range(SEARCH_STEPS if worthwhile and most > 1 else 0):
+        ratio = next_ratio(chances)
+        if ratio is None:
+            break
+        try:
+            measured = measure(ratio)
+        except UnreachableTargetError:  # by the bytes of its text
+            chances[ratio] = 0.0
+            continue
+        chances[ratio] = measured.chance
+        if all(measured.plan != other.plan for other in found):
+            found.append(measured)
+    return sorted(found, key=lambda measured: measured.ratio)
+
+
+def _largest_ratio(planner: Planner, config: LosslessCompressionConfig) -> float:
+    """The ratio of the smallest plan, but for the bytes by which its text differs."""
+    plan, frontier = (largest := planner.plan(config.with_target(ratio=_ANY_RATIO))).plan, largest.frontier
+    text_bytes = LosslessCheckpointConfig.of(plan).size_bytes - plan.tensor_bytes
+    return plan.original_bytes / (int(frontier.cost_bytes[0]) + plan.other_bytes + text_bytes)
+
+
+def _not_smaller(found: Walk[_Measured], proposals: Sequence[_Measured], measured: Sequence[_Measured]) -> str | None:
+    """Why the walk ended where it did; None where its certificate says so itself."""
+    if found.plan is None:
+        return None
+    if found.stopped is not None:
+        return f"the next plan, {proposals[found.tested - 1].ratio:.2f} times smaller, is {found.stopped}"
+    smaller = [other.ratio for other in measured if other.ratio > found.plan.ratio]
+    if smaller:
+        return f"on the selection rows smaller plans (from {min(smaller):.2f} times on) were unlikely to pass"
+    return "there is hardly a smaller plan"
+
+
+def take_over(model: nn.Module, compressed: nn.Module) -> None:
+    """Makes a model what its compressed copy is, tensor by tensor; the copy is not to be used afterwards.
+
+    Args:
+        model: The original, of which `compressed` was a copy; all but its compressed layers stay the objects they were.
+        compressed: The copy.
+    """
+    for name, module in list(compressed.named_modules(remove_duplicate=False)):
+        if isinstance(module, CompressedModule | Tied):
+            model.set_submodule(name, module)
+    with torch.no_grad():
+        model.load_state_dict(compressed.state_dict())
