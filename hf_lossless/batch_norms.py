@@ -15,7 +15,9 @@ A norm sees what the norms before it, already corrected, leave: in each batch a 
 batches up to that one, so that one pass corrects them all in order.
 """
 
+from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -30,8 +32,8 @@ LARGEST_CHANGE = 4.0
 _ROUNDING = 1e-10
 """Share of the mean square below which a variance is what rounding leaves of a constant channel."""
 
-Moments = dict[tuple[str, int], Tensor]
-"""Sums of x and x^2 and their number, [3, channels] float64, by the norm's name and the batch's index."""
+Moments = dict[tuple[str, int, int], Tensor]
+"""Sums of x and x^2 and their number, [3, channels] float64, by the norm's name, the batch's index and the call's."""
 
 
 def batch_norms(model: nn.Module) -> dict[str, _BatchNorm]:
@@ -53,8 +55,8 @@ def input_moments(model: nn.Module, batches: list[Batch], loss: LossFunction) ->
     """
     found: Moments = {}
 
-    def add(name: str, index: int, values: Tensor) -> None:
-        found[name, index] = found.get((name, index), 0) + _sums(values)
+    def add(use: tuple[str, int, int], values: Tensor) -> None:
+        found[use] = _sums(values)
 
     _run(model, batches, loss, add)
     return found
@@ -73,13 +75,15 @@ def follow(model: nn.Module, batches: list[Batch], loss: LossFunction, original:
     before = {name: [part.clone() for part in _running(norm)] for name, norm in norms.items()}
     now: dict[str, Tensor] = {}
     then: dict[str, Tensor] = {}
-    seen: set[tuple[str, int]] = set()
 
-    def correct(name: str, index: int, values: Tensor) -> None:
+    def correct(use: tuple[str, int, int], values: Tensor) -> None:
+        if use not in original:  # rows go another way than in the original: there is nothing to pair them with
+            return
+        name = use[0]
         now[name] = now.get(name, 0) + _sums(values)
-        if (name, index) not in seen:  # a norm that runs twice in a batch has both uses in its moments
-            then[name] = then.get(name, 0) + original[name, index]
-            seen.add((name, index))
+        then[name] = then.get(name, 0) + original[use]
+        if not (now[name][2].all() and then[name][2].all()):
+            return
         mean, variance = _mean_and_variance(now[name])
         old_mean, old_variance = _mean_and_variance(then[name])
         ratio = torch.where(old_variance > 0, variance / old_variance, 1.0).clamp(1 / LARGEST_CHANGE, LARGEST_CHANGE)
@@ -90,20 +94,23 @@ def follow(model: nn.Module, batches: list[Batch], loss: LossFunction, original:
     _run(model, batches, loss, correct)
 
 
-def _run(model: nn.Module, batches: list[Batch], loss: LossFunction, use: Callable[[str, int, Tensor], None]) -> None:
-    """Calls `use(name, batch index, input)` before each call of a norm."""
+def _run(
+    model: nn.Module, batches: list[Batch], loss: LossFunction, use: Callable[[tuple[str, int, int], Tensor], None]
+) -> None:
+    """Calls `use((name, batch index, call in that batch), input)` before each call of a norm."""
     device = model_device(model)
-    now = [0]
-    handles = []
-    for name, norm in batch_norms(model).items():
+    calls: Counter[str] = Counter()
+    now = [0]  # the batch's index
 
-        def hook(module: nn.Module, arguments: tuple[Any, ...], name: str = name) -> None:
-            use(name, now[0], arguments[0].detach())
+    def watch(module: nn.Module, arguments: tuple[Any, ...], name: str) -> None:
+        use((name, now[0], calls[name]), arguments[0].detach())
+        calls[name] += 1
 
-        handles.append(norm.register_forward_pre_hook(hook))
+    handles = [norm.register_forward_pre_hook(partial(watch, name=name)) for name, norm in batch_norms(model).items()]
     try:
         with torch.no_grad():
             for now[0], batch in enumerate(batches):
+                calls.clear()
                 loss(model, to_device(batch, device))
     finally:
         for handle in handles:
@@ -117,7 +124,8 @@ def _running(norm: _BatchNorm) -> tuple[Tensor, Tensor]:
 
 def _sums(values: Tensor) -> Tensor:
     values = values.double().movedim(1, -1).flatten(0, -2)
-    return torch.stack([values.sum(0), values.square().sum(0), torch.full_like(values[0], len(values))])
+    count = torch.full((values.shape[1],), len(values)).to(values)
+    return torch.stack([values.sum(0), values.square().sum(0), count])
 
 
 def _mean_and_variance(sums: Tensor) -> tuple[Tensor, Tensor]:

@@ -21,8 +21,8 @@ square stands for the sum of squares, with the rows' cross terms, whose mean is 
 | Embedding          | which token: one-hot    | gradient of its vector       | rows: shares of tokens, columns g g' |
 
 Tokens that the calibration rows do not have are not free. By Good and Turing the next token is one of them with a
-probability of about n1 / T, with n1 the number of tokens that were seen once; the unseen share it evenly, the others
-give it up in proportion, and at most a half of what they have.
+probability of about n1 / T, with n1 the number of tokens that were seen once, or one where there is none; the unseen
+share it evenly, the others give it up in proportion, and at most a half of what they have.
 
 Sources: Martens & Grosse 2015 (arXiv 1503.05671), Eq. 1; for convolutions Grosse & Martens 2016 (arXiv 1602.01407); for
 layers used at many positions the "expand" setting of Eschenhagen et al. 2023 (arXiv 2311.00636).
@@ -268,8 +268,8 @@ def smoothed_counts(counts: Tensor) -> Tensor:
         tensor([4.5000, 0.7500, 0.7500, 1.0000, 1.0000])
     """
     unseen = counts == 0
-    total, num_once = counts.sum(), (counts == 1).sum()
-    if not unseen.any() or not num_once:
+    total, num_once = counts.sum(), (counts == 1).sum().clamp(min=1)
+    if not unseen.any() or not total:
         return counts
     share = (num_once / total).clamp(max=0.5)
     return torch.where(unseen, share * total / unseen.sum(), (1 - share) * counts)

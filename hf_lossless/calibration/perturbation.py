@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_lossless.calibration.loss import Batch, LossFunction, model_device, num_examples, to_device
-from hf_lossless.calibration.processes import own_share, sum_over_processes
+from hf_lossless.calibration.processes import failing_together, own_share, sum_over_processes
 from hf_lossless.calibration.statistics import layer_input, with_layer_input
 from hf_lossless.layers import Layer, modules_of
 
@@ -76,7 +76,7 @@ def loss_change(
     """
     device = model_device(model)
     now = torch.zeros(len(batches), dtype=torch.float64)
-    with torch.no_grad():
+    with failing_together(), torch.no_grad():
         for index, batch in own_share(batches):
             now[index] = loss(model, to_device(batch, device))
     changes = sum_over_processes(now) - torch.tensor(batch_losses, dtype=torch.float64)

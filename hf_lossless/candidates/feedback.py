@@ -24,7 +24,7 @@ the divergence of a ViT with 2 bits from 0.014 to 0.005 nats, that of a ResNet f
 Everything is batched over layers of one shape: `[batch, in, rows]`, so that a column is one row of the tensor.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -76,9 +76,14 @@ class Metric:
         diagonal = cost.diagonal(dim1=1, dim2=2)
         diagonal += torch.where(diagonal.any(1), damping * diagonal.mean(1), 1.0)[:, None]
         order = diagonal.argsort(dim=1, descending=True, stable=True)
-        ordered = cost.take_along_dim(order[:, :, None], 1).take_along_dim(order[:, None, :], 2)
-        inverse = torch.cholesky_inverse(torch.linalg.cholesky(ordered))
-        return cls(cost, order, torch.linalg.cholesky(inverse, upper=True))
+        identity = torch.eye(cost.shape[1]).to(cost)
+        roots = []
+        for one, own_order in zip(cost, order, strict=True):
+            # Backwards, for the Cholesky factor of a matrix turned round is lower: H = R R' with R upper, U = R^-1.
+            backwards = own_order.flip(0)
+            lower = torch.linalg.cholesky(one.index_select(0, backwards).index_select(1, backwards))
+            roots.append(torch.linalg.solve_triangular(lower.flip(0, 1), identity, upper=True))
+        return cls(cost, order, torch.stack(roots))
 
     @property
     def column_weights(self) -> Tensor:
@@ -122,7 +127,7 @@ def damping_of(kind: LayerKind) -> float:
 
 
 def quantise_in_metric(
-    matrices: Tensor, grids: list[list[Grid]], columns: Tensor, damping: float
+    matrices: Tensor, grids: list[list[Grid]], columns: Tensor, damping: float, rounds: int = ROUNDS
 ) -> list[list[QuantisedMatrix]]:
     """Puts matrices on grids by feedback and descent.
 
@@ -133,6 +138,7 @@ def quantise_in_metric(
         columns: Second moments of each matrix's inputs, [batch, in, in], or their diagonals [batch, in], under which
             each weight is rounded to nearest and only the scales are searched in the metric.
         damping: Share of their mean diagonal that is added to it.
+        rounds: Of scales and descent.
 
     Returns:
         For each matrix one result for each grid.
@@ -148,24 +154,24 @@ def quantise_in_metric(
     if columns.ndim == 2:
         weights = columns + torch.where(columns.any(1), damping * columns.mean(1), 1.0)[:, None]
         return [
-            [_in_dtype(quantise(matrix, grid, one), grid) for grid in own]
+            [_in_dtype(replace(quantise(matrix, grid, one), grid=grid)) for grid in own]
             for matrix, own, one in zip(matrices, grids, weights, strict=True)
         ]
     metric = Metric.of(columns, damping)
     systems_per_row = len(matrices) * len(grids[0]) * grids[0][0].num_groups(matrices.shape[2]) ** 2
     num_rows = max(1, min(_ROWS_AT_ONCE, _LARGEST_SYSTEMS // systems_per_row))
-    parts = [_on_lattice(part, grids, metric) for part in torch.split(matrices, num_rows, dim=1)]
+    parts = [_on_lattice(part, grids, metric, rounds) for part in torch.split(matrices, num_rows, dim=1)]
     return [
         [_joined([part[member][index] for part in parts]) for index in range(len(own))]
         for member, own in enumerate(grids)
     ]
 
 
-def _on_lattice(matrices: Tensor, grids: list[list[Grid]], metric: Metric) -> list[list[QuantisedMatrix]]:
+def _on_lattice(matrices: Tensor, grids: list[list[Grid]], metric: Metric, rounds: int) -> list[list[QuantisedMatrix]]:
     """The three steps, for some rows of each matrix; the grids of a matrix lie side by side as further rows."""
     first, num_grids = grids[0][0], len(grids[0])
     start = [
-        [_in_dtype(quantise(matrix, grid, weights), grid) for grid in own_grids]
+        [_in_dtype(replace(quantise(matrix, grid, weights), grid=grid)) for grid in own_grids]
         for matrix, own_grids, weights in zip(matrices, grids, metric.column_weights, strict=True)
     ]
     W = matrices.mT.repeat(1, 1, num_grids)
@@ -178,17 +184,19 @@ def _on_lattice(matrices: Tensor, grids: list[list[Grid]], metric: Metric) -> li
     last_codes = _per_row([[2.0**grid.bits - 1 for grid in own] for own in grids], matrices)
     lattice = _Lattice(scales[:, groups], zeros, last_codes)
     codes = error_feedback(W, lattice, metric)
-    dtype = getattr(torch, first.scale_dtype)
-    for _ in range(ROUNDS):
+    dtypes = {grid.scale_dtype for own in grids for grid in own}
+    dtype = torch.float16 if dtypes == {"float16"} else torch.float32
+    pull = metric.cost @ W  # H W'
+    for _ in range(rounds):
         if first.symmetric:
-            scales = refit_scales(W, codes - zeros, scales, groups, metric.cost, dtype)
+            scales = refit_scales(pull, codes - zeros, scales, groups, metric.cost, dtype)
             lattice.scales = scales[:, groups]
         codes = coordinate_descent(codes, W, lattice, metric.cost)
     code_parts = torch.unflatten(codes.to(torch.uint8).mT, 1, (num_grids, -1))
-    scale_parts = torch.unflatten(scales.to(dtype).mT, 1, (num_grids, -1))
+    scale_parts = torch.unflatten(scales.mT, 1, (num_grids, -1))
     return [
         [
-            QuantisedMatrix(code_parts[member, index], scale_parts[member, index], one.zeros, one.grid)
+            _in_dtype(QuantisedMatrix(code_parts[member, index], scale_parts[member, index], one.zeros, one.grid))
             for index, one in enumerate(own)
         ]
         for member, own in enumerate(start)
@@ -242,12 +250,12 @@ def coordinate_descent(codes: Tensor, weights: Tensor, lattice: _Lattice, cost: 
 
 
 def refit_scales(
-    weights: Tensor, levels: Tensor, scales: Tensor, groups: Tensor, cost: Tensor, dtype: torch.dtype
+    pull: Tensor, levels: Tensor, scales: Tensor, groups: Tensor, cost: Tensor, dtype: torch.dtype
 ) -> Tensor:
     """The scales that cost least for these codes, where they cost less than the present ones.
 
     Args:
-        weights: W', [batch, in, rows].
+        pull: H W', [batch, in, rows].
         levels: Codes less zero, Z', [batch, in, rows].
         scales: The present scales, [batch, groups, rows].
         groups: The group of each column, [in].
@@ -258,12 +266,12 @@ def refit_scales(
         float32 [batch, groups, rows].
     """
     num_groups = scales.shape[1]
-    per_group = F.one_hot(groups, num_groups).to(weights)  # [in, groups]
-    pulled = per_group.mT @ ((cost @ weights) * levels)  # b_g = Z_g H W'
+    per_group = F.one_hot(groups, num_groups).to(pull)  # [in, groups]
+    pulled = per_group.mT @ (pull * levels)  # b_g = Z_g H W'
     pairs = []
-    for group in range(num_groups):  # M_gh = Z_g H Z_h'
-        of_group = groups == group
-        pairs.append(per_group.mT @ ((cost[:, :, of_group] @ levels[:, of_group]) * levels))
+    for start, size in zip(*_spans(groups), strict=True):  # M_gh = Z_g H Z_h'
+        of_group = slice(start, start + size)
+        pairs.append(per_group.mT @ ((cost[:, :, of_group] @ levels[:, of_group]).mul_(levels)))
     matrix = torch.stack(pairs, -1).transpose(1, 2)  # [batch, rows, groups, groups]
     pulled, old = pulled.mT, scales.mT
     ridge = (1e-6 * matrix.diagonal(dim1=2, dim2=3).mean(-1)).clamp(min=1e-30)
@@ -272,11 +280,15 @@ def refit_scales(
     limit = torch.finfo(dtype).max
     new = (old + torch.linalg.solve(damped, missing)).clamp(-limit, limit).to(dtype).float()
 
-    def cost_of(values: Tensor) -> Tensor:
-        """What depends on the scales: s M s' - 2 b s', of every row."""
-        return (values * ((matrix @ values[..., None])[..., 0] - 2 * pulled)).sum(-1, keepdim=True)
+    step = new - old  # by which the cost changes: t M t' - 2 t (b - M s)', without the cancellation of two large costs
+    change = (step * ((matrix @ step[..., None])[..., 0] - 2 * missing)).sum(-1, keepdim=True)
+    return torch.where(change < 0, new, old).mT
 
-    return torch.where(cost_of(new) < cost_of(old), new, old).mT
+
+def _spans(groups: Tensor) -> tuple[list[int], list[int]]:
+    """First column and number of columns of each group, which lie side by side."""
+    sizes = torch.bincount(groups)
+    return (sizes.cumsum(0) - sizes).tolist(), sizes.tolist()
 
 
 def _per_row(numbers: list[list[float]], matrices: Tensor) -> Tensor:
@@ -295,12 +307,12 @@ def _joined(parts: list[QuantisedMatrix]) -> QuantisedMatrix:
     )
 
 
-def _in_dtype(quantised: QuantisedMatrix, grid: Grid) -> QuantisedMatrix:
+def _in_dtype(quantised: QuantisedMatrix) -> QuantisedMatrix:
     """With scales and zeros as the grid stores them."""
-    dtype = getattr(torch, grid.scale_dtype)
+    dtype = getattr(torch, quantised.grid.scale_dtype)
     limit = torch.finfo(dtype).max
     zeros = None if quantised.zeros is None else quantised.zeros.to(dtype)
-    return QuantisedMatrix(quantised.codes, quantised.scales.float().clamp(-limit, limit).to(dtype), zeros, grid)
+    return replace(quantised, scales=quantised.scales.float().clamp(-limit, limit).to(dtype), zeros=zeros)
 
 
 def _carry(later: Tensor, shares: Tensor, column: Tensor, sign: int) -> None:

@@ -12,7 +12,7 @@ from hf_lossless.layers import Layer
 from hf_lossless.plan import Grid, LayerPlan
 
 _LARGEST_BATCH = 2**24
-"""Weights of a batch: 64 MiB in float32, of which rounding holds about ten copies."""
+"""Numbers in the weights of a batch, or in its metrics: 64 MiB in float32, of which rounding holds about ten copies."""
 
 
 def settle(
@@ -38,7 +38,8 @@ def settle(
             batches[_key(layer, grid, calibration)].append((layer, grid))
     settled = {}
     for members in batches.values():
-        at_once = max(1, _LARGEST_BATCH // members[0][0].weight.numel())
+        largest = max(members[0][0].weight.numel(), _columns(members[0][0], calibration).numel())
+        at_once = max(1, _LARGEST_BATCH // largest)
         for start in range(0, len(members), at_once):
             part = members[start : start + at_once]
             results = quantise_in_metric(

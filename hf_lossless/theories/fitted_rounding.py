@@ -4,12 +4,15 @@ Feedback pushes a layer's error into the directions that the calibration rows ex
 looks better than it is, the more so the fewer they are. So the codes are fitted to the metric of one half of the
 calibration batches and judged by that of the other half, both ways round, and the mean is taken (see `truncation`).
 
-Rows of a layer are rounded independently of each other, and their errors are uncorrelated, so that
+Of a layer with more rows than S a sample is rounded, drawn with the probabilities R_oo / tr R, and
 
-    1/2 scale tr(R d C d')  ~  1/2 scale sum_o R_oo (d C d')_oo
+    tr(R d C d')  ~  sum_o R_oo (d C d')_oo  ~  tr R / S sum_a (d C d')_aa
 
-and a sample of the rows, drawn with the probabilities R_oo / tr R, gives it without bias. That makes a candidate cost
-a fraction of what rounding the layer costs, and layers of one width are fitted in one batch.
+which leaves out that rows whose gradients go together may have errors that go together. The whole was 0.98 to 3.8 times
+the right-hand side over the layers of a ViT and a ResNet at 2 bits, 1.7 times in the median. The pairs of sampled rows
+would give the rest without bias, but with a standard deviation as large as itself. A layer of at most S rows is taken
+whole. That makes a candidate cost a fraction of what rounding the layer costs, with one round of descent instead of
+two, and layers of one width are fitted in one batch.
 """
 
 from collections import defaultdict
@@ -25,8 +28,11 @@ from hf_lossless.layers import Layer
 from hf_lossless.plan import Grid
 from hf_lossless.theories.problem import Problem
 
-SAMPLED_ROWS = 64
-"""Rows of a layer that are rounded; the cost of rows differs by a third or so, which leaves an error of 5 %."""
+SAMPLED_ROWS = 48
+"""Rows of a layer that are rounded, S."""
+
+_ROUNDS = 1
+"""Of scales and descent: the second lowers the cost by a few per cent."""
 
 _LARGEST_BATCH = 2**25
 """Numbers in the metrics of a batch: 128 MiB."""
@@ -38,7 +44,7 @@ class _Fold:
 
     name: str
     rows: Tensor
-    shares: Tensor
+    pairs: Tensor
     grids: list[Grid]
     fit: Tensor
     judge: KroneckerFactors
@@ -81,21 +87,29 @@ def _folds(problem: Problem, layer: Layer, generator: torch.Generator) -> list[_
     statistics = problem.calibration.layers[layer.name]
     curvature = statistics.curvature
     assert curvature is not None
-    indices, shares = _sample(curvature.rows, generator)
+    indices, pairs = _sample(curvature.rows, generator)
     rows = layer.matrix.detach()[indices].float()
-    even, odd = statistics.halves or (curvature, curvature)
-    pairs = [(even, odd), (odd, even)] if statistics.halves else [(curvature, curvature)]
-    return [_Fold(layer.name, rows, shares, grids, fit.columns, judge, damping_of(layer.kind)) for fit, judge in pairs]
+    folds = [(curvature, curvature)]
+    if statistics.halves is not None:
+        even, odd = statistics.halves
+        folds = [(even, odd), (odd, even)]
+    return [_Fold(layer.name, rows, pairs, grids, fit.columns, judge, damping_of(layer.kind)) for fit, judge in folds]
 
 
 def _sample(rows: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Indices of rows, and the share of the whole that each stands for."""
+    """Indices of rows, and what each pair of them weighs in `tr(R d C d')`, [S, S] float64."""
     weights = (rows if rows.ndim == 1 else rows.diagonal()).double().cpu()
     if len(weights) <= SAMPLED_ROWS or not weights.any():
-        indices = torch.arange(min(len(weights), SAMPLED_ROWS))
-        return indices.to(rows.device), (weights[indices] / weights.sum().clamp(min=1e-30)).to(rows.device)
+        indices = torch.arange(min(len(weights), SAMPLED_ROWS)).to(rows.device)
+        return indices, _of_rows(rows, indices)
     indices = torch.multinomial(weights, SAMPLED_ROWS, replacement=True, generator=generator)
-    return indices.to(rows.device), torch.full((SAMPLED_ROWS,), 1 / SAMPLED_ROWS).double().to(rows.device)
+    pairs = torch.eye(SAMPLED_ROWS, dtype=torch.float64) * weights.sum() / SAMPLED_ROWS
+    return indices.to(rows.device), pairs.to(rows.device)
+
+
+def _of_rows(rows: Tensor, indices: Tensor) -> Tensor:
+    """The part of R that belongs to some rows."""
+    return (rows[indices].diag() if rows.ndim == 1 else rows[indices][:, indices]).double()
 
 
 def _key(fold: _Fold) -> tuple[object, ...]:
@@ -106,18 +120,19 @@ def _key(fold: _Fold) -> tuple[object, ...]:
 
 
 def _changes(folds: list[_Fold]) -> list[list[float]]:
-    """`1/2 scale tr(R) sum_s share_s d_s C d_s'` of every grid of every fold."""
+    """`1/2 scale tr(R d C d')` of every grid of every fold."""
     matrices = torch.stack([fold.rows for fold in folds])
     columns = torch.stack([fold.fit for fold in folds])
-    results = quantise_in_metric(matrices, [fold.grids for fold in folds], columns, folds[0].damping)
+    grids = [fold.grids for fold in folds]
+    results = quantise_in_metric(matrices, grids, columns, folds[0].damping, _ROUNDS)
     changes = []
     for fold, of_fold in zip(folds, results, strict=True):
-        metric, num_rows = fold.judge.columns, len(fold.judge.rows)
+        metric = fold.judge.columns
         for_grids = []
         for quantised in of_fold:
             error = dequantise(quantised.codes, quantised.scales, quantised.zeros, quantised.grid) - fold.rows
             weighted = error * metric if metric.ndim == 1 else error @ metric
-            costs = (weighted * error).sum(1, dtype=torch.float64)
-            for_grids.append(0.5 * fold.judge.scale * num_rows * float(fold.shares @ costs))  # tr R = its sides
+            costs = fold.pairs * (weighted @ error.mT).double()
+            for_grids.append(0.5 * fold.judge.scale * costs.sum().item())
         changes.append(for_grids)
     return changes

@@ -60,8 +60,8 @@ def uses_of(model: nn.Module, layer: Layer, batch) -> list[Use]:
 
 def good_turing(counts: list[int]) -> list[float]:
     """Counts with the share of what was never seen, token by token."""
-    unseen, once, total = counts.count(0), counts.count(1), sum(counts)
-    if not unseen or not once:
+    unseen, once, total = counts.count(0), max(counts.count(1), 1), sum(counts)
+    if not unseen or not total:
         return [float(count) for count in counts]
     share = min(once / total, 0.5)
     return [share * total / unseen if count == 0 else (1 - share) * count for count in counts]
@@ -233,7 +233,7 @@ def test_smoothed_counts(counts):
     found = smoothed_counts(torch.tensor(counts, dtype=torch.float32))
     torch.testing.assert_close(found, torch.tensor(good_turing(counts)))
     assert found.sum().item() == pytest.approx(sum(counts), rel=1e-5)
-    if 0 in counts and 1 in counts:
+    if any(counts):
         assert found.all()
 
 

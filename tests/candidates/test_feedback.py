@@ -246,7 +246,7 @@ def test_scales_are_those_of_least_squares(kind, group_size):
     weights = torch.stack([random_matrix(columns, rows, seed) for seed in range(batch)])
     lattice, scales, groups = lattice_of(batch, columns, rows, bits, True, group_size)
     levels = ((weights / lattice.scales + lattice.zeros).round().clamp(0, 7) - lattice.zeros).float()
-    found = refit_scales(weights, levels, scales.float(), groups, cost.float(), torch.float32)
+    found = refit_scales(cost.float() @ weights.float(), levels, scales.float(), groups, cost.float(), torch.float32)
     assert found.shape == scales.shape
     for member, row in itertools.product(range(batch), range(rows)):
         root = torch.linalg.cholesky(cost[member])  # H = L L': |v L|^2 = v H v'
@@ -266,7 +266,7 @@ def test_scales_are_returned_as_they_are_stored(dtype):
     lattice, scales, groups = lattice_of(1, 12, 40, 2, True, 4)
     scales = scales.to(dtype).float()
     levels = ((weights / scales[:, groups] + lattice.zeros).round().clamp(0, 3) - lattice.zeros).float()
-    found = refit_scales(weights, levels, scales, groups, cost, dtype)
+    found = refit_scales(cost.float() @ weights.float(), levels, scales, groups, cost, dtype)
     assert found.dtype == torch.float32
     assert torch.equal(found, found.to(dtype).float()) and not torch.equal(found, scales)
 
@@ -277,10 +277,12 @@ def test_codes_of_a_group_that_are_all_zero_keep_its_scale():
     levels = torch.ones(1, 8, 3)
     levels[:, :4] = 0
     scales = torch.full((1, 2, 3), 0.25)
-    found = refit_scales(weights, levels, scales, torch.arange(8) // 4, cost, torch.float32)
+    found = refit_scales(cost.float() @ weights.float(), levels, scales, torch.arange(8) // 4, cost, torch.float32)
     torch.testing.assert_close(found[:, 0], scales[:, 0])
     assert not torch.isclose(found[:, 1], scales[:, 1]).any()
-    nothing = refit_scales(weights, torch.zeros(1, 8, 3), scales, torch.arange(8) // 4, cost, torch.float32)
+    nothing = refit_scales(
+        cost.float() @ weights.float(), torch.zeros(1, 8, 3), scales, torch.arange(8) // 4, cost, torch.float32
+    )
     assert torch.equal(nothing, scales)
 
 

@@ -66,7 +66,7 @@ def row_shares(size: int, spread: float = 1.0) -> Tensor:
 
 def error_of(layer: Layer, grid: Grid, fit: KroneckerFactors, damping: float) -> Tensor:
     matrix = layer.matrix.detach()
-    [[one]] = quantise_in_metric(matrix[None], [[grid]], fit.columns[None], damping)
+    [[one]] = quantise_in_metric(matrix[None], [[grid]], fit.columns[None], damping, fitted_rounding._ROUNDS)
     return dequantise(one.codes, one.scales, one.zeros, one.grid) - matrix
 
 
@@ -103,23 +103,20 @@ def test_without_halves_it_is_judged_by_what_it_is_fitted_to():
         one = settle(problem.layers, {"one": plan}, problem.calibration)["one"]
         error = dequantise(one.codes, one.scales, one.zeros, one.grid) - problem.layers[0].matrix.detach()
         settled.append(second_order_change(error, statistics.curvature))
-        assert change == pytest.approx(settled[-1], rel=1e-3)
+        assert 0.999 * settled[-1] <= change <= 1.1 * settled[-1]  # one round of descent instead of two
     halved = problem_of({"one": problem.layers[0].module}, {"one": statistics_of(row_shares(12), 20)})
     assert all(more > less for more, less in zip(feedback_changes(halved)["one"].values(), settled, strict=True))
 
 
 @pytest.mark.parametrize("spread", [0.0, 50.0], ids=["even", "uneven"])
-@pytest.mark.parametrize("full", [False, True], ids=["diagonal-R", "full-R"])
-def test_of_a_large_layer_a_sample_of_rows_is_near(spread, full):
+def test_of_a_large_layer_a_sample_of_rows_is_near(spread):
     torch.manual_seed(0)
-    rows = moments(600, 5, rows=2000) if full else row_shares(600, spread)
-    statistics = statistics_of(rows, 24)
+    statistics = statistics_of(row_shares(600, spread), 24)
     problem = problem_of({"one": nn.Linear(24, 600)}, {"one": statistics})
     found = feedback_changes(problem)["one"]
     for grid, change in found.items():
         expected = crossed(problem.layers[0], grid, statistics)
-        # A full R sees how the rows' errors go together, which only the mean over errors has no part of.
-        assert change == pytest.approx(expected, rel=0.3 if full else 0.15)
+        assert change == pytest.approx(expected, rel=0.15)
         assert change != pytest.approx(expected, rel=1e-6)  # it is a sample
     assert feedback_changes(problem) == {"one": found}  # the same one
     others = feedback_changes(dataclasses.replace(problem, seed=1))["one"]
@@ -134,6 +131,14 @@ def test_the_mean_over_samples_is_the_whole():
     for grid in samples[0]:
         mean = sum(one[grid] for one in samples) / len(samples)
         assert mean == pytest.approx(crossed(problem.layers[0], grid, statistics), rel=0.03)
+
+
+def test_of_a_small_layer_rows_that_go_together_count_as_such():
+    torch.manual_seed(0)
+    statistics = statistics_of(moments(30, 5), 20)
+    problem = problem_of({"one": nn.Linear(20, 30)}, {"one": statistics})
+    for grid, change in feedback_changes(problem)["one"].items():
+        assert change == pytest.approx(crossed(problem.layers[0], grid, statistics), rel=1e-3)
 
 
 @pytest.mark.parametrize("largest_batch", [1, 2**25], ids=["one-by-one", "together"])
