@@ -21,7 +21,7 @@ from hf_lossless.modules.base import CompressedModule
 from hf_lossless.modules.low_rank import LOW_RANK, LowRankModule
 from hf_lossless.modules.packed import PACKED, PackedModule
 from hf_lossless.modules.tied import TIED
-from hf_lossless.plan import Grid, LayerPlan, LowRank
+from hf_lossless.plan import ActivationGrid, Grid, LayerPlan, LowRank
 
 
 def apply_plan(
@@ -107,15 +107,20 @@ def _activation(layer: Layer, layer_plan: LayerPlan, static: StaticGrid | None) 
             f"the plan quantises the input of layer {layer.name!r}, which looks up rows or shares its weight with "
             "other modules: such an input stays in floating point. Make a new plan for this model."
         )
-    quantised_input = QuantisedInput(layer.kind, layer_plan.activation, layer.weight.device)
-    if layer_plan.activation.range == "static" and not layer.weight.is_meta:
-        if static is None:
-            raise PlanError(
-                f"the plan gives the input of layer {layer.name!r} a static range, which was not given. "
-                f"Give it: apply_plan(model, layer_plans, static_grids={{{layer.name!r}: StaticGrid(scale, zero)}})."
-            )
-        quantised_input.store(static.scale, static.zero)
-    return quantised_input
+    if layer_plan.activation.range == "static" and not layer.weight.is_meta and static is None:
+        raise PlanError(
+            f"the plan gives the input of layer {layer.name!r} a static range, which was not given. "
+            f"Give it: apply_plan(model, layer_plans, static_grids={{{layer.name!r}: StaticGrid(scale, zero)}})."
+        )
+    return quantised_input(layer, layer_plan.activation, static)
+
+
+def quantised_input(layer: Layer, grid: ActivationGrid, static: StaticGrid | None) -> QuantisedInput:
+    """What puts a layer's input on a grid, with its levels where it has a static range and they are known."""
+    module = QuantisedInput(layer.kind, grid, layer.weight.device)
+    if grid.range == "static" and static is not None and not layer.weight.is_meta:
+        module.store(static.scale, static.zero)
+    return module
 
 
 def _store(part: nn.Module, matrix: Tensor, layer: Layer) -> None:

@@ -199,7 +199,7 @@ def analyse(
             advance=advance,
         )
         predictions = theory.predict(problem)
-    if problem.unreached:
+    if problem.unreached and process_state().is_main_process:
         _logger.warning("kept as they are, for no calibration row reaches them: %s", ", ".join(problem.unreached))
     return Planner(
         problem,

@@ -5,22 +5,26 @@ put into the model, and the loss is measured on the calibration rows. Where
 
     measured > 2 predicted + 2 standard errors of the measurement + a thousandth of the loss
 
-the layers that the plan spends most on are measured one by one. The predictions of each are multiplied by measured over
-predicted, those of the other layers by the median of these factors, and the knapsack runs again. A loss that falls, or
-rises less than predicted, is no reason to plan anew.
+the layers that the plan spends most on are measured one by one. Where one costs more than predicted by two standard
+errors, its predictions are multiplied by measured over predicted; those of all other layers by what is left of the
+plan's measured change over what is left of its prediction, but never by less than 1. Then the knapsack runs again.
+Quantised inputs are measured with the weights, and stay as they were chosen. A loss that falls, or rises less than
+predicted, is no reason to plan anew.
 """
 
 import logging
 import math
-import statistics
 from collections.abc import Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import partial
 
 from torch import Tensor
 
 from hf_lossless import knapsack
-from hf_lossless.calibration.perturbation import LossChange, loss_change, weight_noise
+from hf_lossless.apply import quantised_input
+from hf_lossless.calibration.perturbation import LossChange, input_noise, loss_change, weight_noise
+from hf_lossless.calibration.processes import process_state
 from hf_lossless.candidates.activation_ranges import StaticGrid
 from hf_lossless.candidates.low_rank import Factors
 from hf_lossless.candidates.parallel import for_each_layer
@@ -30,6 +34,7 @@ from hf_lossless.candidates.uniform import QuantisedMatrix, dequantise
 from hf_lossless.config import LosslessCompressionConfig
 from hf_lossless.errors import CalibrationError, UnreachableTargetError
 from hf_lossless.layers import Layer
+from hf_lossless.modules.activations import QuantisedInput
 from hf_lossless.plan import CompressionPlan, LayerPlan, activations_of
 from hf_lossless.target import choose_plan
 from hf_lossless.theories.activation_noise import ActivationOption, activation_options, choose_activation
@@ -57,6 +62,10 @@ class _Option:
     plan: LayerPlan
     candidate: Candidate
     static: StaticGrid | None
+
+
+_Options = dict[str, list[_Option]]
+"""By layer name."""
 
 
 @dataclass(frozen=True)
@@ -118,39 +127,44 @@ class Planner:
             CalibrationError: A layer can be stored in no way, or the loss of the plan is not finite.
             UnreachableTargetError: No plan meets the target.
         """
-        predictions = self.predictions
-        planned = self._plan(predictions, config)
+        options = self._options(config)
+        planned = self._plan(options, config)
         if not self.checked:
             return planned
+        measured = self._measured(planned, self.problem.layers)
         for _ in range(REPLANS):
-            if self._as_stated(planned):
+            if self._as_stated(planned, measured):
                 return planned
-            predictions = self._corrected(predictions, planned)
-            planned = self._plan(predictions, config)
-        if not self._as_stated(planned):
+            options = self._corrected(options, planned, measured)
+            planned = self._plan(options, config)
+            measured = self._measured(planned, self.problem.layers)
+        if not math.isfinite(measured.mean):
+            raise CalibrationError(
+                f"the loss of the best plan is not finite, also after {REPLANS} new plans. "
+                "Ask for a larger checkpoint, or add wider widths (16 keeps a layer)."
+            )
+        if not self._as_stated(planned, measured) and process_state().is_main_process:
             _logger.warning("the loss rises by more than predicted, also after %d new plans", REPLANS)
-            if not math.isfinite(self._measured(planned, self.problem.layers).mean):
-                raise CalibrationError(
-                    f"the loss of the best plan is not finite, also after {REPLANS} new plans. "
-                    "Ask for a larger checkpoint, or add wider widths (16 keeps a layer)."
-                )
         return planned
 
-    def _plan(self, predictions: dict[str, list[Prediction]], config: LosslessCompressionConfig) -> Planned:
+    def _options(self, config: LosslessCompressionConfig) -> _Options:
+        """What the knapsack may choose from; which input goes with which weight is decided here, once for all plans."""
         layers, calibration = self.problem.layers, self.problem.calibration
         activations = for_each_layer(
             lambda layer: activation_options(calibration.layers[layer.name], config.activation_widths), layers
         )
-        options = {
-            layer.name: _options(
+        return {
+            layer.name: _options_of(
                 layer,
                 self.problem.candidates[layer.name],
-                predictions[layer.name],
+                self.predictions[layer.name],
                 activations[layer.name],
                 may_stay_float=None in config.activation_bits,
             )
             for layer in layers
         }
+
+    def _plan(self, options: _Options, config: LosslessCompressionConfig) -> Planned:
         frontier = knapsack.frontier(
             costs=[[option.plan.cost_bytes for option in group] for group in options.values()],
             losses=[[option.plan.predicted_loss_change for option in group] for group in options.values()],
@@ -175,7 +189,8 @@ class Planner:
                 raise
             raise UnreachableTargetError(
                 f"{error} On the calibration rows the gradient of the loss is zero for {self.problem.unreached[0]!r} "
-                f"and {len(self.problem.unreached) - 1} other layer(s), which are kept for it: calibrate on other rows."
+                f"and {len(self.problem.unreached) - 1} other layer(s), which are kept for it: calibrate on other "
+                "rows, or load a float16 model in another dtype, for small gradients vanish in float16."
             ) from error
         chosen = {
             name: next(option for option in options[name] if option.plan == layer_plan)
@@ -185,52 +200,77 @@ class Planner:
             plan,
             frontier,
             factors={name: one.candidate.factors for name, one in chosen.items() if one.candidate.factors is not None},
-            quantised=settle(layers, plan.layers, calibration),
+            quantised=settle(self.problem.layers, plan.layers, self.problem.calibration),
             static_grids={name: one.static for name, one in chosen.items() if one.static is not None},
         )
 
-    def _as_stated(self, planned: Planned) -> bool:
+    def _as_stated(self, planned: Planned, measured: LossChange) -> bool:
         """Whether the loss rises by no more than the prediction states."""
-        measured = self._measured(planned, self.problem.layers)
         predicted = planned.plan.predicted_loss_change
         _logger.info("predicted change of the loss %.3g, measured %.3g +- %.2g", predicted, *measured)
         floor = NEGLIGIBLE_SHARE * abs(self.problem.calibration.loss)
         return measured.mean <= STATED_FACTOR * max(predicted, 0.0) + 2 * measured.standard_error + floor
 
     def _measured(self, planned: Planned, layers: Iterable[Layer]) -> LossChange:
-        """The change of the loss on the calibration rows with these layers' weights as planned; one forward pass."""
+        """The change of the loss on the calibration rows with these layers as planned; one forward pass."""
         with ExitStack() as stack:
             for layer in layers:
-                if planned.plan.layers[layer.name].kind != "kept":
+                layer_plan = planned.plan.layers[layer.name]
+                if layer_plan.kind != "kept":
                     stack.enter_context(weight_noise(layer, planned.error(layer)))
+                if layer_plan.activation is not None:
+                    rounded = quantised_input(layer, layer_plan.activation, planned.static_grids.get(layer.name))
+                    stack.enter_context(input_noise(self.problem.model, layer, partial(_rounding_of, rounded)))
             return loss_change(
                 self.problem.model, self.problem.batches, self.problem.loss, self.problem.calibration.batch_losses
             )
 
-    def _corrected(self, predictions: dict[str, list[Prediction]], planned: Planned) -> dict[str, list[Prediction]]:
-        """Predictions as the layers that a plan spends most on would have them."""
+    def _corrected(self, options: _Options, planned: Planned, measured: LossChange) -> _Options:
+        """Options that cost what a plan was measured to cost: its layers one by one, and what is left of the whole."""
+        spent = {name: layer.predicted_loss_change for name, layer in planned.plan.layers.items()}
+        paid = [layer for layer in self.problem.layers if spent[layer.name] > 0]
+        if not paid:
+            return options
+        worst = sorted(paid, key=lambda layer: spent[layer.name], reverse=True)[:REMEASURED_LAYERS]
+        found = {layer.name: self._measured(planned, [layer]) for layer in worst}
+        worse = {
+            name: one.mean
+            for name, one in found.items()
+            if not one.mean <= spent[name] + 2 * one.standard_error  # NaN is worse
+        }
+        factors = {name: _factor(mean, spent[name]) for name, mean in worse.items()}
+        others = 1.0  # where some layers by themselves account for a loss that is not finite
+        if all(map(math.isfinite, worse.values())):
+            left = sum(change for name, change in spent.items() if name not in factors)
+            others = _factor(measured.mean - sum(worse.values()), left) if left > 0 else 1.0
+        _logger.info("measured over predicted: %s, others %.2f", factors, others)
+        return {
+            name: [_scaled(option, factors.get(name, others)) for option in group] for name, group in options.items()
+        }
 
-        def predicted(layer: Layer) -> float:
-            return planned.plan.layers[layer.name].predicted_loss_change
 
-        worst = [layer for layer in sorted(self.problem.layers, key=predicted, reverse=True) if predicted(layer) > 0]
-        factors = {}
-        for layer in worst[:REMEASURED_LAYERS]:
-            measured = self._measured(planned, [layer])
-            factors[layer.name] = max(1.0, measured.mean / predicted(layer)) if math.isfinite(measured.mean) else 1e6
-        if not factors:
-            return predictions
-        _logger.info("measured over predicted: %s", {name: round(factor, 2) for name, factor in factors.items()})
-        others = statistics.median(factors.values())
-        return {name: [_scaled(one, factors.get(name, others)) for one in group] for name, group in predictions.items()}
+def _factor(measured: float, predicted: float) -> float:
+    """Measured over predicted, at least 1; a million where the loss is not finite."""
+    return max(1.0, measured / predicted) if math.isfinite(measured) else 1e6
 
 
-def _scaled(prediction: Prediction, factor: float) -> Prediction:
-    """A prediction of so many times the rise; a gain stays what it was."""
-    return replace(prediction, loss_change=prediction.loss_change * (factor if prediction.loss_change > 0 else 1.0))
+def _rounding_of(rounded: QuantisedInput, values: Tensor) -> Tensor:
+    """What an input's grid adds to it."""
+    change: Tensor = rounded(values) - values
+    return change
 
 
-def _options(
+def _scaled(option: _Option, factor: float) -> _Option:
+    """An option with a predicted rise of so many times as much; a gain stays what it was."""
+    change = option.plan.predicted_loss_change
+    if change <= 0:
+        return option
+    return replace(
+        option, plan=option.plan.model_copy(update={"predicted_loss_change": float(f"{change * factor:.4g}")})
+    )
+
+
+def _options_of(
     layer: Layer,
     candidates: list[Candidate],
     predictions: list[Prediction],

@@ -1,5 +1,6 @@
 """Plans are checked by a measurement, and made anew where the prediction was too small."""
 
+import copy
 import dataclasses
 import logging
 import math
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_lossless import LosslessCompressionConfig, compress, pipeline, planning
+from hf_lossless.apply import apply_plan
 from hf_lossless.calibration.loss import batch_loss
 from hf_lossless.calibration.perturbation import LossChange
 from hf_lossless.config import THEORIES
@@ -80,6 +82,11 @@ def planner_of(factor: float = 1.0, model: nn.Module | None = None, batches: lis
     return dataclasses.replace(planner, predictions=scaled(planner.predictions, factor))
 
 
+def first_plan(planner: Planner, config: LosslessCompressionConfig) -> Planned:
+    """Before anything is measured."""
+    return planner._plan(planner._options(config), config)
+
+
 def measure_as(monkeypatch, answer) -> list[int]:
     """Lets every measurement of some layers give `answer(planned, layers)`; returns how many layers each had."""
     sizes: list[int] = []
@@ -102,7 +109,7 @@ def test_predictions_that_are_far_too_small_are_found_out(monkeypatch):
     blind = compress(network(), BATCHES, config)
     assert {layer.bits for layer in blind.plan.layers.values()} == {1} and blind.measured_loss_change > 0.04
     assert result.plan.predicted_loss_change <= 0.01
-    assert result.measured_loss_change <= 0.015
+    assert result.measured_loss_change <= 0.025  # what is stated: twice the prediction, and the measurement's error
     assert result.plan.predicted_loss_change > 1e4 * blind.plan.predicted_loss_change
     assert result.plan.tensor_bytes > blind.plan.tensor_bytes
 
@@ -113,7 +120,7 @@ def test_predictions_that_hold_stand(factor, monkeypatch):
     config, loss = config_of(loss_budget=1e-3), Counted()
     result = compress(network(), BATCHES, config, loss=loss)
     planner = planner_of()
-    assert result.plan == planner._plan(planner.predictions, config).plan
+    assert result.plan == first_plan(planner, config).plan
     assert loss.calls == 3 * len(BATCHES)  # calibration, check, and what is reported at the end
 
 
@@ -190,27 +197,34 @@ def test_one_analysis_serves_many_plans():
 def test_what_counts_as_stated(measured, stands, monkeypatch):
     """At most twice the prediction, and two standard errors; in units of the prediction."""
     planner = planner_of(1e4)  # so that a negligible change of the loss is none here
-    planned = planner._plan(planner.predictions, config_of(ratio=7))
+    planned = first_plan(planner, config_of(ratio=7))
     predicted = planned.plan.predicted_loss_change
     assert predicted > 20 * planner.problem.calibration.loss * planning.NEGLIGIBLE_SHARE
     measure_as(monkeypatch, lambda *_: [number * predicted for number in measured])
-    assert planner._as_stated(planned) == stands
+    assert planner._as_stated(planned, planner._measured(planned, [])) == stands
 
 
 def test_a_negligible_rise_is_no_reason(monkeypatch):
     planner = planner_of(1e-9)
-    planned = planner._plan(planner.predictions, config_of(ratio=7))
+    planned = first_plan(planner, config_of(ratio=7))
     for share, stands in ((0.9, True), (1.1, False)):
         rise = share * planning.NEGLIGIBLE_SHARE * planner.problem.calibration.loss
         measure_as(monkeypatch, lambda *_, rise=rise: (rise, 0.0))
-        assert planner._as_stated(planned) == stands
+        assert planner._as_stated(planned, planner._measured(planned, [])) == stands
 
 
-def corrections(planner: Planner, planned: Planned) -> dict[str, float]:
+def changes(options) -> dict[str, list[float]]:
+    """What is predicted of each option."""
+    return {name: [option.plan.predicted_loss_change for option in group] for name, group in options.items()}
+
+
+def corrections(planner: Planner, planned: Planned, whole: float = 0.0) -> dict[str, float]:
     """By how much the predictions of each layer were multiplied."""
+    options = planner._options(config_of(ratio=8))
+    before, after = changes(options), changes(planner._corrected(options, planned, LossChange(whole, 0.0)))
     found = {}
-    for name, group in planner._corrected(planner.predictions, planned).items():
-        pairs = [(new.loss_change, old.loss_change) for new, old in zip(group, planner.predictions[name], strict=True)]
+    for name, group in after.items():
+        pairs = list(zip(group, before[name], strict=True))
         assert all(new == 0 for new, old in pairs if old == 0)
         [found[name]] = {float(f"{new / old:.2g}") for new, old in pairs if old}
     return found
@@ -227,7 +241,7 @@ def corrections(planner: Planner, planned: Planned) -> dict[str, float]:
 )
 def test_predictions_are_multiplied_by_what_was_measured(factors, expected, monkeypatch):
     planner = planner_of()
-    planned = planner._plan(planner.predictions, config_of(ratio=8))
+    planned = first_plan(planner, config_of(ratio=8))
     of_layer = dict(zip(planner.predictions, factors, strict=True))
 
     def answer(planned, layers):
@@ -239,27 +253,68 @@ def test_predictions_are_multiplied_by_what_was_measured(factors, expected, monk
     assert sizes == [1, 1, 1]
 
 
-def test_layers_that_were_not_measured_take_the_median(monkeypatch):
+def test_what_a_measurement_may_have_by_chance_is_not_counted(monkeypatch):
     planner = planner_of()
-    planned = planner._plan(planner.predictions, config_of(ratio=8))
+    planned = first_plan(planner, config_of(ratio=8))
+
+    def answer(planned, layers):
+        predicted = planned.plan.layers[layers[0].name].predicted_loss_change
+        return 10 * predicted, 4.6 * predicted
+
+    measure_as(monkeypatch, answer)
+    assert list(corrections(planner, planned).values()) == pytest.approx([1, 1, 1], rel=0.02)
+
+
+def test_inputs_are_measured_with_the_weights():
+    planner = analyse(network(), BATCHES, config_of(ratio=4, activation_bits=(2,)))
+    config = config_of(ratio=4, activation_bits=(2,))
+    planned = first_plan(planner, config)
+    assert any(layer.activation is not None for layer in planned.plan.layers.values())
+    twin = copy.deepcopy(planner.problem.model)
+    apply_plan(twin, planned.plan.layers, planned.factors, planned.quantised, planned.static_grids)
+    change = sum((batch_loss(twin, batch) - batch_loss(planner.problem.model, batch)).item() for batch in BATCHES)
+    measured = planner._measured(planned, planner.problem.layers)
+    assert measured.mean == pytest.approx(change / len(BATCHES), abs=1e-5) and abs(measured.mean) > 1e-3
+
+
+def test_corrections_leave_the_inputs_as_they_were_chosen(monkeypatch):
+    config = config_of(ratio=4, activation_bits=(None, 4, 8))
+    planner = analyse(network(), BATCHES, config)
+    planned = first_plan(planner, config)
+    measure_as(monkeypatch, lambda planned, layers: (math.inf, 0.0))
+    options = planner._options(config)
+    corrected = planner._corrected(options, planned, LossChange(math.inf, 0.0))
+    for name, group in corrected.items():
+        assert [one.plan.activation for one in group] == [one.plan.activation for one in options[name]]
+
+
+def test_the_other_layers_take_what_is_left(monkeypatch):
+    planner = planner_of()
+    planned = first_plan(planner, config_of(ratio=8))
     spent = {name: layer.predicted_loss_change for name, layer in planned.plan.layers.items()}
     order = sorted(spent, key=spent.__getitem__, reverse=True)
-    factors = {order[0]: 3.0, order[1]: 7.0}
+    factors = {order[0]: 3.0, order[1]: 0.5}
 
     def answer(planned, layers):
         return factors[layers[0].name] * spent[layers[0].name], 0.0
 
     measure_as(monkeypatch, answer)
     monkeypatch.setattr(planning, "REMEASURED_LAYERS", 2)
-    assert corrections(planner, planned) == pytest.approx({**factors, order[2]: 5.0}, rel=0.02)
+    left = spent[order[1]] + spent[order[2]]
+    expected = {order[0]: 3.0, order[1]: 4.0, order[2]: 4.0}
+    assert corrections(planner, planned, 3 * spent[order[0]] + 4 * left) == pytest.approx(expected, rel=0.03)
+    expected = {order[0]: 3.0, order[1]: 1.0, order[2]: 1.0}
+    assert corrections(planner, planned, 0.0) == pytest.approx(expected, rel=0.02)
 
 
 def test_nothing_to_correct_where_nothing_is_predicted():
     planner = planner_of()
-    kept = planner._plan(planner.predictions, config_of(loss_budget=0))
+    kept = first_plan(planner, config_of(loss_budget=0))
     assert {layer.kind for layer in kept.plan.layers.values()} == {"kept"}
-    assert planner._corrected(planner.predictions, kept) == planner.predictions
-    assert planner._as_stated(kept) and planner._measured(kept, planner.problem.layers) == (0, 0)
+    options = planner._options(config_of(loss_budget=0))
+    assert planner._corrected(options, kept, LossChange(1.0, 0.0)) is options
+    measured = planner._measured(kept, planner.problem.layers)
+    assert measured == (0, 0) and planner._as_stated(kept, measured)
 
 
 def test_what_stays_too_high_is_said(monkeypatch, caplog):
@@ -290,7 +345,7 @@ def test_a_loss_that_overflows_with_the_planned_weights():
     small = {"0": scaled(planner.predictions, 1e-6)["0"]}
     planner = dataclasses.replace(planner, predictions={**planner.predictions, **small})
     config = config_of(ratio=3.5, bits=(1, 8, 16))
-    assert planner._plan(planner.predictions, config).plan.layers["0"].bits == 1
+    assert first_plan(planner, config).plan.layers["0"].bits == 1
     planned = planner.plan(config)
     assert planned.plan.layers["0"].bits == 8
     assert math.isfinite(planner._measured(planned, planner.problem.layers).mean)
@@ -304,12 +359,13 @@ def test_a_gain_that_was_predicted_never_grows(monkeypatch):
         for name, group in planner.predictions.items()
     }
     planner = dataclasses.replace(planner, predictions=predictions)
-    planned = planner._plan(predictions, config_of(ratio=8))
+    planned = first_plan(planner, config_of(ratio=8))
     measure_as(monkeypatch, lambda planned, layers: (1.0, 0.0))
-    corrected = planner._corrected(predictions, planned)
-    assert corrected != predictions
-    for name, group in corrected.items():
-        assert all(new.loss_change >= old.loss_change for new, old in zip(group, predictions[name], strict=True))
+    options = planner._options(config_of(ratio=8))
+    before, after = changes(options), changes(planner._corrected(options, planned, LossChange(1.0, 0.0)))
+    assert after != before
+    for name, group in after.items():
+        assert all(new >= old for new, old in zip(group, before[name], strict=True))
 
 
 def test_a_budget_that_only_a_wrong_prediction_met(monkeypatch):

@@ -15,6 +15,7 @@ from tiny_models import TINY_MODELS
 from torch import Tensor, nn
 
 from hf_lossless import CheckpointError, LosslessCompressionConfig, compress
+from hf_lossless.config import FORMAT_VERSION
 from hf_lossless.modules.activations import QuantisedInput
 from hf_lossless.modules.base import CompressedModule
 from hf_lossless.pipeline import CompressionResult, tensor_bytes
@@ -232,4 +233,4 @@ def test_a_model_that_took_no_quantised_layer_says_so(tmp_path: Path):
 def test_an_older_release_is_told_to_upgrade(tmp_path: Path):
     folder = bert_folder(tmp_path)
     entry = json.loads((folder / "config.json").read_text())["quantization_config"]
-    assert entry["format_version"] == 3 and entry["plan"]["activations"] == "quantised"
+    assert entry["format_version"] == FORMAT_VERSION and entry["plan"]["activations"] == "quantised"

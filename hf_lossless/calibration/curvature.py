@@ -29,6 +29,7 @@ layers used at many positions the "expand" setting of Eschenhagen et al. 2023 (a
 """
 
 import copy
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
@@ -65,6 +66,12 @@ class KroneckerFactors:
     columns: Tensor
     scale: float
     mean_input: Tensor | None = None
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether all of it is a number."""
+        tensors = bool(torch.isfinite(self.rows).all()) and bool(torch.isfinite(self.columns).all())
+        return math.isfinite(self.scale) and tensors
 
     def damped(self, share: float) -> "KroneckerFactors":
         """The factors with `share` of their mean diagonal added to it, so that they are positive definite.

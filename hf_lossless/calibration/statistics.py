@@ -85,6 +85,12 @@ class LayerStatistics:
     halves: tuple[KroneckerFactors, KroneckerFactors] | None = field(default=None, compare=False, repr=False)
     activations: ActivationStatistics | None = field(default=None, compare=False, repr=False)
 
+    @property
+    def has_derivatives(self) -> bool:
+        """Whether the layer ran, its gradient is not zero, nor its curvature, which in float16 may have vanished."""
+        vanished = self.curvature is not None and self.curvature.scale == 0
+        return bool(self.calls) and not self.weight_gradient.is_zero and not vanished
+
 
 @dataclass(frozen=True)
 class Calibration:
@@ -216,10 +222,16 @@ def calibrate(
                 f"the gradient of layer {layer.name!r} is not finite, though the loss is. Load the model in another "
                 "dtype (float16 overflows where bfloat16 and float32 do not)."
             )
+        curvatures = halves.curvature_of(layer.name)
+        if curvatures and not curvatures["curvature"].is_finite:
+            raise CalibrationError(
+                f"the second moments of layer {layer.name!r} overflow: its inputs or gradients are too large. "
+                "Check the scale of the inputs and the loss, or keep this layer out with modules_to_not_convert."
+            )
         statistics[layer.name] = replace(
             sums[layer.name].statistics(gradient),
             gradient=as_matrix(gradient, layer.kind).float() if gradients else None,
-            **halves.curvature_of(layer.name),
+            **curvatures,
             activations=activations[layer.name].statistics(total_examples) if layer.name in activations else None,
         )
     losses = sum_over_processes(batch_losses).tolist()

@@ -50,7 +50,7 @@ def menu(
     def of_layer(layer: Layer) -> list[Candidate]:
         statistics = calibration.layers[layer.name]
         refuse_infinite(layer)
-        if by_derivatives and statistics.weight_gradient.is_zero:
+        if by_derivatives and not statistics.has_derivatives:
             return [Candidate(None, layer.weight.nbytes)]
         widths = propose(layer, statistics, config.bits, config.group_size, config.symmetric)
         candidates = [*widths, *_with_feedback(widths)] if truncation == "metric" else widths

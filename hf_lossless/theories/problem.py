@@ -45,11 +45,10 @@ class Problem:
     @property
     def unreached(self) -> list[str]:
         """Names of the layers that no gradient reaches on the calibration rows, and that can only be kept."""
-        statistics = self.calibration.layers
         return [
             layer.name
             for layer in self.layers
-            if (not statistics[layer.name].calls or statistics[layer.name].weight_gradient.is_zero)
+            if not self.calibration.layers[layer.name].has_derivatives
             and all(candidate.kind == "kept" for candidate in self.candidates[layer.name])
         ]
 
