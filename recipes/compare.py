@@ -11,7 +11,10 @@
 2. **Plans.** Each theory plans for ratios 4, 6, 8, 10 and 12, as `compress` does it with that theory, and is judged on
    the whole test split (images: 4,000 rows). "curvature, ranks" may choose low-rank factors too. "cet, as printed" is
    the allocation of CET's Algorithm 1 beside the knapsack that uses CET's predictions.
-3. **Planning time** in forward-backward passes over the calibration rows, timed in the same run, calibration included.
+   "one width, feedback" rounds every layer by the default's error feedback at one width: what is left of the gain where
+   nothing is allocated. These rows, "cet, as printed" and the peers' "round to nearest" have no plan to store.
+3. **Planning time** in calibration passes over the calibration rows (forward, backward and the statistics of every
+   layer: 1.5 to 1.7 times a bare forward-backward pass on these models), timed in the same run, calibration included.
 4. **Peers** (see peers.py): the same bytes, rows and figures. At a ratio stands the peer of the least divergence whose
    own ratio is that or more.
 
@@ -47,6 +50,7 @@ from hf_lossless.calibration.perturbation import weight_noise
 from hf_lossless.calibration.statistics import calibrate
 from hf_lossless.candidates.menu import menu
 from hf_lossless.candidates.proposal import Candidate
+from hf_lossless.candidates.settle import settle
 from hf_lossless.config import THEORIES, LosslessCheckpointConfig
 from hf_lossless.errors import UnreachableTargetError
 from hf_lossless.layers import find_layers
@@ -172,6 +176,8 @@ def bench_model(name: str, assets: Path, planners: list[str], peers: bool) -> di
             }
             print(name, planner, row, flush=True)
         report["plans"][planner] = plans(peer_problem, planner, analysis, seconds, pass_seconds, judged)
+        if planner == "curvature":
+            report["one_width"] = one_width(peer_problem, analysis.problem, judged)
         if spectra is not None:
             report["plans"][_AS_PRINTED] = as_printed(peer_problem, nearest, spectra, judged)
     if peers:
@@ -237,6 +243,35 @@ def plans(
             "passes": round(seconds / pass_seconds, 1),
         }
         print(planner, ratio, rows[str(ratio)], flush=True)
+    return rows
+
+
+def one_width(peer_problem: PeerProblem, problem: Problem, judged: Judge) -> list[dict[str, Any]]:
+    """Every layer rounded by feedback, all at the same width."""
+    other_bytes = peer_problem.original_bytes - sum(layer.weight.nbytes for layer in problem.layers)
+    rows = []
+    for bits in _WIDTHS:
+        layer_plans = {}
+        for layer in problem.layers:
+            group = problem.candidates[layer.name]
+            one = next(
+                (one for one in group if one.grid and one.grid.rounding == "feedback" and one.grid.bits == bits),
+                group[0],
+            )
+            layer_plans[layer.name] = LayerPlan(
+                kind=one.kind, grid=one.grid, cost_bytes=one.cost_bytes, predicted_loss_change=0.0
+            )
+        model = peer_problem.copy()
+        apply_plan(model, layer_plans, quantised=settle(problem.layers, layer_plans, problem.calibration))
+        size_bytes = other_bytes + sum(layer_plan.cost_bytes for layer_plan in layer_plans.values())
+        row = {
+            "peer": f"one width, feedback, {bits} bits",
+            "ratio": round(peer_problem.original_bytes / size_bytes, 3),
+            "size_bytes": size_bytes,
+            **judged(model),
+        }
+        rows.append(row)
+        print(row, flush=True)
     return rows
 
 
@@ -336,7 +371,7 @@ def peers_tables(report: dict[str, Any]) -> str:
     lines = []
     for name, model in report["models"].items():
         lines += [f"{name}:", "", "| peer | ratio | loss change | metric | flips | KL |", "|---" * 6 + "|"]
-        for row in model.get("peers", []):
+        for row in (*model.get("one_width", []), *model.get("peers", [])):
             if "unavailable" in row:
                 lines.append(f"| {row['peer']} | | {row['unavailable'].replace('|', '/')} | | | |")
             else:
@@ -365,10 +400,13 @@ def draw(report: dict[str, Any], path: Path) -> None:
             if points:
                 bold = 2.5 if planner.startswith("curvature") else 1.0
                 axes.plot(*zip(*points, strict=True), ".-", label=planner, linewidth=bold)
+        for row in model.get("one_width", []):
+            axes.plot(row["ratio"], max(row["kl"], 1e-6), "o", color="grey", markersize=4)
         for row in model.get("peers", []):
             if "kl" in row:
                 axes.plot(row["ratio"], max(row["kl"], 1e-6), "x", color="black", markersize=4)
         axes.plot([], [], "x", color="black", label="peers")
+        axes.plot([], [], "o", color="grey", label="one width, feedback")
         axes.set_yscale("log")
         axes.set_title(f"{name}, {model['test_rows']:,} test rows")
         axes.set_xlabel("ratio: bytes of the original over bytes of the compressed checkpoint")
@@ -394,7 +432,7 @@ def main() -> None:
         )
     torch.set_num_threads(1)  # times of one thread are steadier on a machine that others use
     report: dict[str, Any] = json.loads(arguments.out.read_text()) if arguments.update else {"models": {}}
-    report["machine"] = {
+    machine = {
         "cpu": platform.processor() or platform.machine(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
@@ -404,7 +442,8 @@ def main() -> None:
     }
     report["calibration_rows"] = ROWS
     for name in arguments.models:
-        new, old = bench_model(name, arguments.assets, arguments.theories, arguments.peers), report["models"].get(name)
+        new = {"machine": machine, **bench_model(name, arguments.assets, arguments.theories, arguments.peers)}
+        old = report["models"].get(name)
         if old is not None:
             merged = {part: old[part] | new[part] for part in ("predictions", "plans")}
             new = {**old, **new, **merged}
