@@ -541,7 +541,8 @@ def test_an_unreachable_ratio_says_what_can_be_reached(theory):
     limit = reached.size_bytes - 1
     config = LosslessCompressionConfig(max_bytes=limit, theory=theory)
     message = refused(network(), BATCHES, config, UnreachableTargetError, "cannot be")
-    assert message.startswith(f"max_bytes={limit} cannot be reached: the smallest plan takes {smallest} bytes")
+    taken = f"the smallest plan takes {reached.size_bytes} bytes"
+    assert message.startswith(f"max_bytes={limit} cannot be reached: {taken}")
 
 
 def test_an_unreachable_loss_says_what_can_be_reached():

@@ -462,6 +462,7 @@ def test_sums_of_processes_are_added(monkeypatch):
     for part in (slice(0, 5), slice(5, 8)):
         with monkeypatch.context() as patch:
             patch.setattr(module_under_test.CurvatureSums, "factors", lambda sums, *rows: sums)
+            patch.setattr(module_under_test.CurvatureSums, "is_finite", True, raising=False)
             patch.setattr("hf_lossless.calibration.statistics.num_examples", lambda rows: len(rows[1]))
             halves.append(calibrate(model, [(batch[0][part], batch[1][part])], layers, batch_loss, curvature=True))
     for name, statistics in whole.layers.items():

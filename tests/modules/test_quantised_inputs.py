@@ -37,7 +37,7 @@ def quantised(build, stored: dict, grid: ActivationGrid):
     twin = dense_twin(layer, dense_matrix(layer, plan, factors))
     plan = plan.model_copy(update={"activation": grid, "cost_bytes": plan.cost_bytes + grid.stored_bytes})
     static = {"0": STATIC} if grid.range == "static" else {}
-    apply_plan(model, {"0": plan}, {} if factors is None else {"0": factors}, static)
+    apply_plan(model, {"0": plan}, {} if factors is None else {"0": factors}, static_grids=static)
     assert model[0].weight_bytes == plan.cost_bytes
     return model, twin, layer.kind
 
