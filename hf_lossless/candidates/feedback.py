@@ -74,7 +74,7 @@ class Metric:
         """The metric of second moments `[batch, in, in]`; of a layer whose inputs are all zero, the identity."""
         cost = columns.float().clone()
         diagonal = cost.diagonal(dim1=1, dim2=2)
-        diagonal += torch.where(diagonal.any(1), damping * diagonal.mean(1), 1.0)[:, None]
+        diagonal += _damping_term(diagonal, damping)
         order = diagonal.argsort(dim=1, descending=True, stable=True)
         identity = torch.eye(cost.shape[1]).to(cost)
         roots = []
@@ -121,6 +121,11 @@ class _Lattice:
         return _Lattice(self.scales.take_along_dim(order[:, :, None], 1), zeros, self.last_codes)
 
 
+def _damping_term(diagonals: Tensor, damping: float) -> Tensor:
+    """What is added to each diagonal of a batch, [batch, 1]: a share of its mean, or one where it is zero."""
+    return torch.where(diagonals.any(1), damping * diagonals.mean(1), 1.0)[:, None]
+
+
 def damping_of(kind: LayerKind) -> float:
     """The damping for a layer of this kind."""
     return EMBEDDING_DAMPING if kind == "embedding" else DAMPING
@@ -152,7 +157,7 @@ def quantise_in_metric(
     """
     matrices = matrices.detach().float()
     if columns.ndim == 2:
-        weights = columns + torch.where(columns.any(1), damping * columns.mean(1), 1.0)[:, None]
+        weights = columns + _damping_term(columns, damping)
         return [
             [_in_dtype(replace(quantise(matrix, grid, one), grid=grid)) for grid in own]
             for matrix, own, one in zip(matrices, grids, weights, strict=True)
