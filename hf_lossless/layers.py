@@ -83,6 +83,8 @@ def kind_of(module: nn.Module) -> LayerKind | None:
         return None
     if isinstance(module, nn.Embedding) and module.max_norm is not None:
         return None
+    if "bias" in module._buffers:  # a compressed module takes its bias over as a parameter
+        return None
     weight = module._parameters.get("weight")
     return _KINDS[base] if weight is not None and weight.is_floating_point() and weight.numel() else None
 

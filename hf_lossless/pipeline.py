@@ -253,6 +253,14 @@ def _layers_to_compress(model: nn.Module, config: LosslessCompressionConfig) -> 
         layers = [
             layer for layer in layers if not any(name.split(".")[0] in heads for name in (layer.name, *layer.tied))
         ]
+    for layer in layers:
+        if layer.weight.is_meta or layer.weight.is_inference():
+            what, remedy = "offloaded", "Put the whole model on its devices before it is compressed."
+            if layer.weight.is_inference():
+                what, remedy = "an inference tensor", "Load the model outside of torch.inference_mode()."
+            raise ConfigurationError(
+                f"the weight of layer {layer.name!r} is {what}, so it cannot be calibrated. {remedy}"
+            )
     if not layers:
         left_out = " beside modules_to_not_convert" if config.modules_to_not_convert else ""
         raise ConfigurationError(

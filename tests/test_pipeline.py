@@ -586,6 +586,27 @@ def test_a_broken_batch():
     refused(network(), [*BATCHES, broken], config, CalibrationError, "loss of calibration batch 3 of 3 is nan")
 
 
+def test_weights_that_cannot_be_calibrated():
+    config = LosslessCompressionConfig(ratio=2)
+    with torch.device("meta"):
+        offloaded = network()
+    with pytest.raises(ConfigurationError, match=r"layer '0' is offloaded, so .* Put the whole model on its devices"):
+        compress(offloaded, BATCHES, config)
+    with torch.inference_mode():
+        frozen = network()
+    with pytest.raises(ConfigurationError, match=r"layer '0' is an inference tensor, .* outside of torch.inference_m"):
+        compress(frozen, BATCHES, config)
+
+
+def test_a_bias_that_is_a_buffer_leaves_its_layer_alone():
+    model = network()
+    bias = model[3].bias.detach().clone()
+    del model[3].bias
+    model[3].register_buffer("bias", bias)
+    result = compress(model, BATCHES, LosslessCompressionConfig(max_bytes=stored_bytes(network()) * 9 // 10))
+    assert "3" not in result.plan.layers and type(model[3]) is nn.Linear
+
+
 @pytest.mark.parametrize("theory", THEORIES)
 def test_a_broken_weight(theory):
     model = network()
