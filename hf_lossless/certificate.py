@@ -13,14 +13,13 @@ which follows from the evidence alone and is checked against it whenever a certi
 It imports no torch, for config.json keeps it and is read without.
 """
 
-import json
-import reprlib
 from importlib import metadata
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, model_validator
 
 from hf_lossless.errors import CheckpointError
+from hf_lossless.records import Record, read_record
 
 CERTIFIED, LOSS_DECREASED = "certified", "loss decreased"
 
@@ -35,18 +34,12 @@ _Number = Annotated[float, Field(allow_inf_nan=False)]
 _Count = Annotated[int, Field(ge=0)]
 
 
-class _Record(BaseModel):
-    """A frozen record that refuses unknown fields and silent conversions."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
-
-
 def library_versions() -> dict[str, str]:
     """Versions of the libraries that had a hand in the numbers."""
     return {name: metadata.version(name) for name in _LIBRARIES}
 
 
-class Provenance(_Record):
+class Provenance(Record):
     """Where a certificate comes from.
 
     Attributes:
@@ -76,7 +69,7 @@ class Provenance(_Record):
         )
 
 
-class Estimate(_Record):
+class Estimate(Record):
     """A mean over the certification rows, with its two-sided interval at the certificate's confidence."""
 
     value: _Number
@@ -84,7 +77,7 @@ class Estimate(_Record):
     high: _Number
 
 
-class TestOutcome(_Record):
+class TestOutcome(Record):
     """A test of non-inferiority (`non_inferiority.NonInferiority`, which explains the fields)."""
 
     __test__ = False  # else pytest takes it for a test
@@ -95,7 +88,7 @@ class TestOutcome(_Record):
     required_rows: _Count | None
 
 
-class Evidence(_Record):
+class Evidence(Record):
     """What was measured on the certification rows, and tested.
 
     Attributes:
@@ -176,7 +169,7 @@ class Evidence(_Record):
         return f" ({self.num_rows:,} rows are too few to tell; about {test.required_rows:,} may be enough)"
 
 
-class Certificate(_Record):
+class Certificate(Record):
     """A verdict, what it rests on, and where it comes from.
 
     Attributes:
@@ -283,19 +276,7 @@ class Certificate(_Record):
                 from the evidence.
         """
         remedy = "Take config.json again from where the checkpoint came from, or certify the model again."
-        try:
-            text = json.dumps(values)
-        except (TypeError, ValueError) as error:
-            raise CheckpointError(f"the certificate is not made of JSON values: {error}. {remedy}") from error
-        try:
-            return cls.model_validate_json(text)
-        except ValidationError as error:
-            first = error.errors()[0]
-            place = ".".join(str(part) for part in first["loc"])
-            got = reprlib.repr(first["input"])
-            raise CheckpointError(
-                f"the certificate is malformed at {place or 'its top'}: {first['msg']} (got {got}). {remedy}"
-            ) from error
+        return read_record(cls, values, "the certificate", CheckpointError, remedy)
 
 
 def _known(number: int | None) -> str:

@@ -3,39 +3,34 @@
 import json
 import sys
 import tempfile
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
-import datasets
 import torch
 import typer
 from rich.console import Console
-from safetensors import SafetensorError
-from tqdm.auto import tqdm
-from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from hf_lossless.calibration.data import calibration_batches, load_rows
-from hf_lossless.calibration.processes import process_state
+from hf_lossless.calibration.processes import process_state, progress_bar
 from hf_lossless.calibration.splits import fingerprint
 from hf_lossless.certificate import Provenance
 from hf_lossless.certification.certify import certify
 from hf_lossless.certification.comparison import Comparison, compare
 from hf_lossless.checkpoint import new_folder, read_entry, refuse_occupied, refuse_other_bytes
+from hf_lossless.cli_models import Judged, config_of, judge, load_model, refuse_quantised, task_of_model
+from hf_lossless.cli_options import activation_widths, bit_widths, ranks_by_name
 from hf_lossless.config import (
     CONFIDENCE,
     METRIC_MARGIN,
     QUANT_METHOD,
     THEORIES,
     TOLERANCE,
-    LosslessCheckpointConfig,
     LosslessCompressionConfig,
 )
 from hf_lossless.demo import run_demo
-from hf_lossless.errors import CheckpointError, ConfigurationError, LosslessError, reason
-from hf_lossless.evaluation import Answers, Evaluation, answers, refuse_unlabelled
+from hf_lossless.errors import CheckpointError, LosslessError
+from hf_lossless.evaluation import Evaluation, refuse_unlabelled
 from hf_lossless.layers import find_layers
-from hf_lossless.pipeline import tensor_bytes
 from hf_lossless.report import (
     certificate_table,
     certificate_texts,
@@ -45,8 +40,7 @@ from hf_lossless.report import (
     plan_table,
 )
 from hf_lossless.report_neighbourhood import gap_tables, layer_table, plot_neighbourhood
-from hf_lossless.tasks.base import Task
-from hf_lossless.tasks.registry import TASKS, task_named, task_of_class
+from hf_lossless.tasks.registry import TASKS
 from hf_lossless.theories.neighbourhood import MAX_LAYERS, named_layers, neighbourhood, spread_layers
 
 app = typer.Typer(
@@ -116,7 +110,7 @@ def compress(
         task=task,
         theory=theory,
         activation_noise=activation_noise,
-        activation_bits=_activation_widths(activation_bits),
+        activation_bits=activation_widths(activation_bits),
         tolerance=tolerance,
         confidence=confidence,
         metric_margin=metric_margin,
@@ -125,18 +119,18 @@ def compress(
         ratio=ratio,
         max_bytes=max_bytes,
         loss_budget=loss_budget,
-        bits=_widths(bits),
+        bits=bit_widths(bits),
         group_size=group_size or None,
         symmetric=not asymmetric,
-        ranks=_ranks(ranks or []),
+        ranks=ranks_by_name(ranks or []),
         modules_to_not_convert=skip or (),
         keep_head=keep_head,
         num_samples=samples,
         seed=seed,
     )
-    chosen_task = _task(model, task)
-    _refuse_quantised(model)
-    compressed: Any = _load_model(chosen_task, model, quantization_config=config)
+    chosen_task = task_of_model(model, task)
+    refuse_quantised(model)
+    compressed: Any = load_model(chosen_task, model, quantization_config=config)
     if process_state().is_main_process:
         with new_folder(out) as folder:
             compressed.save_pretrained(folder)
@@ -166,9 +160,9 @@ def evaluate_command(
 ) -> None:
     """Measure loss and metric on labelled rows."""
     models = {"model": model} if against is None else {"compressed": model, "original": against}
-    tasks = {name: _task(path, task) for name, path in models.items()}  # both, before the first takes its time
+    tasks = {name: task_of_model(path, task) for name, path in models.items()}  # both, before the first takes its time
     rows = load_rows(data, split)
-    judged = {name: _judged(path, rows, tasks[name]) for name, path in models.items()}
+    judged = {name: judge(path, rows, tasks[name]) for name, path in models.items()}
     evaluations = {name: one.answers.evaluation for name, one in judged.items()}
     compared = None
     if against is not None:
@@ -205,15 +199,15 @@ def certify_command(
     # The same settings as a compression's, and the same refusals.
     LosslessCompressionConfig(tolerance=tolerance, confidence=confidence, metric_margin=metric_margin)
     models = {"original": against, "compressed": folder}
-    tasks = {name: _task(path, task) for name, path in models.items()}
-    entry = getattr(_config(folder), "quantization_config", None)
+    tasks = {name: task_of_model(path, task) for name, path in models.items()}
+    entry = getattr(config_of(folder), "quantization_config", None)
     if not isinstance(entry, dict) or entry.get("quant_method") != QUANT_METHOD:
         raise CheckpointError(
             f"{folder} holds no model compressed by hf_lossless. Compress one with: hf-lossless compress"
         )
     rows = load_rows(data, split)
     refuse_unlabelled(rows, "A certificate needs labels")
-    judged = {name: _judged(path, rows, tasks[name]) for name, path in models.items()}
+    judged = {name: judge(path, rows, tasks[name]) for name, path in models.items()}
     certificate = certify(
         judged["original"].answers.outputs,
         judged["compressed"].answers.outputs,
@@ -284,15 +278,14 @@ def neighbourhood_command(
     config = LosslessCompressionConfig(
         dataset=data, split=split, task=task, num_samples=samples, seed=seed, loss_budget=0.0
     )
-    chosen_task = _task(model, task)
-    _refuse_quantised(model)
-    loaded = _load_model(chosen_task, model, dtype=torch.float32)  # the rounding of 16 bits would drown small noise
+    chosen_task = task_of_model(model, task)
+    refuse_quantised(model)
+    loaded = load_model(chosen_task, model, dtype=torch.float32)  # the rounding of 16 bits would drown small noise
     layers = find_layers(loaded)
     layers = named_layers(layers, layer) if layer else spread_layers(layers)
     batches = calibration_batches(loaded, config)
-    silent = {} if process_state().is_main_process else {"disable": True}  # None would override TQDM_DISABLE
-    with tqdm(total=len(layers), desc="layers", **silent) as bar:
-        found = neighbourhood(loaded, batches, layers, seed=seed, advance=bar.update)
+    with progress_bar(len(layers), "layers") as advance:
+        found = neighbourhood(loaded, batches, layers, seed=seed, advance=advance)
     if not process_state().is_main_process:
         return
     values = {"model": model, "data": data, **found.to_dict()}
@@ -326,110 +319,7 @@ def main() -> None:
         sys.exit(1)
 
 
-def _widths(text: str) -> tuple[int, ...]:
-    try:
-        return tuple(int(part) for part in text.split(","))
-    except ValueError as error:
-        raise ConfigurationError(
-            f"--bits {text!r} is not a list of widths. Write for example --bits 2,3,4,8,16"
-        ) from error
-
-
-def _activation_widths(text: str) -> tuple[int | None, ...]:
-    try:
-        return tuple(None if part.strip() == "none" else int(part) for part in text.split(","))
-    except ValueError as error:
-        raise ConfigurationError(
-            f"--activation-bits {text!r} is not a list of widths. Write for example --activation-bits none,8"
-        ) from error
-
-
-def _ranks(texts: list[str]) -> Literal["auto"] | dict[str, tuple[int, ...]] | None:
-    if texts == ["auto"]:
-        return "auto"
-    ranks: dict[str, tuple[int, ...]] = {}
-    for text in texts:
-        name, _, numbers = text.rpartition("=")
-        try:
-            given = tuple(int(part) for part in numbers.split(",")) if name else ()
-        except ValueError:
-            given = ()
-        if not given:
-            raise ConfigurationError(
-                f"--ranks {text!r} is neither auto alone nor a layer with its ranks. "
-                "Write for example --ranks auto, or --ranks classifier=8,16"
-            )
-        ranks[name] = (*ranks.get(name, ()), *given)
-    return ranks or None
-
-
-def _task(model: str, name: str | None) -> Task:
-    """The task named, or that of the model; the model must be there and have a head for it."""
-    architecture = next(iter(_config(model).architectures or ()), None)
-    if name is None and architecture is None:
-        raise ConfigurationError(f"the config.json of {model} names no architecture. Name the task with --task.")
-    task = task_named(name) if name is not None else task_of_class(str(architecture))
-    if architecture is not None and task.head not in architecture:
-        raise ConfigurationError(
-            f"{model} is a {architecture}, which does not do the task {task.name}: a new head would be random. "
-            f"Take a checkpoint of a class ...{task.head}."
-        )
-    return task
-
-
-def _refuse_quantised(model: str) -> None:
-    """Before any weight is read; inside from_pretrained it is transformers that refuses."""
-    method = getattr(_config(model), "quantization_config", None)
-    if method is not None:
-        name = method.get("quant_method") if isinstance(method, dict) else method.quant_method
-        raise ConfigurationError(f"{model} is quantised already ({name}). Compress the original checkpoint instead.")
-
-
-def _config(model: str) -> PreTrainedConfig:
-    """A model's config.json."""
-    try:
-        config: PreTrainedConfig = AutoConfig.from_pretrained(model)
-        return config
-    except LosslessError:
-        raise
-    except (OSError, ValueError) as error:
-        what = "the folder" if Path(model).is_dir() else "no folder here, and on the Hub"
-        raise CheckpointError(
-            f"the config.json of {model} ({what}) cannot be read: {reason(error)}. "
-            "Give a folder written by save_pretrained, or a Hub id."
-        ) from error
-
-
-def _load_model(task: Task, model: str, **kwargs: Any) -> PreTrainedModel:
-    try:
-        return task.load_model(model, **kwargs)
-    except SafetensorError as error:
-        raise CheckpointError(
-            f"the weights of {model} cannot be read: {reason(error)}. Take the folder again from where it came from."
-        ) from error
-
-
-@dataclass(frozen=True)
-class _Judged:
-    """What a model answered, what predicted its plan (nothing: it is not compressed), and its bytes now and before."""
-
-    answers: Answers
-    theory: str
-    size_bytes: int
-    original_bytes: int
-
-
-def _judged(model: str, rows: datasets.Dataset, task: Task) -> _Judged:
-    loaded = _load_model(task, model)
-    found = answers(loaded, rows, task, task.load_processor(model), f"evaluating {model}")
-    config = getattr(loaded.config, "quantization_config", None)
-    if isinstance(config, LosslessCheckpointConfig):
-        return _Judged(found, config.plan.theory, config.size_bytes, config.plan.original_bytes)
-    size_bytes = tensor_bytes(loaded)
-    return _Judged(found, "none", size_bytes, size_bytes)
-
-
-def _evaluation_json(evaluation: Evaluation, judged: _Judged) -> dict[str, Any]:
+def _evaluation_json(evaluation: Evaluation, judged: Judged) -> dict[str, Any]:
     return {
         "loss": evaluation.loss,
         evaluation.metric_name: evaluation.metric,

@@ -11,12 +11,11 @@ from typing import Any
 import datasets
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from hf_lossless.calibration.data import load_rows, make_batches
 from hf_lossless.calibration.loss import model_device, to_device
-from hf_lossless.calibration.processes import failing_together, gather_shares, process_state
+from hf_lossless.calibration.processes import failing_together, gather_shares, process_state, progress_bar
 from hf_lossless.certification.comparison import Outputs, refuse_one_class
 from hf_lossless.errors import CalibrationError, DataError
 from hf_lossless.tasks.base import LABEL_COLUMNS, Task
@@ -157,11 +156,12 @@ def _own_batches(
     first, step = state.process_index, state.num_processes
     batches = make_batches(rows, task, processor, model, _BATCH_SIZE, first, step)
     total = len(range(first, -(-len(rows) // _BATCH_SIZE), step))
-    silent = {} if state.is_main_process else {"disable": True}  # None would override TQDM_DISABLE
-    for batch in tqdm(batches, desc=what, total=total, **silent):
-        logits = _logits(model, to_device(batch, device))
-        labels = batch["labels"]
-        yield task.example_losses(logits, labels), task.predict(logits), labels, logits
+    with progress_bar(total, what) as advance:
+        for batch in batches:
+            logits = _logits(model, to_device(batch, device))
+            labels = batch["labels"]
+            yield task.example_losses(logits, labels), task.predict(logits), labels, logits
+            advance()
 
 
 def _logits(model: PreTrainedModel, batch: Mapping[str, Any]) -> Tensor:

@@ -9,7 +9,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from hf_lossless import knapsack
 from hf_lossless.apply import apply_plan
@@ -17,7 +16,7 @@ from hf_lossless.batch_norms import batch_norms, follow, input_moments
 from hf_lossless.biases import bias_corrections, correct_biases
 from hf_lossless.calibration.loss import Batch, LossFunction, batch_loss
 from hf_lossless.calibration.perturbation import loss_change
-from hf_lossless.calibration.processes import own_share, process_state, same_in_every_process
+from hf_lossless.calibration.processes import own_share, process_state, progress_bar, same_in_every_process
 from hf_lossless.calibration.statistics import Calibration, calibrate
 from hf_lossless.candidates.menu import Truncation, menu
 from hf_lossless.candidates.ranks import ranks_by_layer
@@ -292,11 +291,3 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
     finally:
         for module, training in modes:
             module.training = training
-
-
-@contextmanager
-def progress_bar(total: int, what: str) -> Iterator[Callable[[], object]]:
-    """A progress bar with the time left, on the main process only."""
-    silent = {} if process_state().is_main_process else {"disable": True}  # None would override TQDM_DISABLE
-    with tqdm(total=total, desc=what, **silent) as bar:
-        yield bar.update

@@ -7,13 +7,13 @@ imports no torch. Every field is checked when a plan is read: a plan comes from 
 
 import json
 import math
-import reprlib
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, model_validator
 
 from hf_lossless.errors import PlanError
+from hf_lossless.records import Record, read_record
 
 KEPT_BITS = 16
 """The width that stands for "keep this layer as it came, in its own dtype"."""
@@ -23,13 +23,7 @@ Activations = Literal["float", "quantised"]
 LayerPlanKind = Literal["kept", "grid", "low_rank", "sum"]
 
 
-class _Record(BaseModel):
-    """A frozen record that refuses unknown fields and silent conversions."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
-
-
-class Grid(_Record):
+class Grid(Record):
     """A uniform grid: the levels `scale * (code - zero)`, with code in 0 .. 2^bits - 1.
 
     Attributes:
@@ -53,7 +47,7 @@ class Grid(_Record):
         return 1 if self.group_size is None else -(-in_features // self.group_size)
 
 
-class LowRank(_Record):
+class LowRank(Record):
     """Two factors in place of a matrix: `W [out, in] ~ L [out, rank] @ R [rank, in]`.
 
     Attributes:
@@ -83,7 +77,7 @@ class LowRank(_Record):
         return self.rank * (out_features + in_features) / (out_features * in_features)
 
 
-class ActivationGrid(_Record):
+class ActivationGrid(Record):
     """The grid of a layer's input: asymmetric, with a whole zero point, computed in floating point (see `modules`).
 
     Attributes:
@@ -101,7 +95,7 @@ class ActivationGrid(_Record):
         return 5 if self.range == "static" else 0
 
 
-class Regime(_Record):
+class Regime(Record):
     """Whether LoD's first-order statistics decide the sign of a layer's loss change, or a measurement had to.
 
     Attributes:
@@ -123,7 +117,7 @@ class Regime(_Record):
         return math.erfc(self.snr / math.sqrt(2)) / 2
 
 
-class LayerPlan(_Record):
+class LayerPlan(Record):
     """How one layer is stored.
 
     Attributes:
@@ -191,7 +185,7 @@ def activations_of(layers: Mapping[str, LayerPlan]) -> Activations:
     return "quantised" if any(layer.activation is not None for layer in layers.values()) else "float"
 
 
-class CompressionPlan(_Record):
+class CompressionPlan(Record):
     """One choice for every compressible layer of a model.
 
     Attributes:
@@ -242,19 +236,7 @@ class CompressionPlan(_Record):
             PlanError: A field is missing, unknown, or of the wrong type or range.
         """
         remedy = "Take config.json again from where the checkpoint came from."
-        try:
-            text = json.dumps(values)
-        except (TypeError, ValueError) as error:
-            raise PlanError(f"the compression plan is not made of JSON values: {error}. {remedy}") from error
-        try:
-            return cls.model_validate_json(text)
-        except ValidationError as error:
-            first = error.errors()[0]
-            place = ".".join(str(part) for part in first["loc"])
-            got = reprlib.repr(first["input"])  # shortened: it may be the whole plan
-            raise PlanError(
-                f"the compression plan is malformed at {place or 'its top'}: {first['msg']} (got {got}). {remedy}"
-            ) from error
+        return read_record(cls, values, "the compression plan", PlanError, remedy)
 
 
 def json_bytes(values: dict[str, Any]) -> int:

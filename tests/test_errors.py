@@ -35,6 +35,7 @@ from hf_lossless import (
     PlanError,
     UnreachableTargetError,
     cli,
+    cli_models,
     compress,
 )
 
@@ -801,7 +802,7 @@ def test_evaluation(
     datasets.Dataset.from_list(without(ROWS, "label")).to_json(tmp_path / "rows.jsonl")
     said = command("evaluate", text_folder, "--data", tmp_path / "rows.jsonl")
     assert re.search(r"no label column: looked for label, labels, fine_label, found text\. .* rename a column", said)
-    monkeypatch.setattr(cli, "answers", None)  # the original is looked for before the first model takes its time
+    monkeypatch.setattr(cli_models, "answers", None)  # the original is looked for before the first model takes its time
     said = command("evaluate", text_folder, "--data", text_file, "--against", "nowhere")
     assert re.search(r"the config\.json of nowhere", said)
 

@@ -5,7 +5,7 @@ added up. Batches are dealt out by hand and not by `Accelerator.prepare`, which 
 and so biases sums.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TypeVar
 
@@ -13,6 +13,7 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object, reduce
 from torch import Tensor
+from tqdm.auto import tqdm
 
 from hf_lossless.calibration.loss import Batch
 from hf_lossless.errors import CalibrationError
@@ -93,3 +94,11 @@ def max_over_processes(values: Tensor) -> Tensor:
     table = torch.zeros(state.num_processes, *values.shape, dtype=values.dtype)
     table[state.process_index] = values.clamp(min=torch.finfo(values.dtype).min)
     return sum_over_processes(table).amax(0)
+
+
+@contextmanager
+def progress_bar(total: int, what: str) -> Iterator[Callable[[], object]]:
+    """A progress bar with the time left, on the main process only."""
+    silent = {} if process_state().is_main_process else {"disable": True}  # None would override TQDM_DISABLE
+    with tqdm(total=total, desc=what, **silent) as bar:
+        yield bar.update

@@ -1,0 +1,84 @@
+"""The models that the command line names: found, loaded and judged, with errors that say what to do."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import datasets
+from safetensors import SafetensorError
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+
+from hf_lossless.config import LosslessCheckpointConfig
+from hf_lossless.errors import CheckpointError, ConfigurationError, LosslessError, reason
+from hf_lossless.evaluation import Answers, answers
+from hf_lossless.pipeline import tensor_bytes
+from hf_lossless.tasks.base import Task
+from hf_lossless.tasks.registry import task_named, task_of_class
+
+
+def task_of_model(model: str, name: str | None) -> Task:
+    """The task named, or that of the model; the model must be there and have a head for it."""
+    architecture = next(iter(config_of(model).architectures or ()), None)
+    if name is None and architecture is None:
+        raise ConfigurationError(f"the config.json of {model} names no architecture. Name the task with --task.")
+    task = task_named(name) if name is not None else task_of_class(str(architecture))
+    if architecture is not None and task.head not in architecture:
+        raise ConfigurationError(
+            f"{model} is a {architecture}, which does not do the task {task.name}: a new head would be random. "
+            f"Take a checkpoint of a class ...{task.head}."
+        )
+    return task
+
+
+def refuse_quantised(model: str) -> None:
+    """Before any weight is read; inside from_pretrained it is transformers that refuses."""
+    method = getattr(config_of(model), "quantization_config", None)
+    if method is not None:
+        name = method.get("quant_method") if isinstance(method, dict) else method.quant_method
+        raise ConfigurationError(f"{model} is quantised already ({name}). Compress the original checkpoint instead.")
+
+
+def config_of(model: str) -> PreTrainedConfig:
+    """A model's config.json."""
+    try:
+        config: PreTrainedConfig = AutoConfig.from_pretrained(model)
+        return config
+    except LosslessError:
+        raise
+    except (OSError, ValueError) as error:
+        what = "the folder" if Path(model).is_dir() else "no folder here, and on the Hub"
+        raise CheckpointError(
+            f"the config.json of {model} ({what}) cannot be read: {reason(error)}. "
+            "Give a folder written by save_pretrained, or a Hub id."
+        ) from error
+
+
+def load_model(task: Task, model: str, **kwargs: Any) -> PreTrainedModel:
+    """A model with the head of its task; `kwargs` are those of from_pretrained."""
+    try:
+        return task.load_model(model, **kwargs)
+    except SafetensorError as error:
+        raise CheckpointError(
+            f"the weights of {model} cannot be read: {reason(error)}. Take the folder again from where it came from."
+        ) from error
+
+
+@dataclass(frozen=True)
+class Judged:
+    """What a model answered, what predicted its plan (nothing: it is not compressed), and its bytes now and before."""
+
+    answers: Answers
+    theory: str
+    size_bytes: int
+    original_bytes: int
+
+
+def judge(model: str, rows: datasets.Dataset, task: Task) -> Judged:
+    """Loads a model and runs it over labelled rows; one forward pass."""
+    loaded = load_model(task, model)
+    found = answers(loaded, rows, task, task.load_processor(model), f"evaluating {model}")
+    config = getattr(loaded.config, "quantization_config", None)
+    if isinstance(config, LosslessCheckpointConfig):
+        return Judged(found, config.plan.theory, config.size_bytes, config.plan.original_bytes)
+    size_bytes = tensor_bytes(loaded)
+    return Judged(found, "none", size_bytes, size_bytes)

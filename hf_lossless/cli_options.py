@@ -1,0 +1,45 @@
+"""Options of the command line that are lists: from their text to what the configuration takes."""
+
+from typing import Literal
+
+from hf_lossless.errors import ConfigurationError
+
+
+def bit_widths(text: str) -> tuple[int, ...]:
+    """What `--bits` says."""
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError as error:
+        raise ConfigurationError(
+            f"--bits {text!r} is not a list of widths. Write for example --bits 2,3,4,8,16"
+        ) from error
+
+
+def activation_widths(text: str) -> tuple[int | None, ...]:
+    """What `--activation-bits` says; "none" stands for floating point."""
+    try:
+        return tuple(None if part.strip() == "none" else int(part) for part in text.split(","))
+    except ValueError as error:
+        raise ConfigurationError(
+            f"--activation-bits {text!r} is not a list of widths. Write for example --activation-bits none,8"
+        ) from error
+
+
+def ranks_by_name(texts: list[str]) -> Literal["auto"] | dict[str, tuple[int, ...]] | None:
+    """What all `--ranks` together say; None: no factors."""
+    if texts == ["auto"]:
+        return "auto"
+    ranks: dict[str, tuple[int, ...]] = {}
+    for text in texts:
+        name, _, numbers = text.rpartition("=")
+        try:
+            given = tuple(int(part) for part in numbers.split(",")) if name else ()
+        except ValueError:
+            given = ()
+        if not given:
+            raise ConfigurationError(
+                f"--ranks {text!r} is neither auto alone nor a layer with its ranks. "
+                "Write for example --ranks auto, or --ranks classifier=8,16"
+            )
+        ranks[name] = (*ranks.get(name, ()), *given)
+    return ranks or None
