@@ -13,15 +13,17 @@ from torch import Tensor, nn
 from hf_lossless.activation_grid import may_quantise_input
 from hf_lossless.candidates.activation_ranges import StaticGrid
 from hf_lossless.candidates.low_rank import Factors
+from hf_lossless.candidates.settle_coded import CodedLayer
 from hf_lossless.candidates.uniform import QuantisedMatrix, quantise
 from hf_lossless.errors import PlanError
 from hf_lossless.layers import Layer, kind_of
 from hf_lossless.modules.activations import QuantisedInput
 from hf_lossless.modules.base import CompressedModule
+from hf_lossless.modules.coded import CODED, CodedModule
 from hf_lossless.modules.low_rank import LOW_RANK, LowRankModule
 from hf_lossless.modules.packed import PACKED, PackedModule
 from hf_lossless.modules.tied import TIED
-from hf_lossless.plan import ActivationGrid, Grid, LayerPlan, LowRank
+from hf_lossless.plan import ActivationGrid, CodedGrid, Grid, LayerPlan, LowRank
 
 
 def apply_plan(
@@ -29,6 +31,7 @@ def apply_plan(
     layer_plans: Mapping[str, LayerPlan],
     factors: Mapping[str, Factors] = {},
     quantised: Mapping[str, QuantisedMatrix] = {},
+    coded: Mapping[str, CodedLayer] = {},
     static_grids: Mapping[str, StaticGrid] = {},
 ) -> nn.Module:
     """Replaces the planned layers, in place.
@@ -41,6 +44,7 @@ def apply_plan(
             meta they are not needed.
         quantised: Codes of the layers that are planned with the rounding "feedback", which needs the calibration data
             (see `candidates.settle`), by layer name. All others are rounded here. On meta they are not needed.
+        coded: The same of the layers that are planned as "coded" (see `candidates.settle_coded`).
         static_grids: Where the levels of static activations lie, by layer name. On meta they are not needed.
 
     Returns:
@@ -60,7 +64,7 @@ def apply_plan(
     """
     layers = {name: resolve(model, name, layer_plan) for name, layer_plan in layer_plans.items()}
     replacements = [
-        (layers[name], _compressed(layers[name], layer_plan, factors.get(name), quantised.get(name)))
+        (layers[name], _compressed(layers[name], layer_plan, factors.get(name), quantised.get(name), coded.get(name)))
         for name, layer_plan in layer_plans.items()
         if layer_plan.kind != "kept"
     ]
@@ -72,8 +76,14 @@ def apply_plan(
 
 
 def _compressed(
-    layer: Layer, layer_plan: LayerPlan, factors: Factors | None, quantised: QuantisedMatrix | None
+    layer: Layer,
+    layer_plan: LayerPlan,
+    factors: Factors | None,
+    quantised: QuantisedMatrix | None,
+    coded: CodedLayer | None,
 ) -> CompressedModule:
+    if layer_plan.coded is not None:
+        return _coded(layer, layer_plan, layer_plan.coded, coded)
     if layer_plan.low_rank is not None:
         return _factorised(layer, layer_plan, layer_plan.low_rank, factors)
     assert layer_plan.grid is not None
@@ -96,6 +106,26 @@ def _factorised(layer: Layer, layer_plan: LayerPlan, low_rank: LowRank, factors:
         _store(module.right, factors.right, layer)
         if module.base is not None:
             _store(module.base, layer.matrix, layer)
+    return module
+
+
+def _coded(layer: Layer, layer_plan: LayerPlan, grid: CodedGrid, coded: CodedLayer | None) -> CodedModule:
+    shape = tuple(layer.matrix.shape)
+    if grid.shape != shape:
+        raise PlanError(
+            f"the plan codes layer {layer.name!r} as a matrix {list(grid.shape)}, but its weight is a matrix "
+            f"{list(shape)}: the plan was made for another model. Make one for this."
+        )
+    num_bytes = layer_plan.cost_bytes - (layer_plan.activation.stored_bytes if layer_plan.activation else 0)
+    module = CODED[layer.kind](layer, num_bytes)
+    if not layer.weight.is_meta:
+        if coded is None or coded.grid != grid or len(coded.stored) != num_bytes:
+            what = "were not given" if coded is None else f"are on {coded.grid}, of {len(coded.stored)} bytes"
+            raise PlanError(
+                f"the plan codes layer {layer.name!r} on {grid}, in {num_bytes} bytes, but its codes {what}. "
+                f"Give them: apply_plan(model, layer_plans, coded={{{layer.name!r}: ...}}), see settle_coded()."
+            )
+        module.store(coded.matrix, coded.stored)
     return module
 
 

@@ -23,6 +23,7 @@ from hf_lossless.config import QUANT_METHOD, LosslessCheckpointConfig
 from hf_lossless.errors import CheckpointError
 from hf_lossless.modules.activations import QuantisedInput
 from hf_lossless.modules.base import compressed_layers
+from hf_lossless.modules.coded import CodedModule
 from hf_lossless.modules.packed import PackedModule
 from hf_lossless.plan import CompressionPlan
 
@@ -120,7 +121,7 @@ def check_files(
 
 def _packed_names(model: nn.Module) -> set[str]:
     """Names of the tensors that are of one dtype whatever the model is loaded in: codes, scales and zeros."""
-    kinds = (PackedModule, QuantisedInput)
+    kinds = (PackedModule, CodedModule, QuantisedInput)
     packed = ((name, module) for name, module in model.named_modules() if isinstance(module, kinds))
     return {f"{name}.{part}" for name, module in packed for part, _ in module.named_buffers()}
 

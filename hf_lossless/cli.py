@@ -23,6 +23,7 @@ from hf_lossless.config import (
     CONFIDENCE,
     METRIC_MARGIN,
     QUANT_METHOD,
+    STORAGES,
     THEORIES,
     TOLERANCE,
     LosslessCompressionConfig,
@@ -85,6 +86,9 @@ def compress(
     max_bytes: Annotated[int | None, typer.Option(help="Target: at most so many bytes.")] = None,
     loss_budget: Annotated[float | None, typer.Option(help="Target: predicted rise of the loss, at most.")] = None,
     bits: Annotated[str, typer.Option(help="Widths to choose from; 16 keeps a layer.")] = "2,3,4,8,16",
+    storage: Annotated[
+        str, typer.Option(help=f"Kinds of grids to choose from: {', '.join(STORAGES)}; entropy is smaller.")
+    ] = "fixed",
     group_size: Annotated[int, typer.Option(help="Inputs that share a scale; 0: one scale per output.")] = 64,
     asymmetric: Annotated[bool, typer.Option("--asymmetric", help="Grids with a zero point.")] = False,
     ranks: Annotated[
@@ -120,6 +124,7 @@ def compress(
         max_bytes=max_bytes,
         loss_budget=loss_budget,
         bits=bit_widths(bits),
+        storage=storage.split(","),
         group_size=group_size or None,
         symmetric=not asymmetric,
         ranks=ranks_by_name(ranks or []),

@@ -15,14 +15,17 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, regis
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from hf_lossless.certificate import Certificate
+from hf_lossless.coding.coder import require_coder
 from hf_lossless.errors import CheckpointError, ConfigurationError
 from hf_lossless.plan import KEPT_BITS, CompressionPlan, json_bytes
 
 QUANT_METHOD = "lossless"
-FORMAT_VERSION = 4
+FORMAT_VERSION = 5
 """Version of the layout on disk; raised when an older release could not read a newer folder. 2 has low-rank factors, 3
-quantised activations, 4 a certificate; a folder of an older version is one of version 4 without."""
+quantised activations, 4 a certificate, 5 entropy-coded layers; older folders are without.
+"""
 
+STORAGES = ("fixed", "entropy")
 THEORIES = ("llc", "lod", "cet", "hawq", "curvature")
 
 _REMEDY = "Take config.json again from where the checkpoint came from."
@@ -63,7 +66,10 @@ class LosslessCompressionConfig(QuantizationConfigMixin):
             in floating point; None among them: it may stay in floating point. Each layer takes the narrowest that is
             predicted to cost no more than the rounding of its weight. Only with theory="curvature".
         bits: Widths to choose from, 1 to 8; 16 stands for keeping a layer as it is.
-        group_size: Inputs that share a scale; None: one scale per output channel.
+        storage: Kinds of grids to choose from: "fixed", codes of the widths in `bits`; "entropy", steps shaped by the
+            curvature and codes stored at their entropy, which takes a half of the bytes or less at the same loss, and
+            longer to load. Only with theory="curvature"; needs the extra "entropy".
+        group_size: Inputs that share a scale; None: one scale per output channel. Not of entropy-coded grids.
         symmetric: Symmetric grids, or grids with a zero point for each group.
         ranks: Low-rank factors to choose from as well: "auto", a ladder of ranks for every layer, its numerical rank
             among them; or ranks by layer, {"encoder.layer.0.output.dense": 32, "*.query": (16, 64)}, with the same
@@ -106,6 +112,7 @@ class LosslessCompressionConfig(QuantizationConfigMixin):
         activation_noise: bool = False,
         activation_bits: Iterable[int | None] = (None,),
         bits: Iterable[int] = (2, 3, 4, 8, KEPT_BITS),
+        storage: str | Iterable[str] = ("fixed",),
         group_size: int | None = 64,
         symmetric: bool = True,
         ranks: Literal["auto"] | Mapping[str, int | Iterable[int]] | None = None,
@@ -132,6 +139,7 @@ class LosslessCompressionConfig(QuantizationConfigMixin):
         self.activation_noise = activation_noise
         self.activation_bits = _activation_widths(activation_bits)
         self.bits = _widths(bits)
+        self.storage = _storages(storage)
         self.group_size = group_size
         self.symmetric = symmetric
         self.ranks = _ranks(ranks)
@@ -176,6 +184,13 @@ class LosslessCompressionConfig(QuantizationConfigMixin):
                 f"activation_bits={self.activation_bits}, but theory={self.theory!r} cannot say what quantised "
                 'activations cost. Take theory="curvature", or leave activation_bits out.'
             )
+        if "entropy" in self.storage:
+            if self.theory != "curvature":
+                raise ConfigurationError(
+                    f"storage={self.storage}, but theory={self.theory!r} cannot say what entropy-coded layers cost. "
+                    'Take theory="curvature", or leave "entropy" out.'
+                )
+            require_coder()  # now, and not when the model has been calibrated
         for name, lowest in (("group_size", 1), ("num_samples", 1), ("batch_size", 1), ("seed", 0)):
             value = getattr(self, name)
             if name == "group_size" and value is None:
@@ -264,6 +279,18 @@ def _activation_widths(bits: Any) -> tuple[int | None, ...]:
             "Choose widths from 2 to 8, and None for floating point, say activation_bits=(None, 8)."
         )
     return (*((None,) if None in given else ()), *sorted(set(widths)))
+
+
+def _storages(storage: Any) -> tuple[str, ...]:
+    """The kinds of storage, each once, in their order."""
+    given = [storage] if isinstance(storage, str) else list(storage) if isinstance(storage, Iterable) else [storage]
+    wrong = [one for one in given if one not in STORAGES]
+    if wrong or not given:
+        raise ConfigurationError(
+            f"storage={storage!r} cannot be used{f' because of {wrong}' if wrong else ''}. "
+            f'Choose of {", ".join(STORAGES)}, say storage=("fixed", "entropy").'
+        )
+    return tuple(one for one in STORAGES if one in given)
 
 
 def _ranks(ranks: Any) -> Literal["auto"] | dict[str, tuple[int, ...]] | None:

@@ -28,7 +28,13 @@ from hf_lossless.checkpoint import (
 from hf_lossless.config import QUANT_METHOD, LosslessCheckpointConfig, LosslessCompressionConfig
 from hf_lossless.errors import CheckpointError, ConfigurationError
 from hf_lossless.hf_plan import is_saved_class, plan_of, plans_for, with_present_bytes
-from hf_lossless.hf_weights import compute_in_float32, forget_compressed_ties, name_in_model, restore_scales
+from hf_lossless.hf_weights import (
+    compute_in_float32,
+    decode_layers,
+    forget_compressed_ties,
+    name_in_model,
+    restore_scales,
+)
 from hf_lossless.modules.base import compressed_layers
 from hf_lossless.pipeline import CompressionResult, compress
 from hf_lossless.plan import CompressionPlan
@@ -102,6 +108,7 @@ class LosslessHfQuantizer(HfQuantizer):
         if self.pre_quantized:
             _refuse_unloaded(model)
             restore_scales(model)
+            decode_layers(model)
             # A certificate speaks of the model that was saved, and not of a part of it (AutoModel of a classifier's).
             certificate = self.quantization_config.certificate if is_saved_class(model) else None
             self._describe(model, plan_of(model, self.quantization_config.plan), certificate)

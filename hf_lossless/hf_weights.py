@@ -8,6 +8,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, build_glob_alternation, rename_source_key
 
 from hf_lossless.modules.base import CompressedModule, compressed_layers
+from hf_lossless.modules.coded import CodedModule
 from hf_lossless.modules.packed import PackedModule
 from hf_lossless.modules.tied import Tied
 
@@ -68,3 +69,17 @@ def name_in_model(model: PreTrainedModel) -> Callable[[str], str]:
         return renamed if renamed in expected or name not in expected else name
 
     return rename
+
+
+def decode_layers(model: PreTrainedModel) -> None:
+    """Decodes the entropy-coded layers that have been loaded.
+
+    One after the other: the coder holds Python's lock, so that threads were no faster.
+
+    Raises:
+        CheckpointError: A tensor was cut or changed; the message names it.
+        ConfigurationError: The coder is not installed.
+    """
+    for name, module in compressed_layers(model).items():
+        if isinstance(module, CodedModule):
+            module.decode(name)

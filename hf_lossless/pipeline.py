@@ -223,7 +223,7 @@ def realise(model: nn.Module, problem: Problem, planned: Planned) -> float:
     batches, loss = problem.batches, problem.loss
     corrections = bias_corrections(problem.model, problem.layers, problem.calibration, planned.error)
     moments = input_moments(model, batches, loss) if batch_norms(model) else None
-    apply_plan(model, planned.plan.layers, planned.factors, planned.quantised, planned.static_grids)
+    apply_plan(model, planned.plan.layers, planned.factors, planned.quantised, planned.coded, planned.static_grids)
     correct_biases(model, corrections)
     if moments is not None:
         follow(model, batches, loss, moments)

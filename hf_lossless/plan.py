@@ -20,7 +20,7 @@ KEPT_BITS = 16
 
 Rounding = Literal["nearest", "down", "up", "feedback"]
 Activations = Literal["float", "quantised"]
-LayerPlanKind = Literal["kept", "grid", "low_rank", "sum"]
+LayerPlanKind = Literal["kept", "grid", "low_rank", "sum", "coded"]
 
 
 class Grid(Record):
@@ -77,6 +77,32 @@ class LowRank(Record):
         return self.rank * (out_features + in_features) / (out_features * in_features)
 
 
+class Damping(Record):
+    """Shares of the mean diagonals of a layer's metric that are added to them.
+
+    Attributes:
+        rows: For the second moments of the output gradients.
+        columns: For those of the inputs.
+    """
+
+    rows: Annotated[float, Field(gt=0, allow_inf_nan=False)]
+    columns: Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+
+class CodedGrid(Record):
+    """A grid with a step for each row and each column, its codes stored at their entropy (see `coding`).
+
+    Attributes:
+        step: The number c: at full rate every weight is predicted to cost c^2 / 24 (see `candidates.shaped`).
+        damping: Of the metric that shaped the steps.
+        shape: (out, in).
+    """
+
+    step: Annotated[float, Field(gt=0, allow_inf_nan=False)]
+    damping: Damping
+    shape: tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]]
+
+
 class ActivationGrid(Record):
     """The grid of a layer's input: asymmetric, with a whole zero point, computed in floating point (see `modules`).
 
@@ -122,9 +148,10 @@ class LayerPlan(Record):
 
     Attributes:
         kind: "kept": as it came. "grid": codes on a uniform grid. "low_rank": two factors. "sum": a grid plus two
-            factors for what the grid leaves.
+            factors for what the grid leaves. "coded": codes at their entropy, on a grid shaped by the curvature.
         grid: The grid, for the kinds "grid" and "sum".
         low_rank: The factors, for the kinds "low_rank" and "sum".
+        coded: The shaped grid, for the kind "coded".
         activation: The grid of the layer's input; None: it stays in floating point, as a kept or tied layer's does.
         cost_bytes: Bytes of the layer's weight as stored: codes, scales, zeros and factors, or the dense tensor; and of
             a static range of its input.
@@ -136,6 +163,7 @@ class LayerPlan(Record):
     kind: LayerPlanKind
     grid: Grid | None = None
     low_rank: LowRank | None = None
+    coded: CodedGrid | None = None
     activation: ActivationGrid | None = None
     cost_bytes: Annotated[int, Field(ge=0)]
     predicted_loss_change: Annotated[float, Field(allow_inf_nan=False)]
@@ -144,9 +172,10 @@ class LayerPlan(Record):
 
     @model_validator(mode="after")
     def _kind_has_its_parts(self) -> "LayerPlan":
-        wanted = kind_of_parts(self.grid, self.low_rank)
+        wanted = kind_of_parts(self.grid, self.low_rank, self.coded)
         if self.kind != wanted:
-            raise ValueError(f"kind {self.kind!r} does not go with its parts, which make the kind {wanted!r}")
+            what = "go with no kind" if wanted is None else f"make the kind {wanted!r}"
+            raise ValueError(f"kind {self.kind!r} does not go with its parts, which {what}")
         if self.activation is not None and (self.kind == "kept" or self.tied):
             raise ValueError("the input of a layer that is kept, or tied to others, stays in floating point")
         return self
@@ -165,16 +194,24 @@ class LayerPlan(Record):
         return self.low_rank.numbers_share + (self.grid is not None)
 
     @property
-    def bits(self) -> int:
-        """Width of a stored weight, the wider factor's without a grid; `KEPT_BITS` stands for floating point."""
+    def bits(self) -> float:
+        """Width of a stored weight, the wider factor's without a grid; `KEPT_BITS` stands for floating point.
+
+        Of coded weights, what they take on average, all that goes with them included.
+        """
+        if self.coded is not None:
+            out_features, in_features = self.coded.shape
+            return 8 * self.cost_bytes / (out_features * in_features)
         if self.grid is not None:
             return self.grid.bits
         factors = () if self.low_rank is None else (self.low_rank.left, self.low_rank.right)
         return max((KEPT_BITS if factor is None else factor.bits for factor in factors), default=KEPT_BITS)
 
 
-def kind_of_parts(grid: Grid | None, low_rank: LowRank | None) -> LayerPlanKind:
-    """The kind of a layer plan with these parts."""
+def kind_of_parts(grid: Grid | None, low_rank: LowRank | None, coded: CodedGrid | None) -> LayerPlanKind | None:
+    """The kind of a layer plan with these parts; None where they do not go together."""
+    if coded is not None:
+        return "coded" if grid is None and low_rank is None else None
     if low_rank is None:
         return "kept" if grid is None else "grid"
     return "low_rank" if grid is None else "sum"

@@ -14,9 +14,10 @@ predicted, is no reason to plan anew.
 
 import logging
 import math
+from collections import defaultdict
 from collections.abc import Iterable
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
 from functools import partial
 
 from torch import Tensor
@@ -30,14 +31,16 @@ from hf_lossless.candidates.low_rank import Factors
 from hf_lossless.candidates.parallel import for_each_layer
 from hf_lossless.candidates.proposal import Candidate
 from hf_lossless.candidates.settle import settle
+from hf_lossless.candidates.settle_coded import CodedLayer, settle_coded
 from hf_lossless.candidates.uniform import QuantisedMatrix, dequantise
 from hf_lossless.config import LosslessCompressionConfig
 from hf_lossless.errors import CalibrationError, UnreachableTargetError
 from hf_lossless.layers import Layer
 from hf_lossless.modules.activations import QuantisedInput
-from hf_lossless.plan import CompressionPlan, LayerPlan, activations_of
+from hf_lossless.options import Found, Option, Options, options_of, put_right, scaled
+from hf_lossless.plan import CodedGrid, CompressionPlan, activations_of
 from hf_lossless.target import choose_plan
-from hf_lossless.theories.activation_noise import ActivationOption, activation_options, choose_activation
+from hf_lossless.theories.activation_noise import activation_options
 from hf_lossless.theories.problem import Prediction, Problem
 
 STATED_FACTOR = 2.0
@@ -52,20 +55,10 @@ REMEASURED_LAYERS = 8
 REPLANS = 2
 """How often the knapsack may run again."""
 
+SETTLINGS = 5
+"""How often entropy-coded layers are chosen by estimates."""
+
 _logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class _Option:
-    """What the knapsack may choose for a layer, the candidate that it stands for, and the static grid of its input."""
-
-    plan: LayerPlan
-    candidate: Candidate
-    static: StaticGrid | None
-
-
-_Options = dict[str, list[_Option]]
-"""By layer name."""
 
 
 @dataclass(frozen=True)
@@ -77,6 +70,7 @@ class Planned:
         frontier: What it was chosen from.
         factors: Factors by layer name, where it has any.
         quantised: Codes by layer name, where their rounding needs the calibration data.
+        coded: The same of entropy-coded layers.
         static_grids: Where the levels of static activations lie, by layer name.
     """
 
@@ -84,10 +78,13 @@ class Planned:
     frontier: knapsack.Frontier
     factors: dict[str, Factors]
     quantised: dict[str, QuantisedMatrix]
+    coded: dict[str, CodedLayer]
     static_grids: dict[str, StaticGrid]
 
     def error(self, layer: Layer) -> Tensor:
         """What the plan does to a layer's weight, stored less original, float32 [out, in]."""
+        if layer.name in self.coded:
+            return self.coded[layer.name].dense.to(layer.weight.device) - layer.matrix.detach().float()
         quantised = self.quantised.get(layer.name)
         if quantised is not None:
             stored = dequantise(quantised.codes, quantised.scales, quantised.zeros, quantised.grid)
@@ -119,6 +116,8 @@ class Planner:
     checked: bool
     other_bytes: int
     original_bytes: int
+    _found: dict[str, dict[CodedGrid, Found]] = field(default_factory=lambda: defaultdict(dict), repr=False)
+    _coded: dict[str, CodedLayer] = field(default_factory=dict, repr=False)
 
     def plan(self, config: LosslessCompressionConfig) -> Planned:
         """The plan that meets the target of `config` at the least predicted loss; the model is left as it was.
@@ -147,14 +146,14 @@ class Planner:
             _logger.warning("the loss rises by more than predicted, also after %d new plans", REPLANS)
         return planned
 
-    def _options(self, config: LosslessCompressionConfig) -> _Options:
+    def _options(self, config: LosslessCompressionConfig) -> Options:
         """What the knapsack may choose from; which input goes with which weight is decided here, once for all plans."""
         layers, calibration = self.problem.layers, self.problem.calibration
         activations = for_each_layer(
             lambda layer: activation_options(calibration.layers[layer.name], config.activation_widths), layers
         )
         return {
-            layer.name: _options_of(
+            layer.name: options_of(
                 layer,
                 self.problem.candidates[layer.name],
                 self.predictions[layer.name],
@@ -164,7 +163,51 @@ class Planner:
             for layer in layers
         }
 
-    def _plan(self, options: _Options, config: LosslessCompressionConfig) -> Planned:
+    def _plan(self, options: Options, config: LosslessCompressionConfig) -> Planned:
+        """The best plan whose layers have been rounded, so that bytes are those on disk.
+
+        Entropy-coded layers are chosen by estimates, rounded, and chosen again with what was found, until no chosen
+        layer is left that has not been rounded. In the last round there is no other choice.
+        """
+        for last in (*[False] * SETTLINGS, True):
+            present = {name: put_right(group, self._found[name]) for name, group in options.items()}
+            if last:
+                present = {name: self._rounded_of(name, group) for name, group in present.items()}
+            plan, frontier = self._chosen(present, config)
+            grids = {name: one.coded for name, one in plan.layers.items() if one.coded is not None}
+            if all(grid in self._found[name] for name, grid in grids.items()):
+                break
+            self._round(grids)
+        self._round(grids)
+        chosen = {
+            name: next(option for option in present[name] if option.plan == layer_plan)
+            for name, layer_plan in plan.layers.items()
+        }
+        return Planned(
+            plan,
+            frontier,
+            factors={name: one.candidate.factors for name, one in chosen.items() if one.candidate.factors is not None},
+            quantised=settle(self.problem.layers, plan.layers, self.problem.calibration),
+            coded={name: self._coded[name] for name in grids},
+            static_grids={name: one.static for name, one in chosen.items() if one.static is not None},
+        )
+
+    def _round(self, grids: dict[str, CodedGrid]) -> None:
+        """Rounds the layers that are not held on these grids, and notes what was found; others are let go."""
+        held = {name: one for name, one in self._coded.items() if grids.get(name) == one.grid}
+        missing = {name: grid for name, grid in grids.items() if name not in held}
+        rounded = settle_coded(self.problem.layers, missing, self.problem.calibration)
+        for name, one in rounded.items():
+            self._found[name][one.grid] = Found(len(one.stored), one.cost)
+        self._coded.clear()
+        self._coded.update(held | rounded)
+
+    def _rounded_of(self, name: str, group: list[Option]) -> list[Option]:
+        """The options of a layer that are no estimate; all, where there are only estimates."""
+        known = [one for one in group if one.plan.coded is None or one.plan.coded in self._found[name]]
+        return known or group
+
+    def _chosen(self, options: Options, config: LosslessCompressionConfig) -> tuple[CompressionPlan, knapsack.Frontier]:
         frontier = knapsack.frontier(
             costs=[[option.plan.cost_bytes for option in group] for group in options.values()],
             losses=[[option.plan.predicted_loss_change for option in group] for group in options.values()],
@@ -183,7 +226,7 @@ class Planner:
             )
 
         try:
-            plan = choose_plan(frontier, plan_at, config)
+            return choose_plan(frontier, plan_at, config), frontier
         except UnreachableTargetError as error:
             if not self.problem.unreached:
                 raise
@@ -192,17 +235,6 @@ class Planner:
                 f"and {len(self.problem.unreached) - 1} other layer(s), which are kept for it: calibrate on other "
                 "rows, or load a float16 model in another dtype, for small gradients vanish in float16."
             ) from error
-        chosen = {
-            name: next(option for option in options[name] if option.plan == layer_plan)
-            for name, layer_plan in plan.layers.items()
-        }
-        return Planned(
-            plan,
-            frontier,
-            factors={name: one.candidate.factors for name, one in chosen.items() if one.candidate.factors is not None},
-            quantised=settle(self.problem.layers, plan.layers, self.problem.calibration),
-            static_grids={name: one.static for name, one in chosen.items() if one.static is not None},
-        )
 
     def _as_stated(self, planned: Planned, measured: LossChange) -> bool:
         """Whether the loss rises by no more than the prediction states."""
@@ -225,7 +257,7 @@ class Planner:
                 self.problem.model, self.problem.batches, self.problem.loss, self.problem.calibration.batch_losses
             )
 
-    def _corrected(self, options: _Options, planned: Planned, measured: LossChange) -> _Options:
+    def _corrected(self, options: Options, planned: Planned, measured: LossChange) -> Options:
         """Options that cost what a plan was measured to cost: its layers one by one, and what is left of the whole."""
         spent = {name: layer.predicted_loss_change for name, layer in planned.plan.layers.items()}
         paid = [layer for layer in self.problem.layers if spent[layer.name] > 0]
@@ -245,7 +277,7 @@ class Planner:
             others = _factor(measured.mean - sum(worse.values()), left) if left > 0 else 1.0
         _logger.info("measured over predicted: %s, others %.2f", factors, others)
         return {
-            name: [_scaled(option, factors.get(name, others)) for option in group] for name, group in options.items()
+            name: [scaled(option, factors.get(name, others)) for option in group] for name, group in options.items()
         }
 
 
@@ -258,51 +290,3 @@ def _rounding_of(rounded: QuantisedInput, values: Tensor) -> Tensor:
     """What an input's grid adds to it."""
     change: Tensor = rounded(values) - values
     return change
-
-
-def _scaled(option: _Option, factor: float) -> _Option:
-    """An option with a predicted rise of so many times as much; a gain stays what it was."""
-    change = option.plan.predicted_loss_change
-    if change <= 0:
-        return option
-    return replace(
-        option, plan=option.plan.model_copy(update={"predicted_loss_change": float(f"{change * factor:.4g}")})
-    )
-
-
-def _options_of(
-    layer: Layer,
-    candidates: list[Candidate],
-    predictions: list[Prediction],
-    activations: list[ActivationOption],
-    *,
-    may_stay_float: bool,
-) -> list[_Option]:
-    """What the knapsack may choose from; a candidate that the theory refuses is none of it."""
-    options = []
-    for candidate, prediction in zip(candidates, predictions, strict=True):
-        if prediction.usable:
-            loss_change, cost_bytes, activation = prediction.loss_change, candidate.cost_bytes, None
-            if candidate.kind != "kept":
-                activation = choose_activation(activations, loss_change, may_stay_float=may_stay_float)
-            if activation is not None:
-                loss_change += activation.loss_change
-                cost_bytes += activation.grid.stored_bytes
-            layer_plan = LayerPlan(
-                kind=candidate.kind,
-                grid=candidate.grid,
-                low_rank=candidate.low_rank,
-                activation=None if activation is None else activation.grid,
-                cost_bytes=cost_bytes,
-                predicted_loss_change=float(f"{loss_change:.4g}"),  # what follows is noise, and costs bytes
-                regime=prediction.regime,
-                tied=layer.tied,
-            )
-            options.append(_Option(layer_plan, candidate, None if activation is None else activation.static))
-    if not options:
-        widths = [candidate.grid.bits for candidate in candidates if candidate.grid is not None]
-        raise CalibrationError(
-            f"layer {layer.name!r} can be stored in no way: at each of {widths} bits the loss is not finite, or the "
-            "theory refuses. Add wider widths (16 keeps a layer), or keep this layer out with modules_to_not_convert."
-        )
-    return options

@@ -108,6 +108,8 @@ def plan_table(plan: CompressionPlan) -> Table:
 
 
 def _width(layer: LayerPlan) -> str:
+    if layer.coded is not None:
+        return f"{layer.bits:.2f} coded"
     if layer.grid is None:
         return "kept" if layer.low_rank is None else ""
     return f"{layer.grid.bits}" if layer.grid.rounding == "nearest" else f"{layer.grid.bits} {layer.grid.rounding}"

@@ -25,6 +25,7 @@ Everything is batched over layers of one shape: `[batch, in, rows]`, so that a c
 """
 
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -74,7 +75,7 @@ class Metric:
         """The metric of second moments `[batch, in, in]`; of a layer whose inputs are all zero, the identity."""
         cost = columns.float().clone()
         diagonal = cost.diagonal(dim1=1, dim2=2)
-        diagonal += _damping_term(diagonal, damping)
+        diagonal += damping_term(diagonal, damping)
         order = diagonal.argsort(dim=1, descending=True, stable=True)
         identity = torch.eye(cost.shape[1]).to(cost)
         roots = []
@@ -90,6 +91,19 @@ class Metric:
         """What a squared rounding error of each column costs under feedback: 1 / U_ii^2, [batch, in]."""
         weights = self.root.diagonal(dim1=1, dim2=2) ** -2
         return torch.zeros_like(weights).scatter_(1, self.order, weights)
+
+
+class Levels(Protocol):
+    """What weights may be rounded to, for [batch, in, rows] weights at a time."""
+
+    def in_order(self, order: Tensor) -> "Levels":
+        """With its columns in another order [batch, in]."""
+
+    def codes(self, values: Tensor, column: int) -> Tensor:
+        """The nearest codes of one column's values [batch, rows]."""
+
+    def values(self, codes: Tensor, column: int) -> Tensor:
+        """What codes of one column stand for, [batch, rows]."""
 
 
 @dataclass
@@ -121,7 +135,7 @@ class _Lattice:
         return _Lattice(self.scales.take_along_dim(order[:, :, None], 1), zeros, self.last_codes)
 
 
-def _damping_term(diagonals: Tensor, damping: float) -> Tensor:
+def damping_term(diagonals: Tensor, damping: float) -> Tensor:
     """What is added to each diagonal of a batch, [batch, 1]: a share of its mean, or one where it is zero."""
     return torch.where(diagonals.any(1), damping * diagonals.mean(1), 1.0)[:, None]
 
@@ -157,7 +171,7 @@ def quantise_in_metric(
     """
     matrices = matrices.detach().float()
     if columns.ndim == 2:
-        weights = columns + _damping_term(columns, damping)
+        weights = columns + damping_term(columns, damping)
         return [
             [_in_dtype(replace(quantise(matrix, grid, one), grid=grid)) for grid in own]
             for matrix, own, one in zip(matrices, grids, weights, strict=True)
@@ -208,7 +222,7 @@ def _on_lattice(matrices: Tensor, grids: list[list[Grid]], metric: Metric, round
     ]
 
 
-def error_feedback(weights: Tensor, lattice: _Lattice, metric: Metric) -> Tensor:
+def error_feedback(weights: Tensor, lattice: Levels, metric: Metric) -> Tensor:
     """Codes by error feedback, in the original order of columns.
 
     Args:

@@ -5,6 +5,7 @@ from functools import partial
 from typing import Literal
 
 from hf_lossless.calibration.statistics import Calibration, LayerStatistics
+from hf_lossless.candidates.coded import propose_coded
 from hf_lossless.candidates.descent import aligned_factors, smallest_rank
 from hf_lossless.candidates.factored import propose_factored, propose_sums
 from hf_lossless.candidates.low_rank import Factors, Whitening, factorise
@@ -12,6 +13,7 @@ from hf_lossless.candidates.parallel import for_each_layer
 from hf_lossless.candidates.proposal import Candidate, propose, refuse_infinite
 from hf_lossless.config import LosslessCompressionConfig
 from hf_lossless.layers import Layer
+from hf_lossless.plan import KEPT_BITS
 
 Truncation = Literal["plain", "descent", "metric"]
 """How a matrix is cut to a rank: the plain SVD (LLC), one whose error does not point up the gradient (LoD), or the SVD
@@ -39,7 +41,8 @@ def menu(
             argmax or `no_grad`) can then only be kept: a change of it is not seen, and may be anything.
 
     Returns:
-        For each layer its widths, for "metric" each rounded to nearest and by feedback, its ranks and its sums. The
+        For each layer its widths, for "metric" each rounded to nearest and by feedback, its shaped grids, ranks and
+        sums. The
         factors of all ranks are views of one factorisation, which takes at most twice the memory of the weight in
         float32; "descent" makes them anew for each rank.
 
@@ -52,8 +55,11 @@ def menu(
         refuse_infinite(layer)
         if by_derivatives and not statistics.has_derivatives:
             return [Candidate(None, layer.weight.nbytes)]
-        widths = propose(layer, statistics, config.bits, config.group_size, config.symmetric)
+        bits = config.bits if "fixed" in config.storage else tuple(set(config.bits) & {KEPT_BITS})
+        widths = propose(layer, statistics, bits, config.group_size, config.symmetric)
         candidates = [*widths, *_with_feedback(widths)] if truncation == "metric" else widths
+        if "entropy" in config.storage:
+            candidates = [*candidates, *propose_coded(layer, statistics, config.seed)]
         tried = ranks.get(layer.name)
         if tried is None or not statistics.calls:
             return candidates

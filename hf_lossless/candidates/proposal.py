@@ -11,7 +11,7 @@ from hf_lossless.candidates.rounding import aligned_rounding
 from hf_lossless.candidates.uniform import dequantise, on_grid, quantise, stored_bytes
 from hf_lossless.errors import CalibrationError
 from hf_lossless.layers import Layer
-from hf_lossless.plan import KEPT_BITS, Grid, LayerPlanKind, LowRank, Rounding, kind_of_parts
+from hf_lossless.plan import KEPT_BITS, CodedGrid, Grid, LayerPlanKind, LowRank, Rounding, kind_of_parts
 
 
 @dataclass(frozen=True)
@@ -26,6 +26,8 @@ class Candidate:
         scales: For kind "grid": its scales [out, groups].
         low_rank: Rank and grids of the factors, where there are factors.
         factors: Their values, before they are put on their grids.
+        coded: The shaped grid, for kind "coded"; its `cost_bytes` are estimated.
+        expected_cost: For kind "coded": what the rows that it is fitted to are expected to say that it costs, in nats.
     """
 
     grid: Grid | None
@@ -35,19 +37,24 @@ class Candidate:
     scales: Tensor | None = None
     low_rank: LowRank | None = None
     factors: Factors | None = None
+    coded: CodedGrid | None = None
+    expected_cost: float = 0.0
 
     @property
     def kind(self) -> LayerPlanKind:
         """What a layer plan calls it."""
-        return kind_of_parts(self.grid, self.low_rank)
+        kind = kind_of_parts(self.grid, self.low_rank, self.coded)
+        assert kind is not None
+        return kind
 
     def error(self, matrix: Tensor) -> Tensor:
-        """The weight error `d = stored - W`, float32 [out, in], computed now; not of the rounding "feedback".
+        """The weight error `d = stored - W`, float32 [out, in], computed now; not of codes that depend on data.
 
         Args:
             matrix: The layer's W [out, in].
         """
-        assert self.grid is None or self.grid.rounding != "feedback", "its codes depend on data: see Planned.error"
+        depends = self.coded is not None or (self.grid is not None and self.grid.rounding == "feedback")
+        assert not depends, "its codes depend on data: see Planned.error"
         if self.kind == "kept":
             return torch.zeros_like(matrix, dtype=torch.float32)
         stored = torch.zeros_like(matrix, dtype=torch.float32)

@@ -4,8 +4,8 @@
 
 with R and C the second moments of the layer's output gradients and inputs, all from the one calibration pass (see
 `calibration.curvature`, which also says how much memory they take at most). No forward pass is needed for a candidate,
-so that many can be compared. What is fitted to the data is judged on other rows: codes, see `fitted_rounding`, and
-ranks, see `truncation`.
+so that many can be compared. What is fitted to the data is judged on other rows: codes, see `fitted_rounding` and
+`coded_rounding`, and ranks, see `truncation`.
 
 The curvature is the empirical Fisher matrix: it orders layers and candidates well, but its size is too small on rows
 that the model knows by heart (see `calibration.curvature`), and so are then the predictions. That is why a plan's loss
@@ -26,6 +26,7 @@ from hf_lossless.candidates.proposal import Candidate
 from hf_lossless.candidates.uniform import on_grid
 from hf_lossless.layers import Layer
 from hf_lossless.plan import Grid
+from hf_lossless.theories.coded_rounding import coded_changes
 from hf_lossless.theories.fitted_rounding import feedback_changes
 from hf_lossless.theories.problem import Prediction, Problem
 from hf_lossless.theories.truncation import CrossFit, rounding_change
@@ -47,6 +48,7 @@ def _changes(problem: Problem, layer: Layer, by_feedback: dict[Grid, float]) -> 
     assert statistics.curvature is not None
     candidates = problem.candidates[layer.name]
     cross_fit = CrossFit(statistics)
+    changes_of_coded = coded_changes(layer, candidates, statistics, problem.seed)
     changes_of_rank = {
         base: cross_fit.changes(_left_by(layer, base), largest) for base, largest in _largest_ranks(candidates).items()
     }
@@ -54,6 +56,8 @@ def _changes(problem: Problem, layer: Layer, by_feedback: dict[Grid, float]) -> 
     for candidate in candidates:
         if candidate.kind == "kept":
             changes.append(0.0)
+        elif candidate.coded is not None:
+            changes.append(changes_of_coded[candidate.coded])
         elif candidate.kind == "grid" and candidate.grid in by_feedback:
             changes.append(by_feedback[candidate.grid])
         elif candidate.low_rank is None or candidate.factors is None:

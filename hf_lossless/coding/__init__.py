@@ -1,0 +1,1 @@
+"""Entropy coding: matrices of whole numbers in as many bytes as their distribution asks for."""

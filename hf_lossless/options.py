@@ -1,0 +1,134 @@
+"""What the knapsack may choose for each layer: a candidate, its prediction, and the grid of the layer's input.
+
+The bytes of an entropy-coded grid are an estimate until the layer has been rounded on it, and so is what it costs. Once
+it has been, both are put right: the bytes by those found, the prediction, which other rows made, by what the rows that
+it was fitted to say now over what they were expected to say. The layer's other coded grids are put right in the same
+proportion as the nearest that was rounded.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+from hf_lossless.candidates.activation_ranges import StaticGrid
+from hf_lossless.candidates.proposal import Candidate
+from hf_lossless.errors import CalibrationError
+from hf_lossless.layers import Layer
+from hf_lossless.plan import CodedGrid, LayerPlan
+from hf_lossless.theories.activation_noise import ActivationOption, choose_activation
+from hf_lossless.theories.problem import Prediction
+
+_LARGEST_CORRECTION = 100.0
+"""Of an estimated cost."""
+
+
+@dataclass(frozen=True)
+class Option:
+    """What the knapsack may choose for a layer, the candidate that it stands for, and the static grid of its input."""
+
+    plan: LayerPlan
+    candidate: Candidate
+    static: StaticGrid | None
+
+
+Options = dict[str, list[Option]]
+"""By layer name."""
+
+
+@dataclass(frozen=True)
+class Found:
+    """What rounding a layer on a coded grid found: its bytes, and the cost on the rows that it was fitted to."""
+
+    num_bytes: int
+    cost: float
+
+
+def options_of(
+    layer: Layer,
+    candidates: list[Candidate],
+    predictions: list[Prediction],
+    activations: list[ActivationOption],
+    *,
+    may_stay_float: bool,
+) -> list[Option]:
+    """The options of a layer; a candidate that the theory refuses is none of them.
+
+    Raises:
+        CalibrationError: There are none.
+    """
+    options = []
+    for candidate, prediction in zip(candidates, predictions, strict=True):
+        if prediction.usable:
+            loss_change, cost_bytes, activation = prediction.loss_change, candidate.cost_bytes, None
+            if candidate.kind != "kept":
+                activation = choose_activation(activations, loss_change, may_stay_float=may_stay_float)
+            if activation is not None:
+                loss_change += activation.loss_change
+                cost_bytes += activation.grid.stored_bytes
+            layer_plan = LayerPlan(
+                kind=candidate.kind,
+                grid=candidate.grid,
+                low_rank=candidate.low_rank,
+                coded=candidate.coded,
+                activation=None if activation is None else activation.grid,
+                cost_bytes=cost_bytes,
+                predicted_loss_change=_rounded(loss_change),
+                regime=prediction.regime,
+                tied=layer.tied,
+            )
+            options.append(Option(layer_plan, candidate, None if activation is None else activation.static))
+    if not options:
+        widths = [candidate.grid.bits for candidate in candidates if candidate.grid is not None]
+        raise CalibrationError(
+            f"layer {layer.name!r} can be stored in no way: at each of {widths} bits the loss is not finite, or the "
+            "theory refuses. Add wider widths (16 keeps a layer), or keep this layer out with modules_to_not_convert."
+        )
+    return options
+
+
+def scaled(option: Option, factor: float) -> Option:
+    """An option with a predicted rise of so many times as much; a gain stays what it was."""
+    change = option.plan.predicted_loss_change
+    if change <= 0:
+        return option
+    return _with(option, predicted_loss_change=_rounded(change * factor))
+
+
+def put_right(options: list[Option], found: Mapping[CodedGrid, Found]) -> list[Option]:
+    """A layer's options with the bytes and costs of the coded grids that it has been rounded on.
+
+    Args:
+        options: As they were predicted.
+        found: By grid; there may be none.
+    """
+    estimated = {option.candidate.coded: option.candidate for option in options if option.candidate.coded is not None}
+    rounded = {grid: one for grid, one in found.items() if grid in estimated}
+    if not rounded:
+        return options
+    bytes_over = {grid: one.num_bytes / estimated[grid].cost_bytes for grid, one in rounded.items()}
+    cost_over = {grid: _ratio(one.cost, estimated[grid].expected_cost) for grid, one in rounded.items()}
+
+    def right(option: Option) -> Option:
+        coded, estimate = option.candidate.coded, option.candidate.cost_bytes
+        if coded is None:
+            return option
+        nearest = min(rounded, key=lambda grid: abs(math.log(grid.step / coded.step)))
+        num_bytes = rounded[coded].num_bytes if coded in rounded else round(bytes_over[nearest] * estimate)
+        moved = _with(option, cost_bytes=option.plan.cost_bytes - estimate + num_bytes)
+        return scaled(moved, cost_over[nearest])
+
+    return [right(option) for option in options]
+
+
+def _ratio(found: float, expected: float) -> float:
+    ratio = found / max(expected, 1e-30)
+    return min(max(ratio, 1 / _LARGEST_CORRECTION), _LARGEST_CORRECTION)
+
+
+def _with(option: Option, **changes: float) -> Option:
+    return replace(option, plan=option.plan.model_copy(update=changes))
+
+
+def _rounded(loss_change: float) -> float:
+    """What follows is noise, and costs bytes."""
+    return float(f"{loss_change:.4g}")
