@@ -32,9 +32,10 @@ def export_command(
 def _lines(folder: Path, out: Path, result: ExportResult) -> list[str]:
     """What was done, one statement a line."""
     total = len(result.carried) + len(result.dense)
+    others = ", the others in floating point:" if result.dense else ""
     lines = [
         f"{out}: {result.size_bytes:,} bytes, format {result.format}; {folder}: {result.compressed_bytes:,} bytes",
-        f"{len(result.carried)} of {total} compressed layers carried, the others in floating point",
+        f"{len(result.carried)} of {total} compressed layers carried{others}",
         *(f"  {', '.join(names)}: {why}" for why, names in by_reason(result.dense).items()),
     ]
     if result.rounded:

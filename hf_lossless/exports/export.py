@@ -18,7 +18,7 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor
-from transformers import AutoConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from hf_lossless.checkpoint import new_folder, read_entry, refuse_occupied, tensor_sizes
 from hf_lossless.errors import CheckpointError, ConfigurationError, reason
@@ -44,10 +44,12 @@ FORMATS: dict[str, _Format] = {
     ),
     "gemma": _Format(gemma.store, gemma.quantization_config),
 }
-_CONFIG_FILES = {"config.json", "generation_config.json"}
-_EVIDENCE = {".md", ".html", ".png", ".svg", ".pdf"}
-_WEIGHTS = {".safetensors", ".index.json"}
-_SUBFOLDERS = ("additional_chat_templates",)
+_LEFT_BEHIND = (
+    *("*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json"),  # written anew
+    *("README.md", "*.html", "*.png", "*.svg"),  # model card, report and pictures of the compressed model
+    ".*",
+)
+_SUBFOLDER = "additional_chat_templates"
 
 
 @dataclass(frozen=True)
@@ -126,12 +128,9 @@ Give a folder written by hf_lossless.
             stored[name] = chosen.store(model, name, plans[name])
         except NotCarried as error:
             refused[name] = str(error)
-    if refused and not allow_dense:
-        raise ConfigurationError(_refusal(format, refused, len(modules)))
-    if not stored:
-        raise ConfigurationError(
-            f"the format {format} carries none of the {len(modules)} compressed layers. Take the format dense."
-        )
+    pointless = not stored and format != "dense"
+    if pointless or (refused and not allow_dense):
+        raise ConfigurationError(_refusal(format, refused, len(modules), pointless))
     settings, dtype = chosen.quantization_config(model, stored), model_dtype(model)
     tensors = _tensors(model, modules, {**{name: dense.store_weight(modules[name]) for name in refused}, **stored})
     with new_folder(out) as temporary:
@@ -160,13 +159,13 @@ def by_reason(refused: Mapping[str, str]) -> dict[str, list[str]]:
     return dict(names)
 
 
-def _refusal(format: str, refused: Mapping[str, str], total: int) -> str:
-    lines = (f"  {', '.join(names)}: {why}" for why, names in by_reason(refused).items())
+def _refusal(format: str, refused: Mapping[str, str], total: int, pointless: bool) -> str:
+    remedy = "Keep these in floating point with allow_dense=True (--allow-dense), or take another format."
     return "\n".join(
         [
             f"the format {format} cannot carry {len(refused)} of {total} compressed layers:",
-            *lines,
-            "Keep these in floating point with allow_dense=True (--allow-dense), or take another format.",
+            *(f"  {', '.join(names)}: {why}" for why, names in by_reason(refused).items()),
+            "Take another format." if pointless else remedy,
         ]
     )
 
@@ -181,7 +180,8 @@ def _refuse_inside(folder: Path, out: Path) -> None:
 
 def _load(folder: Path) -> PreTrainedModel:
     """The compressed model, of the class that was saved."""
-    architecture = next(iter(AutoConfig.from_pretrained(folder).architectures or ()), "")
+    values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    architecture = next(iter(values.get("architectures") or ()), "")
     model_class = getattr(transformers, architecture, None)
     if model_class is None:
         raise CheckpointError(
@@ -214,14 +214,12 @@ def _save(model: PreTrainedModel, tensors: dict[str, Tensor], settings: dict[str
 
 
 def _carry_over(folder: Path, out: Path) -> None:
-    """Copies the files of a tokenizer or processor: all but weights, configurations, and what tells of compression."""
+    """Copies the files of a tokenizer or processor: all but those of the model, and what tells of its compression."""
     for path in folder.iterdir():
-        evidence = path.suffix in _EVIDENCE or any(path.name.endswith(ending) for ending in _WEIGHTS)
-        if path.is_file() and not evidence and path.name not in _CONFIG_FILES and not path.name.startswith("."):
+        if path.is_file() and not any(path.match(pattern) for pattern in _LEFT_BEHIND):
             shutil.copy(path, out)
-    for name in _SUBFOLDERS:
-        if (folder / name).is_dir():
-            shutil.copytree(folder / name, out / name)
+    if (folder / _SUBFOLDER).is_dir():
+        shutil.copytree(folder / _SUBFOLDER, out / _SUBFOLDER)
 
 
 def _refuse_unreadable(
