@@ -36,7 +36,7 @@ def _lines(folder: Path, out: Path, result: ExportResult) -> list[str]:
     lines = [
         f"{out}: {result.size_bytes:,} bytes, format {result.format}; {folder}: {result.compressed_bytes:,} bytes",
         f"{len(result.carried)} of {total} compressed layers carried{others}",
-        *(f"  {', '.join(names)}: {why}" for why, names in by_reason(result.dense).items()),
+        *(f"  {why}: {', '.join(names)}" for why, names in by_reason(result.dense).items()),
     ]
     if result.rounded:
         lines.append(

@@ -179,7 +179,7 @@ def name_pattern(names: list[str], base_model_prefix: str) -> str:
 
     Example:
         >>> name_pattern(["bert.pooler.dense", "classifier"], "bert")
-        '(?:bert\\\\.)?(?:pooler\\\\.dense|classifier)$'
+        '(?:bert\\.)?(?:pooler\\.dense|classifier)$'
     """
     prefix = f"{base_model_prefix}." if base_model_prefix else ""
     bare = "|".join(re.escape(name.removeprefix(prefix)) for name in names)

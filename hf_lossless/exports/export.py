@@ -164,7 +164,7 @@ def _refusal(format: str, refused: Mapping[str, str], total: int, pointless: boo
     return "\n".join(
         [
             f"the format {format} cannot carry {len(refused)} of {total} compressed layers:",
-            *(f"  {', '.join(names)}: {why}" for why, names in by_reason(refused).items()),
+            *(f"  {why}: {', '.join(names)}" for why, names in by_reason(refused).items()),
             "Take another format." if pointless else remedy,
         ]
     )

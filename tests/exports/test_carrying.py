@@ -4,7 +4,7 @@ import re
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_plans import by_hand, fitting_grid
 from torch import Tensor, nn
@@ -36,6 +36,7 @@ def packed_layer(codes: Tensor, scales: Tensor, grid: Grid, dtype: torch.dtype) 
     return module, LayerPlan(kind="grid", grid=grid, cost_bytes=0, predicted_loss_change=0.0)
 
 
+@settings(deadline=None)
 @given(bits=st.sampled_from([2, 4, 8]), rows=st.integers(1, 5), columns=st.integers(1, 70), seed=SEEDS)
 def test_words_are_what_compressed_tensors_unpacks(bits: int, rows: int, columns: int, seed: int):
     helpers = pytest.importorskip("compressed_tensors.compressors.pack_quantized.helpers")
@@ -46,6 +47,7 @@ def test_words_are_what_compressed_tensors_unpacks(bits: int, rows: int, columns
     assert torch.equal(words, helpers.pack_to_int32(numbers.to(torch.int8), bits))
 
 
+@settings(deadline=None)
 @given(bits=st.sampled_from([2, 4, 8]), rows=st.integers(1, 5), columns=st.integers(1, 70), seed=SEEDS)
 def test_bytes_are_what_the_gemma_format_unpacks(bits: int, rows: int, columns: int, seed: int):
     codes = random_codes(bits, rows, columns, seed)
@@ -56,6 +58,7 @@ def test_bytes_are_what_the_gemma_format_unpacks(bits: int, rows: int, columns: 
         assert pack_bytes(codes, bits).shape == (rows, -(-columns * bits // 8))
 
 
+@settings(deadline=None)
 @given(
     bits=st.integers(1, 8),
     rows=st.integers(1, 4),
@@ -98,6 +101,7 @@ def test_a_layer_is_what_compressed_tensors_makes_of_it(
     assert bool((moves <= largest_move(dtype) * ours.double().abs()).all())
 
 
+@settings(deadline=None)
 @given(bits=st.integers(1, 8), rows=st.integers(1, 4), columns=st.integers(1, 40), seed=SEEDS)
 def test_a_layer_is_what_the_gemma_format_makes_of_it(bits: int, rows: int, columns: int, seed: int):
     scales = torch.randn(rows, 1, generator=torch.Generator().manual_seed(seed)).half()

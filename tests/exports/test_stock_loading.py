@@ -78,6 +78,7 @@ CASES = {
     "gemma-resnet": Case("resnet", "gemma", all_widths(), allow_dense=True),
     "gemma-llama-tied": Case("llama-tied", "gemma", all_widths(), allow_dense=True),
     "gemma-t5": Case("t5", "gemma", all_widths(), allow_dense=True),
+    "gemma-fp16": Case("bert", "gemma", all_widths(), dtype=torch.float16),
     "gemma-base": Case("bert", "gemma", all_widths(), load_as="BertModel"),
     "ct-bert": Case("bert", "compressed-tensors", all_widths(8), allow_dense=True),
     "ct-rows": Case("bert", "compressed-tensors", all_widths(), allow_dense=True),
