@@ -15,6 +15,7 @@ from hf_lossless.errors import (
     PlanError,
     UnreachableTargetError,
 )
+from hf_lossless.exports.export import ExportResult, export
 from hf_lossless.hf_quantizer import LosslessHfQuantizer
 from hf_lossless.pipeline import CompressionResult, compress
 from hf_lossless.plan import CompressionPlan, Grid, LayerPlan
@@ -28,6 +29,7 @@ __all__ = [
     "CompressionResult",
     "ConfigurationError",
     "DataError",
+    "ExportResult",
     "Grid",
     "LayerPlan",
     "LosslessCheckpointConfig",
@@ -38,4 +40,5 @@ __all__ = [
     "UnreachableTargetError",
     "apply_plan",
     "compress",
+    "export",
 ]
