@@ -14,6 +14,7 @@ import tempfile
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -175,15 +176,7 @@ def read_entry(folder: str | os.PathLike[str]) -> LosslessCheckpointConfig:
         CheckpointError: There is no config.json, it is not JSON, or the model in it is not compressed by this package.
         PlanError: Its plan is malformed.
     """
-    path = Path(folder) / "config.json"
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise CheckpointError(
-            f"{path} cannot be read: {error.strerror}. Give a folder written by hf_lossless."
-        ) from error
-    except ValueError as error:
-        raise CheckpointError(f"{path} is not JSON: {error}. {_REMEDY}") from error
+    values = read_json(Path(folder) / "config.json", "Give a folder written by hf_lossless.")
     entry = values.get("quantization_config") if isinstance(values, Mapping) else None
     if not isinstance(entry, Mapping) or entry.get("quant_method") != QUANT_METHOD:
         raise CheckpointError(
@@ -192,6 +185,40 @@ def read_entry(folder: str | os.PathLike[str]) -> LosslessCheckpointConfig:
     config = LosslessCheckpointConfig.from_dict(dict(entry))
     assert isinstance(config, LosslessCheckpointConfig)
     return config
+
+
+def read_json(path: Path, remedy: str) -> Any:
+    """The values in a JSON file.
+
+    Raises:
+        CheckpointError: It cannot be read, or is not JSON; the message ends with `remedy`.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}. {remedy}") from error
+    except ValueError as error:
+        raise CheckpointError(f"{path} is not JSON: {error}. {remedy}") from error
+
+
+def write_file(path: Path, text: str) -> None:
+    """Writes a file whole or not at all; one that is there is replaced at once.
+
+    Raises:
+        CheckpointError: There is no folder to write it to, or it may not be written.
+    """
+    try:
+        handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+        try:
+            with open(handle, "w", encoding="utf-8") as file:
+                file.write(text)
+            os.chmod(temporary, 0o644)
+            os.replace(temporary, path)
+        except BaseException:
+            os.unlink(temporary)
+            raise
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be written: {error.strerror}. Name another file.") from error
 
 
 @contextmanager

@@ -31,6 +31,7 @@ from hf_lossless.demo import run_demo
 from hf_lossless.errors import CheckpointError, LosslessError
 from hf_lossless.evaluation import Evaluation, refuse_unlabelled
 from hf_lossless.layers import find_layers
+from hf_lossless.record_of_compression import record_of, write_record
 from hf_lossless.report import (
     certificate_table,
     certificate_texts,
@@ -135,7 +136,7 @@ def compress(
         with new_folder(out) as folder:
             compressed.save_pretrained(folder)
             chosen_task.load_processor(model).save_pretrained(folder)
-        result = compressed.hf_quantizer.result
+            write_record(folder, record_of(result := compressed.hf_quantizer.result))
         _console.print(plan_table(result.plan))
         _console.print(
             f"{out}: {result.size_bytes:,} bytes, {result.ratio:.2f} times smaller; "
