@@ -31,6 +31,7 @@ from hf_lossless.demo import run_demo
 from hf_lossless.errors import CheckpointError, LosslessError
 from hf_lossless.evaluation import Evaluation, refuse_unlabelled
 from hf_lossless.layers import find_layers
+from hf_lossless.pictures.neighbourhood import neighbourhood_figure
 from hf_lossless.record_of_compression import record_of, write_record
 from hf_lossless.report import (
     certificate_table,
@@ -40,7 +41,7 @@ from hf_lossless.report import (
     inspection,
     plan_table,
 )
-from hf_lossless.report_neighbourhood import gap_tables, layer_table, plot_neighbourhood
+from hf_lossless.report_neighbourhood import gap_tables, layer_table
 from hf_lossless.tasks.registry import TASKS
 from hf_lossless.theories.neighbourhood import MAX_LAYERS, named_layers, neighbourhood, spread_layers
 
@@ -293,7 +294,7 @@ def neighbourhood_command(
     if out is not None:
         with new_folder(out) as folder:
             (folder / "neighbourhood.json").write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
-            plot_neighbourhood(found, folder / "neighbourhood.png")
+            neighbourhood_figure(found).savefig(folder / "neighbourhood.png", dpi=150)
     if as_json:
         _print_json(values)
         return

@@ -3,6 +3,7 @@
 It lies beside config.json in a saved folder. Nothing that loads a model reads it, so it counts in no size.
 """
 
+import re
 from collections.abc import Sequence
 from itertools import pairwise
 from os import PathLike
@@ -18,6 +19,8 @@ from hf_lossless.errors import CheckpointError
 from hf_lossless.knapsack import Frontier
 from hf_lossless.loss_check import LossCheck
 from hf_lossless.pipeline import CompressionResult
+from hf_lossless.plan import CompressionPlan
+from hf_lossless.planning import NEGLIGIBLE_SHARE
 from hf_lossless.records import Record, read_record
 
 FILE_NAME = "compression.json"
@@ -48,6 +51,7 @@ class CompressionRecord(Record):
         resolution_bytes: To how many bytes the search rounded costs; 0: the frontier is exact.
         bound: What no way to store the weights could beat, by ascending bytes; None where it was not computed.
         checks: Everything that was measured beside its prediction.
+        layer_order: The layers' names in the model's own order, which config.json does not keep.
         calibration_rows: Rows that were calibrated on.
         calibration_loss: The original's mean loss on them.
         not_smaller: Why no smaller plan is certified; None without a certificate.
@@ -66,6 +70,7 @@ class CompressionRecord(Record):
     resolution_bytes: _Bytes
     bound: tuple[Point, ...] | None = None
     checks: tuple[LossCheck, ...] = ()
+    layer_order: tuple[str, ...] = ()
     calibration_rows: Annotated[int, Field(ge=1)]
     calibration_loss: _Number
     not_smaller: str | None = None
@@ -82,6 +87,11 @@ class CompressionRecord(Record):
     def ratio(self) -> float:
         """Bytes of the original model's tensors over `size_bytes`."""
         return self.original_bytes / self.size_bytes
+
+    @property
+    def negligible(self) -> float:
+        """A change of the loss that does not matter: a thousandth of it, as for the planner; above 0."""
+        return max(NEGLIGIBLE_SHARE * abs(self.calibration_loss), 1e-9)
 
 
 def record_of(result: CompressionResult, bound: Sequence[Point] | None = None) -> CompressionRecord:
@@ -114,6 +124,7 @@ def record_of(result: CompressionResult, bound: Sequence[Point] | None = None) -
         resolution_bytes=result.frontier.resolution_bytes,
         bound=None if bound is None else tuple(bound),
         checks=result.checks,
+        layer_order=tuple(plan.layers),
         calibration_rows=result.calibration.num_examples,
         calibration_loss=result.calibration.loss,
         not_smaller=result.not_smaller,
@@ -145,6 +156,29 @@ def read_record_of(folder: str | PathLike[str]) -> CompressionRecord | None:
             f"({theirs[0]}, {theirs[1]:.4g}). {remedy}"
         )
     return record
+
+
+def plan_in_order(plan: CompressionPlan, record: CompressionRecord | None) -> CompressionPlan:
+    """A saved plan with its layers in the model's own order, for config.json has them by name, 10 before 2.
+
+    Args:
+        plan: Of a saved folder.
+        record: Of the same folder; None: layers come by name, with numbers in the order of counting.
+
+    Example:
+        >>> from hf_lossless.plan import LayerPlan
+        >>> layers = {name: LayerPlan(kind="kept", cost_bytes=4, predicted_loss_change=0.0) for name in ("l.10", "l.9")}
+        >>> plan = CompressionPlan(theory="llc", layers=layers, other_bytes=0, original_bytes=8)
+        >>> list(plan_in_order(plan, None).layers)
+        ['l.9', 'l.10']
+    """
+    places = {} if record is None else {name: place for place, name in enumerate(record.layer_order)}
+    names = sorted(plan.layers, key=lambda name: (places.get(name, len(places)), _by_number(name)))
+    return plan.model_copy(update={"layers": {name: plan.layers[name] for name in names}})
+
+
+def _by_number(name: str) -> list[tuple[int, str]]:
+    return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"([0-9]+)", name)]
 
 
 def _thinned(frontier: Frontier, other_bytes: int, chosen: Point) -> tuple[Point, ...]:
