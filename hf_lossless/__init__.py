@@ -18,6 +18,7 @@ from hf_lossless.errors import (
 from hf_lossless.hf_quantizer import LosslessHfQuantizer
 from hf_lossless.pipeline import CompressionResult, compress
 from hf_lossless.plan import CompressionPlan, Grid, LayerPlan
+from hf_lossless.report_html import html_report
 
 __version__ = "0.1.0"
 
@@ -38,4 +39,5 @@ __all__ = [
     "UnreachableTargetError",
     "apply_plan",
     "compress",
+    "html_report",
 ]

@@ -1,4 +1,4 @@
-"""The command line: compress, evaluate, certify, inspect, neighbourhood, demo."""
+"""The command line: compress, evaluate, certify, inspect, neighbourhood, report, demo."""
 
 import json
 import sys
@@ -19,6 +19,7 @@ from hf_lossless.certification.comparison import Comparison, compare
 from hf_lossless.checkpoint import new_folder, read_entry, refuse_occupied, refuse_other_bytes
 from hf_lossless.cli_models import Judged, config_of, judge, load_model, refuse_quantised, task_of_model
 from hf_lossless.cli_options import activation_widths, bit_widths, ranks_by_name
+from hf_lossless.cli_report import report
 from hf_lossless.config import (
     CONFIDENCE,
     METRIC_MARGIN,
@@ -302,6 +303,9 @@ def neighbourhood_command(
         _console.print(table)
     if out is not None:
         _console.print(f"{out}: neighbourhood.json, neighbourhood.png", soft_wrap=True)
+
+
+app.command()(report)
 
 
 @app.command()

@@ -3,6 +3,7 @@
 It lies beside config.json in a saved folder. Nothing that loads a model reads it, so it counts in no size.
 """
 
+import math
 import re
 from collections.abc import Sequence
 from itertools import pairwise
@@ -150,7 +151,8 @@ def read_record_of(folder: str | PathLike[str]) -> CompressionRecord | None:
     record = read_record(CompressionRecord, read_json(path, remedy), str(path), CheckpointError, remedy)
     plan = read_entry(folder).plan
     ours, theirs = (record.theory, record.chosen[1]), (plan.theory, plan.predicted_loss_change)
-    if ours != theirs:
+    # A sum of the same numbers in another order may differ in its last digits.
+    if ours[0] != theirs[0] or not math.isclose(ours[1], theirs[1], rel_tol=1e-6, abs_tol=1e-12):
         raise CheckpointError(
             f"{path} is of another plan ({ours[0]}, predicted change {ours[1]:.4g}) than the one in config.json "
             f"({theirs[0]}, {theirs[1]:.4g}). {remedy}"

@@ -83,6 +83,21 @@ def plan_table(plan: CompressionPlan) -> Table:
     """
     table = Table(title=f"plan ({plan.theory}; activations: {plan.activations})")
     table.add_column("layer", overflow="fold")
+    columns = layer_columns(plan)
+    for heading in columns:
+        table.add_column(heading, justify="right", no_wrap=True, min_width=len(heading))
+    for name, layer in plan.layers.items():
+        table.add_row(name, *(cell(layer) for cell in columns.values()))
+    rest = {"bits": "kept", "bytes": f"{plan.other_bytes:,}"}
+    table.add_row("everything else", *(rest.get(heading, "") for heading in columns))
+    return table
+
+
+def layer_columns(plan: CompressionPlan) -> dict[str, Callable[[LayerPlan], str]]:
+    """The columns of a table of this plan's layers, by heading: what stands in a layer's cell.
+
+    Columns in which no layer has anything to say are left out.
+    """
     columns: dict[str, Callable[[LayerPlan], str]] = {"bits": _width, "group": _group}
     if any(layer.low_rank is not None for layer in plan.layers.values()):
         columns |= {"rank": _rank, "work": _work}
@@ -94,13 +109,7 @@ def plan_table(plan: CompressionPlan) -> Table:
     }
     if any(layer.regime is not None for layer in plan.layers.values()):
         columns["regime"] = lambda layer: "" if layer.regime is None else layer.regime.verdict
-    for heading in columns:
-        table.add_column(heading, justify="right", no_wrap=True, min_width=len(heading))
-    for name, layer in plan.layers.items():
-        table.add_row(name, *(cell(layer) for cell in columns.values()))
-    rest = {"bits": "kept", "bytes": f"{plan.other_bytes:,}"}
-    table.add_row("everything else", *(rest.get(heading, "") for heading in columns))
-    return table
+    return columns
 
 
 def _width(layer: LayerPlan) -> str:

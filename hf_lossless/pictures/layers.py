@@ -11,9 +11,9 @@ from hf_lossless.plan import KEPT_BITS, CompressionPlan, LayerPlan
 
 _KINDS = {
     "kept": (GREY, "kept in floating point"),
-    "grid": (BLUE, "grid"),
+    "grid": (BLUE, "codes on a grid"),
     "low_rank": (ORANGE, "two factors"),
-    "sum": (GREEN, "grid plus two factors"),
+    "sum": (GREEN, "codes plus two factors"),
 }
 _RANGES = {"static": ("s", VERMILION), "dynamic": ("o", PURPLE)}
 _FLOAT = 10
@@ -64,8 +64,8 @@ def _name_rows(axes: Axes, names: Sequence[str]) -> None:
     shown = range(0, len(names), step)
     axes.set_yticks(shown, [short(names[row][shared:]) for row in shown], fontsize=7.5)
     axes.set_ylim(len(names) - 0.4, -0.6)
-    every = "" if step == 1 else f", every {step}th named"
-    axes.set_ylabel(f"{len(names):,} layers, first to last{every}")
+    of = "layer" if len(names) == 1 else "layers"
+    axes.set_ylabel(f"{len(names):,} {of}" + ("" if step == 1 else f", one in {step} named"))
 
 
 def _shared_prefix(names: Sequence[str]) -> int:
