@@ -95,6 +95,7 @@ def html_report(folder: str | os.PathLike[str]) -> str:
         pictures=list(_pictures(plan, record)),
         summary=_summary(plan),
         columns=layer_columns(plan),
+        largest_bytes=max((layer.cost_bytes for layer in plan.layers.values()), default=0),
         unchecked=unchecked(config, record),
         provenance=_provenance(config, record, about),
     )
@@ -118,18 +119,15 @@ def _verdict(certificate: Certificate | None, record: CompressionRecord | None) 
         )
         return _Verdict("none", "Not certified: it was not asked for", [text])
     seen = certificate.evidence
-    sure = f"on {seen.num_rows:,} held-out rows, at {seen.confidence:.6g} confidence"
-    allowed = f"{abs(seen.tolerance):.3g} of the original's"
-    headlines = {
-        CERTIFIED: f"Certified: the loss did not rise by more than {allowed}, {sure}"
-        if seen.tolerance > 0
-        else f"Certified: the loss fell by more than {allowed}, {sure}",
-        LOSS_DECREASED: f"Certified: the loss fell, {sure}",
-    }
+    share = f"{100 * abs(seen.tolerance):.3g} % of the original's"
+    outcome = f"did not rise by more than {share}" if seen.tolerance > 0 else f"fell by more than {share}"
+    headlines = {CERTIFIED: f"Certified: the loss {outcome}", LOSS_DECREASED: "Certified: the loss fell"}
+    rows = f", on {seen.num_rows:,} held-out rows, at {100 * seen.confidence:.6g} % confidence"
+    headline = headlines.get(certificate.verdict)
     not_smaller = [] if record is None or record.not_smaller is None else [f"Not smaller: {record.not_smaller}."]
     return _Verdict(
         "good" if certificate.passed else "bad",
-        headlines.get(certificate.verdict, "Not certified"),
+        "Not certified" if headline is None else headline + rows,
         [certificate.paragraph(), *not_smaller],
     )
 
@@ -139,10 +137,10 @@ def _pictures(plan: CompressionPlan, record: CompressionRecord | None) -> Iterat
         size, predicted = record.chosen
         yield _Picture(
             svg_data_uri(frontier_figure(record)),
-            f"The frontier: {record.frontier_plans:,} plans by size and predicted change of the loss. The chosen plan takes "
-            f"{size:,} bytes and is predicted to change the loss by {predicted:+.3g}.",
-            "The plans that no other beats in both size and predicted loss. Bars reach two standard errors to each side. "
-            "Around 0 the axis is linear: what lies there is too small to matter.",
+            f"The frontier: {record.frontier_plans:,} plans by size and predicted change of the loss. The chosen plan "
+            f"takes {size:,} bytes and is predicted to change the loss by {predicted:+.3g}.",
+            "The plans that no other beats in both size and predicted loss. Bars reach two standard errors to each "
+            "side. Around 0 the axis is linear: what lies there is too small to matter.",
         )
     order = "of the model" if record is not None else "of their names"
     yield _Picture(
@@ -154,8 +152,8 @@ def _pictures(plan: CompressionPlan, record: CompressionRecord | None) -> Iterat
         yield _Picture(
             svg_data_uri(agreement_figure(record)),
             f"Predicted against measured: {len(record.checks):,} measurements on the calibration rows.",
-            "What was measured while the plan was made, on the calibration rows. Bars reach two standard errors to each "
-            "side.",
+            "What was measured while the plan was made, on the calibration rows. Bars reach two standard errors to "
+            "each side.",
         )
 
 
@@ -196,7 +194,7 @@ def _provenance(
                 f"{record.calibration_rows:,}, mean loss of the original {record.calibration_loss:.4g}",
             ),
             ("predicted change of the loss", f"{record.chosen[1]:+.4g}"),
-            ("measured on the calibration rows", measured + ("" if error is None else f" ± {error:.2g}")),
+            ("measured on the calibration rows", measured + ("" if error is None else f", standard error {error:.2g}")),
             ("plans on the frontier", f"{record.frontier_plans:,}{exact}"),
         ]
     if record is not None and config.certificate is None:

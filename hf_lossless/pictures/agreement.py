@@ -32,8 +32,8 @@ def agreement_figure(record: CompressionRecord) -> Figure:
         ... )
         >>> record = CompressionRecord(
         ...     theory="curvature", original_bytes=1600, size_bytes=500, chosen=(400, 0.25), measured_loss_change=0.125,
-        ...     measured_loss_change_error=None, frontier=[(400, 0.25)], frontier_plans=1, resolution_bytes=0,
-        ...     checks=[check], calibration_rows=8, calibration_loss=0.5, versions={},
+        ...     measured_loss_change_error=None, frontier=((400, 0.25),), frontier_plans=1, resolution_bytes=0,
+        ...     checks=(check,), calibration_rows=8, calibration_loss=0.5, versions={},
         ... )
         >>> agreement_figure(record).axes[0].get_xlabel()
         'predicted change of the mean loss, nats'

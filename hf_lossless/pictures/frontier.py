@@ -4,12 +4,10 @@ import math
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+from matplotlib.ticker import NullLocator
 
-from hf_lossless.pictures.style import BLUE, GREEN, ORANGE, VERMILION, byte_unit, loss_axis, new_figure
+from hf_lossless.pictures.style import BLUE, GREEN, ORANGE, VERMILION, byte_unit, loss_axis, new_figure, short
 from hf_lossless.record_of_compression import CompressionRecord
-
-_RATIOS = (1, 1.5, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 128, 256, 512)
 
 
 def frontier_figure(record: CompressionRecord) -> Figure:
@@ -23,13 +21,13 @@ def frontier_figure(record: CompressionRecord) -> Figure:
         >>> point = (400, 0.25)
         >>> record = CompressionRecord(
         ...     theory="curvature", original_bytes=1600, size_bytes=500, chosen=point, measured_loss_change=0.125,
-        ...     measured_loss_change_error=None, frontier=[point], frontier_plans=1, resolution_bytes=0,
+        ...     measured_loss_change_error=None, frontier=(point,), frontier_plans=1, resolution_bytes=0,
         ...     calibration_rows=8, calibration_loss=0.5, versions={},
         ... )
         >>> frontier_figure(record).axes[0].get_xlabel()
         'all tensors, kB (original: 1.6)'
     """
-    figure = new_figure(7, 4.5)
+    figure = new_figure(7, 5)
     axes = figure.add_subplot()
     unit, unit_name = byte_unit(record.original_bytes)
     drawn = [*_draw_lines(axes, record, unit), *_draw_chosen(axes, record, unit)]
@@ -43,7 +41,13 @@ def frontier_figure(record: CompressionRecord) -> Figure:
     axes.grid(alpha=0.3)
     handles, labels = axes.get_legend_handles_labels()
     order = sorted(range(len(labels)), key=lambda place: labels[place] == "original")  # the last of them
-    axes.legend([handles[place] for place in order], [labels[place] for place in order], loc="upper right")
+    figure.legend(
+        [handles[place] for place in order],
+        [labels[place] for place in order],
+        loc="outside lower center",
+        ncols=2,
+        fontsize="small",
+    )
     return figure
 
 
@@ -51,7 +55,7 @@ def _draw_lines(axes: Axes, record: CompressionRecord, unit: int) -> list[float]
     """The frontier and the bound; the changes that they go through."""
     sizes, losses = zip(*record.frontier, strict=True)
     # Between two plans the cheaper one is the best that fits.
-    label = f"best plans, {record.frontier_plans:,}, predicted by {record.theory}".replace("$", r"\$")
+    label = f"best of all plans ({record.frontier_plans:,}), predicted by {short(record.theory, 12)}"
     axes.step([size / unit for size in sizes], losses, where="post", color=BLUE, linewidth=2, label=label)
     if len(sizes) == 1:
         axes.plot(sizes[0] / unit, losses[0], ".", color=BLUE)
@@ -103,16 +107,21 @@ def _draw_chosen(axes: Axes, record: CompressionRecord, unit: int) -> list[float
 
 def _size_axis(axes: Axes, original: float, smallest: float, largest: float) -> None:
     """A logarithmic axis of sizes, with the ratios above it."""
-    axes.set_xscale("log")
-    axes.set_xlim(smallest / 1.1, largest * 1.1)
-    decades = math.log10(largest / smallest) if largest > smallest else 0
-    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if decades > 1.5 else (1, 1.5, 2, 3, 5, 7)))
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axes.xaxis.set_minor_locator(NullLocator())
+    ends = smallest / 1.1, largest * 1.1
     above = axes.twiny()
-    above.set_xscale("log")
-    above.set_xlim(axes.get_xlim())
-    shown = [ratio for ratio in _RATIOS if smallest / 1.1 <= original / ratio <= largest * 1.1]
-    above.set_xticks([original / ratio for ratio in shown], [f"{ratio:g}" for ratio in shown])
-    above.xaxis.set_minor_locator(NullLocator())
+    sizes = _round_numbers(*ends)
+    ratios = _round_numbers(original / ends[1], original / ends[0])
+    for one, places, labels in ((axes, sizes, sizes), (above, [original / ratio for ratio in ratios], ratios)):
+        one.set_xscale("log")
+        one.set_xlim(*ends)
+        one.set_xticks(places, [f"{label:g}" for label in labels])
+        one.xaxis.set_minor_locator(NullLocator())
     above.set_xlabel("times smaller")
+
+
+def _round_numbers(low: float, high: float) -> list[float]:
+    """Round numbers from low to high, about as far from each other on a logarithmic axis, never more than fit."""
+    decades = math.log10(high / low)
+    factors = (1, 1.5, 2, 3, 4, 6, 8) if decades < 1.6 else (1, 2, 5) if decades < 4 else (1,)
+    powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)), 1 + int(decades // 12))
+    return [factor * 10.0**power for power in powers for factor in factors if low <= factor * 10.0**power <= high]

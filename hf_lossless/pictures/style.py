@@ -76,6 +76,13 @@ def _decades(smallest: float, largest: float) -> list[float]:
 
 
 def short(name: str, length: int = 44) -> str:
-    """The end of a long name, as much as fits beside an axis, and fit to be drawn: a $ would begin mathematics."""
-    name = "".join(character if character.isprintable() else "?" for character in name)
+    r"""The end of a long name, as much as fits beside an axis, fit to be drawn whatever it says.
+
+    A $ would begin mathematics, and the font has no letters of many scripts.
+
+    Example:
+        >>> short("model.$x"), short("encoder.layer.0.output.dense", 12)
+        ('model.\\$x', '…utput.dense')
+    """
+    name = "".join(character if character.isascii() and character.isprintable() else "?" for character in name)
     return (name if len(name) <= length else "…" + name[1 - length :]).replace("$", r"\$")
