@@ -143,10 +143,12 @@ def _pictures(plan: CompressionPlan, record: CompressionRecord | None) -> Iterat
             "side. Around 0 the axis is linear: what lies there is too small to matter.",
         )
     order = "of the model" if record is not None else "of their names"
+    has_ranks = any(layer.low_rank is not None for layer in plan.layers.values())
     yield _Picture(
         svg_data_uri(layers_figure(plan)),
         f"How each of {len(plan.layers):,} layers is stored: {'; '.join(_summary(plan))}.",
-        f"Layers in the order {order}. A rank stands as a number at the end of its bar where there is room.",
+        f"Layers in the order {order}."
+        + (" A rank stands as a number at the end of its bar where there is room." if has_ranks else ""),
     )
     if record is not None and record.checks:
         yield _Picture(
