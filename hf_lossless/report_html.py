@@ -18,7 +18,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from hf_lossless.certificate import CERTIFIED, LOSS_DECREASED, Certificate
-from hf_lossless.checkpoint import read_entry, read_json, refuse_other_bytes
+from hf_lossless.checkpoint import read_config, read_entry, refuse_other_bytes
 from hf_lossless.config import LosslessCheckpointConfig
 from hf_lossless.pictures.agreement import agreement_figure
 from hf_lossless.pictures.frontier import frontier_figure
@@ -69,7 +69,7 @@ def html_report(folder: str | os.PathLike[str]) -> str:
     refuse_other_bytes(config.plan, sorted(folder.glob("*.safetensors")))
     record = read_record_of(folder)
     plan = plan_in_order(config.plan, record)
-    about = read_json(folder / "config.json", "Take the folder again from where it came from.")
+    about = read_config(folder)
     environment = Environment(
         loader=PackageLoader("hf_lossless"),
         autoescape=True,
