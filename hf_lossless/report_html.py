@@ -115,9 +115,10 @@ def _text(value: Any) -> str:
 def _verdict(certificate: Certificate | None, record: CompressionRecord | None) -> _Verdict:
     if certificate is None:
         text = (
-            "No rows were held back, so nothing is proven. With a tolerance as its target, a compression is certified."
+            "Nothing is proven of rows that had no part in making this model. A compression with a tolerance as its "
+            "target is certified; a finished model can be tested with: hf-lossless certify."
         )
-        return _Verdict("none", "Not certified: it was not asked for", [text])
+        return _Verdict("none", "Not certified: the folder has no certificate", [text])
     seen = certificate.evidence
     share = f"{100 * abs(seen.tolerance):.3g} % of the original's"
     outcome = f"did not rise by more than {share}" if seen.tolerance > 0 else f"fell by more than {share}"
