@@ -19,6 +19,7 @@ from hf_lossless.exports.export import ExportResult, export
 from hf_lossless.hf_quantizer import LosslessHfQuantizer
 from hf_lossless.pipeline import CompressionResult, compress
 from hf_lossless.plan import CompressionPlan, Grid, LayerPlan
+from hf_lossless.report_html import html_report
 
 __version__ = "0.1.0"
 
@@ -41,4 +42,5 @@ __all__ = [
     "apply_plan",
     "compress",
     "export",
+    "html_report",
 ]

@@ -1,4 +1,4 @@
-"""The command line: compress, evaluate, certify, inspect, neighbourhood, export, demo."""
+"""The command line: compress, evaluate, certify, inspect, neighbourhood, report, export, demo."""
 
 import json
 import sys
@@ -20,6 +20,7 @@ from hf_lossless.checkpoint import new_folder, read_entry, refuse_occupied, refu
 from hf_lossless.cli_export import export_command
 from hf_lossless.cli_models import Judged, config_of, judge, load_model, refuse_quantised, task_of_model
 from hf_lossless.cli_options import activation_widths, bit_widths, ranks_by_name
+from hf_lossless.cli_report import report
 from hf_lossless.config import (
     CONFIDENCE,
     METRIC_MARGIN,
@@ -33,6 +34,8 @@ from hf_lossless.demo import run_demo
 from hf_lossless.errors import CheckpointError, LosslessError
 from hf_lossless.evaluation import Evaluation, refuse_unlabelled
 from hf_lossless.layers import find_layers
+from hf_lossless.pictures.neighbourhood import neighbourhood_figure
+from hf_lossless.record_of_compression import record_of, write_record
 from hf_lossless.report import (
     certificate_table,
     certificate_texts,
@@ -41,7 +44,7 @@ from hf_lossless.report import (
     inspection,
     plan_table,
 )
-from hf_lossless.report_neighbourhood import gap_tables, layer_table, plot_neighbourhood
+from hf_lossless.report_neighbourhood import gap_tables, layer_table
 from hf_lossless.tasks.registry import TASKS
 from hf_lossless.theories.neighbourhood import MAX_LAYERS, named_layers, neighbourhood, spread_layers
 
@@ -141,7 +144,7 @@ def compress(
         with new_folder(out) as folder:
             compressed.save_pretrained(folder)
             chosen_task.load_processor(model).save_pretrained(folder)
-        result = compressed.hf_quantizer.result
+            write_record(folder, record_of(result := compressed.hf_quantizer.result))
         _console.print(plan_table(result.plan))
         _console.print(
             f"{out}: {result.size_bytes:,} bytes, {result.ratio:.2f} times smaller; "
@@ -150,9 +153,8 @@ def compress(
             f"{'' if result.certificate else 'Judge it on rows it has not seen: hf-lossless evaluate'}",
             soft_wrap=True,
         )
-        if result.certificate is not None:
-            for text in certificate_texts(result):
-                _console.print(text, soft_wrap=True, highlight=False)
+        for text in certificate_texts(result):
+            _console.print(text, soft_wrap=True, highlight=False)
 
 
 @app.command(name="evaluate")
@@ -298,7 +300,7 @@ def neighbourhood_command(
     if out is not None:
         with new_folder(out) as folder:
             (folder / "neighbourhood.json").write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
-            plot_neighbourhood(found, folder / "neighbourhood.png")
+            neighbourhood_figure(found).savefig(folder / "neighbourhood.png", dpi=150)
     if as_json:
         _print_json(values)
         return
@@ -309,6 +311,7 @@ def neighbourhood_command(
 
 
 app.command(name="export")(export_command)
+app.command()(report)
 
 
 @app.command()
