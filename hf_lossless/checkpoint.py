@@ -14,10 +14,12 @@ import tempfile
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from hf_lossless.config import QUANT_METHOD, LosslessCheckpointConfig
 from hf_lossless.errors import CheckpointError
@@ -168,12 +170,11 @@ def _headers(file: str | os.PathLike[str]) -> Iterator[tuple[str, str, tuple[int
         raise CheckpointError(f"{os.fspath(file)} is truncated or no safetensors file: {error}. {_REMEDY}") from error
 
 
-def read_entry(folder: str | os.PathLike[str]) -> LosslessCheckpointConfig:
-    """What a saved folder says of itself.
+def read_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
+    """The config.json of a folder.
 
     Raises:
-        CheckpointError: There is no config.json, it is not JSON, or the model in it is not compressed by this package.
-        PlanError: Its plan is malformed.
+        CheckpointError: There is none, or it is not a JSON object.
     """
     path = Path(folder) / "config.json"
     try:
@@ -184,7 +185,19 @@ def read_entry(folder: str | os.PathLike[str]) -> LosslessCheckpointConfig:
         ) from error
     except ValueError as error:
         raise CheckpointError(f"{path} is not JSON: {error}. {_REMEDY}") from error
-    entry = values.get("quantization_config") if isinstance(values, Mapping) else None
+    if not isinstance(values, dict):
+        raise CheckpointError(f"{path} is not a JSON object. {_REMEDY}")
+    return values
+
+
+def read_entry(folder: str | os.PathLike[str]) -> LosslessCheckpointConfig:
+    """What a saved folder says of itself.
+
+    Raises:
+        CheckpointError: There is no config.json, it is not JSON, or the model in it is not compressed by this package.
+        PlanError: Its plan is malformed.
+    """
+    entry = read_config(folder).get("quantization_config")
     if not isinstance(entry, Mapping) or entry.get("quant_method") != QUANT_METHOD:
         raise CheckpointError(
             f"{folder} holds no model compressed by hf_lossless. Compress one with: hf-lossless compress"
@@ -192,6 +205,40 @@ def read_entry(folder: str | os.PathLike[str]) -> LosslessCheckpointConfig:
     config = LosslessCheckpointConfig.from_dict(dict(entry))
     assert isinstance(config, LosslessCheckpointConfig)
     return config
+
+
+def check_folder(folder: str | os.PathLike[str]) -> LosslessCheckpointConfig:
+    """What a saved folder says of itself, which its files must bear out.
+
+    Raises:
+        CheckpointError: As for `read_entry`; or a file is missing, truncated, or the files hold other bytes than the
+            plan says.
+        PlanError: The plan is malformed.
+    """
+    entry = read_entry(folder)
+    refuse_other_bytes(entry.plan, weight_files(folder))
+    return entry
+
+
+def weight_files(folder: str | os.PathLike[str]) -> list[Path]:
+    """The safetensors files that from_pretrained reads: one, or the shards that an index names.
+
+    Raises:
+        CheckpointError: There are none, one that the index names is missing, or the index cannot be read.
+    """
+    whole, index = Path(folder) / SAFE_WEIGHTS_NAME, Path(folder) / SAFE_WEIGHTS_INDEX_NAME
+    if whole.is_file():
+        return [whole]
+    if not index.is_file():
+        raise CheckpointError(f"{folder} has neither {SAFE_WEIGHTS_NAME} nor {SAFE_WEIGHTS_INDEX_NAME}. {_REMEDY}")
+    try:
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        raise CheckpointError(f"{index} is not an index of shards: {error!r}. {_REMEDY}") from error
+    for name in names:
+        if not (Path(folder) / str(name)).is_file():
+            raise CheckpointError(f"the shard {name} that {index} names is missing. {_REMEDY}")
+    return [Path(folder) / name for name in names]
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""The command line: compress, evaluate, certify, inspect, neighbourhood, demo."""
+"""The command line: compress, evaluate, certify, inspect, card, push, neighbourhood, demo."""
 
 import json
 import sys
@@ -16,9 +16,11 @@ from hf_lossless.calibration.splits import fingerprint
 from hf_lossless.certificate import Provenance
 from hf_lossless.certification.certify import certify
 from hf_lossless.certification.comparison import Comparison, compare
-from hf_lossless.checkpoint import new_folder, read_entry, refuse_occupied, refuse_other_bytes
+from hf_lossless.checkpoint import check_folder, new_folder, refuse_occupied
+from hf_lossless.cli_card import card
 from hf_lossless.cli_models import Judged, config_of, judge, load_model, refuse_quantised, task_of_model
 from hf_lossless.cli_options import activation_widths, bit_widths, ranks_by_name
+from hf_lossless.cli_push import push
 from hf_lossless.config import (
     CONFIDENCE,
     METRIC_MARGIN,
@@ -49,6 +51,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
 )
+app.command()(card)
+app.command()(push)
 _console = Console()
 
 _Data = Annotated[str, typer.Option("--data", help="A json, jsonl, csv or parquet file, a saved dataset, or a Hub id.")]
@@ -239,8 +243,7 @@ def inspect(
     as_json: _Json = False,
 ) -> None:
     """Show what a compressed checkpoint consists of."""
-    config = read_entry(folder)
-    refuse_other_bytes(config.plan, sorted(folder.glob("*.safetensors")))
+    config = check_folder(folder)
     values = inspection(config)
     if as_json:
         _print_json(values)
