@@ -159,54 +159,6 @@ def refuse_other_bytes(plan: CompressionPlan, files: Iterable[str | os.PathLike[
         )
 
 
-def _headers(file: str | os.PathLike[str]) -> Iterator[tuple[str, str, tuple[int, ...]]]:
-    """Name, type and shape of each tensor of a file, from its header."""
-    try:
-        with safe_open(os.fspath(file), framework="pt") as tensors:
-            for name in tensors.keys():  # not a mapping
-                piece = tensors.get_slice(name)
-                yield name, piece.get_dtype(), tuple(piece.get_shape())
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{os.fspath(file)} is truncated or no safetensors file: {error}. {_REMEDY}") from error
-
-
-def read_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
-    """The config.json of a folder.
-
-    Raises:
-        CheckpointError: There is none, or it is not a JSON object.
-    """
-    path = Path(folder) / "config.json"
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise CheckpointError(
-            f"{path} cannot be read: {error.strerror}. Give a folder written by hf_lossless."
-        ) from error
-    except ValueError as error:
-        raise CheckpointError(f"{path} is not JSON: {error}. {_REMEDY}") from error
-    if not isinstance(values, dict):
-        raise CheckpointError(f"{path} is not a JSON object. {_REMEDY}")
-    return values
-
-
-def read_entry(folder: str | os.PathLike[str]) -> LosslessCheckpointConfig:
-    """What a saved folder says of itself.
-
-    Raises:
-        CheckpointError: There is no config.json, it is not JSON, or the model in it is not compressed by this package.
-        PlanError: Its plan is malformed.
-    """
-    entry = read_config(folder).get("quantization_config")
-    if not isinstance(entry, Mapping) or entry.get("quant_method") != QUANT_METHOD:
-        raise CheckpointError(
-            f"{folder} holds no model compressed by hf_lossless. Compress one with: hf-lossless compress"
-        )
-    config = LosslessCheckpointConfig.from_dict(dict(entry))
-    assert isinstance(config, LosslessCheckpointConfig)
-    return config
-
-
 def check_folder(folder: str | os.PathLike[str]) -> LosslessCheckpointConfig:
     """What a saved folder says of itself, which its files must bear out.
 
@@ -232,13 +184,76 @@ def weight_files(folder: str | os.PathLike[str]) -> list[Path]:
     if not index.is_file():
         raise CheckpointError(f"{folder} has neither {SAFE_WEIGHTS_NAME} nor {SAFE_WEIGHTS_INDEX_NAME}. {_REMEDY}")
     try:
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        names = sorted(set(read_json(index, _REMEDY)["weight_map"].values()))
+    except (KeyError, AttributeError, TypeError) as error:
         raise CheckpointError(f"{index} is not an index of shards: {error!r}. {_REMEDY}") from error
     for name in names:
         if not (Path(folder) / str(name)).is_file():
             raise CheckpointError(f"the shard {name} that {index} names is missing. {_REMEDY}")
     return [Path(folder) / name for name in names]
+
+
+def _headers(file: str | os.PathLike[str]) -> Iterator[tuple[str, str, tuple[int, ...]]]:
+    """Name, type and shape of each tensor of a file, from its header."""
+    try:
+        with safe_open(os.fspath(file), framework="pt") as tensors:
+            for name in tensors.keys():  # not a mapping
+                piece = tensors.get_slice(name)
+                yield name, piece.get_dtype(), tuple(piece.get_shape())
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{os.fspath(file)} is truncated or no safetensors file: {error}. {_REMEDY}") from error
+
+
+def read_entry(folder: str | os.PathLike[str]) -> LosslessCheckpointConfig:
+    """What a saved folder says of itself.
+
+    Raises:
+        CheckpointError: There is no config.json, it is not JSON, or the model in it is not compressed by this package.
+        PlanError: Its plan is malformed.
+    """
+    values = read_json(Path(folder) / "config.json", "Give a folder written by hf_lossless.")
+    entry = values.get("quantization_config") if isinstance(values, Mapping) else None
+    if not isinstance(entry, Mapping) or entry.get("quant_method") != QUANT_METHOD:
+        raise CheckpointError(
+            f"{folder} holds no model compressed by hf_lossless. Compress one with: hf-lossless compress"
+        )
+    config = LosslessCheckpointConfig.from_dict(dict(entry))
+    assert isinstance(config, LosslessCheckpointConfig)
+    return config
+
+
+def read_json(path: Path, remedy: str) -> Any:
+    """The values in a JSON file.
+
+    Raises:
+        CheckpointError: It cannot be read, or is not JSON; the message ends with `remedy`.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}. {remedy}") from error
+    except ValueError as error:
+        raise CheckpointError(f"{path} is not JSON: {error}. {remedy}") from error
+
+
+def write_file(path: Path, text: str) -> None:
+    """Writes a file whole or not at all; one that is there is replaced at once.
+
+    Raises:
+        CheckpointError: There is no folder to write it to, or it may not be written.
+    """
+    try:
+        handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+        try:
+            with open(handle, "w", encoding="utf-8") as file:
+                file.write(text)
+            os.chmod(temporary, 0o644)
+            os.replace(temporary, path)
+        except BaseException:
+            os.unlink(temporary)
+            raise
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be written: {error.strerror}. Name another file.") from error
 
 
 @contextmanager

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from hf_lossless.cards.details import CardDetails
+from hf_lossless.cards.details import CardDetails, details_of_card
 from hf_lossless.cards.folder import write_card
 
 
@@ -30,4 +30,11 @@ def card(
         language=tuple(language) if language else None,
     )
     path = write_card(folder, details, {}, out=out)
-    Console().print(f"{path}: written", soft_wrap=True, highlight=False)
+    console = Console()
+    console.print(f"{path}: written", soft_wrap=True, highlight=False)
+    if details_of_card(path.read_text(encoding="utf-8")).license is None:
+        console.print(
+            "It names no licence: give --license, or a --base-model whose card has one and can be read.",
+            soft_wrap=True,
+            highlight=False,
+        )

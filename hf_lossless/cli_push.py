@@ -31,7 +31,7 @@ def push(
     if done.card == "kept":
         console.print(
             "README.md there was written or changed by hand, and stays as it is: see whether it still speaks of this "
-            "model. Delete it there and push again to have the generated one.",
+            "model. Delete it there and push again to have the one from here.",
             soft_wrap=True,
             highlight=False,
         )

@@ -13,9 +13,12 @@ from huggingface_hub import ModelCard
 from huggingface_hub.errors import EntryNotFoundError, HFValidationError, OfflineModeIsEnabled
 from huggingface_hub.utils import httpx, validate_repo_id  # type: ignore[attr-defined]  # exported lazily
 
-from hf_lossless.errors import ConfigurationError, reason
+from hf_lossless.errors import ConfigurationError
 
 _FILES = (".json", ".jsonl", ".csv", ".parquet")
+
+_UNREADABLE = (EntryNotFoundError, httpx.HTTPError, OfflineModeIsEnabled, ValueError, yaml.YAMLError)
+"""A card that is not there, a Hub that refuses or cannot be reached, front matter that is none."""
 
 UNKNOWN_DATASET = "unknown"
 """A data set's type and name in the results of a card that names none."""
@@ -90,29 +93,23 @@ def details_of_card(text: str) -> CardDetails:
     )
 
 
-def details_of_base(base_model: str, token: str | None = None) -> tuple[CardDetails, str | None]:
-    """Licence and language from the base model's card.
-
-    Returns:
-        The details, and why there are none where the card could not be read.
-    """
+def details_of_base(base_model: str, token: str | None = None) -> CardDetails:
+    """Licence and language from the base model's card; none where it cannot be read, or there is no card."""
     path = Path(base_model)
     source = str(path / "README.md") if path.is_dir() else base_model
     if path.is_dir() and not Path(source).is_file():
-        return CardDetails(), "it has no README.md"
+        return CardDetails()
     try:
         data: Any = ModelCard.load(source, token=token, ignore_metadata_errors=True).data
-    except EntryNotFoundError as error:  # also where the Hub cannot be reached, or nothing is in the cache
-        return CardDetails(), reason(error)
-    except (httpx.HTTPError, OfflineModeIsEnabled, ValueError, yaml.YAMLError) as error:
-        return CardDetails(), reason(error)
+    except _UNREADABLE:
+        return CardDetails()
     language = data.language
     return CardDetails(
         license=data.license,
         license_name=data.license_name,
         license_link=data.license_link,
         language=(language,) if isinstance(language, str) else None if language is None else tuple(language),
-    ), None
+    )
 
 
 def is_hub_id(name: str) -> bool:

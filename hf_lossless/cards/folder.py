@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 from hf_lossless.cards.details import CardDetails, details_of_card
 from hf_lossless.cards.model_card import model_card
 from hf_lossless.cards.seal import own_text, reconciled
+from hf_lossless.checkpoint import write_file
 from hf_lossless.errors import CheckpointError
 
 CARD = "README.md"
@@ -55,7 +56,7 @@ def write_card(
     path.parent.mkdir(parents=True, exist_ok=True)
     for name, figure in figures.items():
         (path.parent / name).write_bytes(png(figure))
-    path.write_text(card, encoding="utf-8", newline="\n")
+    write_file(path, card)
     return path
 
 

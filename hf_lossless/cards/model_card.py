@@ -19,7 +19,7 @@ from hf_lossless.cards.text import (
     task_name,
 )
 from hf_lossless.certificate import Certificate
-from hf_lossless.checkpoint import check_folder, read_config
+from hf_lossless.checkpoint import check_folder, read_json
 from hf_lossless.config import LosslessCheckpointConfig
 from hf_lossless.errors import CheckpointError
 from hf_lossless.hf_plan import with_present_bytes
@@ -78,8 +78,8 @@ def model_card(
     else:
         found = _of_folder(Path(source), repo_id)
         details = details or CardDetails()
-    if details.base_model is not None:
-        details = details.filled_from(details_of_base(details.base_model, token)[0])
+    if details.base_model is not None and (details.license is None or details.language is None):
+        details = details.filled_from(details_of_base(details.base_model, token))
     card = ModelCard.from_template(
         _metadata(found, details), template_path=str(_TEMPLATE), **_words(found, details, pictures or {})
     )
@@ -89,7 +89,12 @@ def model_card(
 def _of_folder(folder: Path, repo_id: str | None) -> _Source:
     entry = check_folder(folder)
     files = [path.name for path in folder.iterdir()]
-    return _Source(entry, read_config(folder), files, repo_id or folder.resolve().name)
+    return _Source(
+        entry,
+        read_json(folder / "config.json", "Take it again from where it came from."),
+        files,
+        repo_id or folder.resolve().name,
+    )
 
 
 def _of_model(model: PreTrainedModel, repo_id: str | None) -> _Source:
@@ -115,7 +120,12 @@ def entry_of(model: PreTrainedModel) -> LosslessCheckpointConfig:
 
 
 def base_of(model: PreTrainedModel) -> str | None:
-    """What a model that was just compressed was loaded from; a compressed checkpoint that is loaded does not know."""
+    """What a model that was just compressed was loaded from; a compressed checkpoint that is loaded does not know.
+
+    Raises:
+        CheckpointError: As for `entry_of`.
+    """
+    entry_of(model)
     quantizer: Any = model.hf_quantizer
     name = model.name_or_path or ""
     return name if not quantizer.pre_quantized and (Path(name).is_dir() or is_hub_id(name)) else None

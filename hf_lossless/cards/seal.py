@@ -54,7 +54,7 @@ def reconciled(ours: str, theirs: str | None) -> str | None:
         The new card, with the text that stands below the seal of the other one; None where the other one stays as it
         is: a person changed it, or wrote below its seal and the new one has no place for that.
     """
-    if theirs is None:
+    if theirs is None or theirs == ours:
         return ours
     own = own_text(theirs)
     if own is None:

@@ -90,7 +90,7 @@ def task_name(architecture: str) -> str | None:
     try:
         return task_of_class(architecture).name
     except ConfigurationError:
-        tasks: dict[str, dict[str, Any]] = TASK_MAPPING
+        tasks: dict[str, Any] = TASK_MAPPING
         for name, classes in tasks.items():
             if any(architecture in (known if isinstance(known, tuple) else (known,)) for known in classes.values()):
                 return name

@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 
 from hf_lossless.cards.details import CardDetails
 from hf_lossless.cards.folder import CARD, card_text, fresh_card
-from hf_lossless.cards.model_card import base_of, entry_of
+from hf_lossless.cards.model_card import base_of
 from hf_lossless.cards.seal import own_text, reconciled
 from hf_lossless.checkpoint import check_folder
 from hf_lossless.config import LosslessCheckpointConfig
@@ -132,7 +132,6 @@ def _folder_of(model: PreTrainedModel | str | Path, processor: Any) -> Iterator[
     if not isinstance(model, PreTrainedModel):
         yield Path(model)
         return
-    entry_of(model)  # refuses what is not compressed
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
         if processor is not None:

@@ -4,10 +4,18 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from huggingface_hub import constants, get_token, is_offline_mode
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, RevisionNotFoundError
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    FileMetadataError,
+    HfHubHTTPError,
+    HFValidationError,
+    RevisionNotFoundError,
+)
 from huggingface_hub.utils import httpx, validate_repo_id  # type: ignore[attr-defined]  # exported lazily
 
 from hf_lossless.errors import ConfigurationError, HubError, LosslessError, reason
+
+_RAISED = (HfHubHTTPError, EntryNotFoundError, FileMetadataError, httpx.HTTPError, ConnectionError)
 
 
 def refuse_bad_repo_id(repo_id: str) -> None:
@@ -45,11 +53,14 @@ def hub_errors(repo_id: str, revision: str | None) -> Iterator[None]:
         yield
     except LosslessError:
         raise
-    except (HfHubHTTPError, httpx.HTTPError, RuntimeError, ValueError, ConnectionError) as error:
+    except (*_RAISED, RuntimeError, ValueError) as error:
         raise HubError(_message(error, repo_id, revision)) from error
 
 
 def _message(error: BaseException, repo_id: str, revision: str | None) -> str:
+    if isinstance(error, ValueError) and "metadata" in str(error):
+        said = " ".join(str(error).split()).rstrip(".")
+        return f"the Hub refuses the front matter of README.md: {said}. Correct it, and push again."
     chain = list(_causes(error))
     for cause in chain:
         if isinstance(cause, RevisionNotFoundError):
@@ -59,10 +70,8 @@ def _message(error: BaseException, repo_id: str, revision: str | None) -> str:
     for cause in chain:
         if isinstance(cause, httpx.TransportError | ConnectionError):
             return _lost(cause, repo_id)
-    if isinstance(error, RuntimeError):  # hf_xet, which moves large files, has no class of its own for a lost network
-        return _lost(error, repo_id)
-    if "metadata" in str(error):
-        return f"the Hub refuses the front matter of README.md: {reason(error)}. Correct it, and push again."
+    if isinstance(error, RuntimeError):
+        return f"the push to {repo_id} failed: {reason(error)}. Push again: files that have arrived are not sent again."
     return (
         f"{constants.ENDPOINT} does not answer as the Hub does: {reason(error)}. Check HF_ENDPOINT, and whether a "
         "network's login page stands in between."
