@@ -22,6 +22,7 @@ from hf_lossless.hf_quantizer import LosslessHfQuantizer
 from hf_lossless.hub.push import PushResult, push_to_hub
 from hf_lossless.pipeline import CompressionResult, compress
 from hf_lossless.plan import CompressionPlan, Grid, LayerPlan
+from hf_lossless.report_html import html_report
 
 __version__ = "0.1.0"
 
@@ -45,6 +46,7 @@ __all__ = [
     "UnreachableTargetError",
     "apply_plan",
     "compress",
+    "html_report",
     "model_card",
     "push_to_hub",
 ]

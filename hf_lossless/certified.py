@@ -43,9 +43,10 @@ from hf_lossless.config import LosslessCheckpointConfig, LosslessCompressionConf
 from hf_lossless.errors import CalibrationError, DataError, UnreachableTargetError
 from hf_lossless.evaluation import answers, refuse_unlabelled
 from hf_lossless.knapsack import Frontier
+from hf_lossless.loss_check import LossCheck
 from hf_lossless.modules.base import CompressedModule
 from hf_lossless.modules.tied import Tied
-from hf_lossless.pipeline import CompressionResult, analyse, evaluation_mode, no_rows_to_hold_back, realise
+from hf_lossless.pipeline import CompressionResult, analyse, checks_of, evaluation_mode, no_rows_to_hold_back, realise
 from hf_lossless.plan import CompressionPlan
 from hf_lossless.planning import Planner
 from hf_lossless.tasks.registry import task_of
@@ -63,6 +64,7 @@ class _Measured:
     plan: CompressionPlan
     frontier: Frontier
     model: PreTrainedModel
+    checks: tuple[LossCheck, ...]
     measured_loss_change: float
     chance: float
 
@@ -114,13 +116,14 @@ def compress_certified(
         def measure(ratio: float) -> _Measured:
             planned = planner.plan(config.with_target(ratio=ratio))
             twin = copy.deepcopy(model)
-            measured_loss_change = realise(twin, planner.problem, planned)
+            measured_change = realise(twin, planner.problem, planned)
             try:
                 selection = outputs(twin, splits.selection, "a plan, selection rows")
                 chance = chance_to_pass(original_selection, selection, len(splits.certification), **asked)
             except CalibrationError:  # a loss that is not finite
                 chance = 0.0
-            return _Measured(planned.plan, planned.frontier, twin, measured_loss_change, chance)
+            checks = checks_of(planner.problem, planned, measured_change)
+            return _Measured(planned.plan, planned.frontier, twin, checks, measured_change.mean, chance)
 
         measured = _search(planner, config, measure, worthwhile=len(splits.certification) >= MIN_ROWS)
         proposals = order_of_proposals(measured)
@@ -138,6 +141,7 @@ def compress_certified(
 
         found = walk(proposals, certify_plan)
     chosen = found.plan if found.plan is not None else proposals[0]
+    others = [one for one in measured if one is not chosen]
     take_over(model, chosen.model)
     model.eval()  # type: ignore[no-untyped-call]
     return CompressionResult(
@@ -147,6 +151,7 @@ def compress_certified(
         planner.problem.calibration.without_tensors(),
         LosslessCheckpointConfig.of(chosen.plan, found.certificate).size_bytes,
         chosen.measured_loss_change,
+        tuple(check for one in (*others, chosen) for check in one.checks),
         found.certificate,
         _not_smaller(found, proposals, measured),
     )

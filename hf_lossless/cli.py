@@ -1,4 +1,4 @@
-"""The command line: compress, evaluate, certify, inspect, card, push, neighbourhood, demo."""
+"""The command line: compress, evaluate, certify, inspect, card, report, push, neighbourhood, demo."""
 
 import json
 import sys
@@ -21,6 +21,7 @@ from hf_lossless.cli_card import card
 from hf_lossless.cli_models import Judged, config_of, judge, load_model, refuse_quantised, task_of_model
 from hf_lossless.cli_options import activation_widths, bit_widths, ranks_by_name
 from hf_lossless.cli_push import push
+from hf_lossless.cli_report import report
 from hf_lossless.config import (
     CONFIDENCE,
     METRIC_MARGIN,
@@ -33,6 +34,8 @@ from hf_lossless.demo import run_demo
 from hf_lossless.errors import CheckpointError, LosslessError
 from hf_lossless.evaluation import Evaluation, refuse_unlabelled
 from hf_lossless.layers import find_layers
+from hf_lossless.pictures.neighbourhood import neighbourhood_figure
+from hf_lossless.record_of_compression import record_of, write_record
 from hf_lossless.report import (
     certificate_table,
     certificate_texts,
@@ -41,7 +44,7 @@ from hf_lossless.report import (
     inspection,
     plan_table,
 )
-from hf_lossless.report_neighbourhood import gap_tables, layer_table, plot_neighbourhood
+from hf_lossless.report_neighbourhood import gap_tables, layer_table
 from hf_lossless.tasks.registry import TASKS
 from hf_lossless.theories.neighbourhood import MAX_LAYERS, named_layers, neighbourhood, spread_layers
 
@@ -51,8 +54,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
 )
-app.command()(card)
-app.command()(push)
+for _command in (card, report, push):
+    app.command()(_command)
 _console = Console()
 
 _Data = Annotated[str, typer.Option("--data", help="A json, jsonl, csv or parquet file, a saved dataset, or a Hub id.")]
@@ -139,7 +142,7 @@ def compress(
         with new_folder(out) as folder:
             compressed.save_pretrained(folder)
             chosen_task.load_processor(model).save_pretrained(folder)
-        result = compressed.hf_quantizer.result
+            write_record(folder, record_of(result := compressed.hf_quantizer.result))
         _console.print(plan_table(result.plan))
         _console.print(
             f"{out}: {result.size_bytes:,} bytes, {result.ratio:.2f} times smaller; "
@@ -295,7 +298,7 @@ def neighbourhood_command(
     if out is not None:
         with new_folder(out) as folder:
             (folder / "neighbourhood.json").write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
-            plot_neighbourhood(found, folder / "neighbourhood.png")
+            neighbourhood_figure(found).savefig(folder / "neighbourhood.png", dpi=150)
     if as_json:
         _print_json(values)
         return

@@ -19,6 +19,7 @@ from tiny_checkpoints import save_text_model, text_rows, without
 from transformers import AutoModel, AutoModelForSequenceClassification, PreTrainedModel
 
 from hf_lossless import CalibrationError, ConfigurationError, DataError, LosslessCompressionConfig, certified, compress
+from hf_lossless.calibration.perturbation import LossChange
 from hf_lossless.calibration.splits import fingerprint, three_splits
 from hf_lossless.certification.certify import certify
 from hf_lossless.checkpoint import read_entry
@@ -220,7 +221,7 @@ def test_an_original_with_losses_that_are_not_finite(tmp_path: Path) -> None:
 def test_a_plan_with_losses_that_are_not_finite(text_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It has no chance, and the others are none the worse for it."""
 
-    def breaking(twin: Any, problem: Any, planned: Any) -> float:
+    def breaking(twin: Any, problem: Any, planned: Any) -> LossChange:
         change = realise(twin, problem, planned)
         if planned.plan.original_bytes / planned.plan.tensor_bytes > 2:
             twin.classifier.bias.data[0] = torch.nan
