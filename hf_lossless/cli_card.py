@@ -29,7 +29,7 @@ def card(
         license=license,
         language=tuple(language) if language else None,
     )
-    path = write_card(folder, details, {}, out=out)
+    path = write_card(folder, details, out=out)
     console = Console()
     console.print(f"{path}: written", soft_wrap=True, highlight=False)
     if details_of_card(path.read_text(encoding="utf-8")).license is None:

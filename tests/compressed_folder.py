@@ -11,6 +11,7 @@ from hf_lossless import LosslessCheckpointConfig, LosslessCompressionConfig
 from hf_lossless.certificate import Certificate, Provenance
 from hf_lossless.certification.certify import certify
 from hf_lossless.certification.comparison import Outputs
+from hf_lossless.record_of_compression import record_of, write_record
 
 PROVENANCE = Provenance(data_fingerprint="ab12", calibration_rows=12, selection_rows=300, theory="curvature", seed=0)
 
@@ -31,6 +32,7 @@ def save_compressed(text_folder: Path, folder: Path, *, certified: Certificate |
     config = LosslessCompressionConfig(text_rows(), ratio=2)
     model = AutoModelForSequenceClassification.from_pretrained(text_folder, quantization_config=config)
     model.save_pretrained(folder)
+    write_record(folder, record_of(model.hf_quantizer.result))
     AutoTokenizer.from_pretrained(text_folder).save_pretrained(folder)
     if certified is not None:
         give_certificate(folder, certified)

@@ -9,6 +9,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from transformers import PreTrainedModel
 
 from hf_lossless.cards.details import UNKNOWN_DATASET, CardDetails, details_of_base, is_hub_id
+from hf_lossless.cards.pictures import CAPTIONS, FRONTIER
 from hf_lossless.cards.seal import seal
 from hf_lossless.cards.text import (
     layers_table,
@@ -23,6 +24,7 @@ from hf_lossless.checkpoint import check_folder, read_json
 from hf_lossless.config import LosslessCheckpointConfig
 from hf_lossless.errors import CheckpointError
 from hf_lossless.hf_plan import with_present_bytes
+from hf_lossless.record_of_compression import CompressionRecord, plan_in_order, read_record_of, record_of
 
 _TEMPLATE = Path(__file__).with_name("template.md")
 
@@ -32,6 +34,7 @@ class _Source:
     """What a card is rendered from: a folder's, or a model's."""
 
     entry: LosslessCheckpointConfig
+    record: CompressionRecord | None
     config: Mapping[str, Any]
     files: Sequence[str]
     name: str
@@ -47,7 +50,6 @@ def model_card(
     details: CardDetails | None = None,
     *,
     repo_id: str | None = None,
-    pictures: Mapping[str, str] | None = None,
     token: str | None = None,
 ) -> ModelCard:
     """The card of a compressed checkpoint: what was done, what the certificate says, and what nobody checked.
@@ -57,7 +59,6 @@ def model_card(
         details: What the checkpoint does not know; licence and language are carried over from the base model's card
             where they are not given. None: the base model of a model that was just compressed, and nothing else.
         repo_id: Where the model will be; None: it is called by its folder's name.
-        pictures: Captions of pictures by the names of their files, which lie beside the card.
         token: For a base model that is not public.
 
     Returns:
@@ -80,28 +81,28 @@ def model_card(
         details = details or CardDetails()
     if details.base_model is not None and (details.license is None or details.language is None):
         details = details.filled_from(details_of_base(details.base_model, token))
-    card = ModelCard.from_template(
-        _metadata(found, details), template_path=str(_TEMPLATE), **_words(found, details, pictures or {})
-    )
+    card = ModelCard.from_template(_metadata(found, details), template_path=str(_TEMPLATE), **_words(found, details))
     return ModelCard(seal(str(card)))
 
 
 def _of_folder(folder: Path, repo_id: str | None) -> _Source:
     entry = check_folder(folder)
+    config = read_json(folder / "config.json", "Take it again from where it came from.")
     files = [path.name for path in folder.iterdir()]
-    return _Source(
-        entry,
-        read_json(folder / "config.json", "Take it again from where it came from."),
-        files,
-        repo_id or folder.resolve().name,
-    )
+    return _Source(entry, read_record_of(folder), config, files, repo_id or folder.resolve().name)
 
 
 def _of_model(model: PreTrainedModel, repo_id: str | None) -> _Source:
     entry = entry_of(model)
     entry = LosslessCheckpointConfig.of(with_present_bytes(model, entry.plan), entry.certificate)
     config = {**model.config.to_dict(), "architectures": [type(model).__name__]}
-    return _Source(entry, config, (), repo_id or "my-model-small")
+    return _Source(entry, record_of_model(model), config, (), repo_id or "my-model-small")
+
+
+def record_of_model(model: PreTrainedModel) -> CompressionRecord | None:
+    """What is known of how a model was compressed; None where it was loaded compressed."""
+    quantizer: Any = model.hf_quantizer
+    return None if quantizer.result is None else record_of(quantizer.result)
 
 
 def entry_of(model: PreTrainedModel) -> LosslessCheckpointConfig:
@@ -147,7 +148,7 @@ def _metadata(source: _Source, details: CardDetails) -> ModelCardData:
         license_name=details.license_name,
         license_link=details.license_link,
         metrics=None if certificate is None else [certificate.evidence.metric_name],
-        model_name=source.name.rsplit("/", 1)[-1],
+        model_name=None if certificate is None else source.name.rsplit("/", 1)[-1],  # of the results
         pipeline_tag=task,
         tags=["hf-lossless", "quantized", "compressed", *(["low-rank"] if kinds & {"low_rank", "sum"} else [])],
     )
@@ -171,9 +172,10 @@ def _results(certificate: Certificate, task: str, details: CardDetails) -> list[
     ]
 
 
-def _words(source: _Source, details: CardDetails, pictures: Mapping[str, str]) -> dict[str, Any]:
+def _words(source: _Source, details: CardDetails) -> dict[str, Any]:
     """What the template asks for."""
-    entry, plan = source.entry, source.entry.plan
+    entry, record = source.entry, source.record
+    plan = plan_in_order(entry.plan, record)
     certificate = entry.certificate
     base = details.base_id
     return {
@@ -186,10 +188,12 @@ def _words(source: _Source, details: CardDetails, pictures: Mapping[str, str]) -
         "original_bytes": f"{plan.original_bytes:,}",
         "headline": _headline(certificate),
         "paragraph": None if certificate is None else certificate.paragraph(),
+        "not_smaller": None if record is None else record.not_smaller,
         "certificate_table": None if certificate is None else _certificate_table(certificate),
         "data_sentence": _data_sentence(details),
         "theory": plan.theory,
         "predicted": f"{plan.predicted_loss_change:+.2g}",
+        "measured": _measured(record),
         "activations": (
             "The inputs of some layers are quantised too, simulated in floating point."
             if plan.activations == "quantised"
@@ -198,9 +202,9 @@ def _words(source: _Source, details: CardDetails, pictures: Mapping[str, str]) -
         "storage_table": storage_table(plan),
         "layers_table": layers_table(plan),
         "num_layers": len(plan.layers),
-        "pictures": [{"file": file, "caption": caption} for file, caption in pictures.items()],
+        "pictures": {file: text for file, text in CAPTIONS.items() if record is not None or file != FRONTIER},
         "loading_code": loading_code(source.name, source.architecture, source.files),
-        "not_checked": not_checked(entry),
+        "not_checked": not_checked(entry, record),
         "provenance": _provenance(source, details),
     }
 
@@ -209,6 +213,14 @@ def _headline(certificate: Certificate | None) -> str:
     if certificate is None:
         return "Without a certificate."
     return f"{certificate.verdict[0].upper()}{certificate.verdict[1:]}."
+
+
+def _measured(record: CompressionRecord | None) -> str:
+    if record is None or record.measured_loss_change is None:
+        return "that is a prediction, no measurement"
+    change, error = record.measured_loss_change, record.measured_loss_change_error
+    scatter = "" if error is None else f" ± {error:.1g}"
+    return f"measured on the {record.calibration_rows:,} calibration rows, it was {change:+.2g}{scatter}"
 
 
 def _certificate_table(certificate: Certificate) -> str:
@@ -232,10 +244,10 @@ def _provenance(source: _Source, details: CardDetails) -> list[str]:
         f"licence: {licence}" if licence else "licence: not known here; that of the base model holds",
         f"theory `{entry.plan.theory}`, format version {entry.format_version} of `hf_lossless`",
     ]
-    if entry.certificate is not None:
-        made = entry.certificate.provenance
-        versions = ", ".join(f"{name} {version}" for name, version in made.versions.items())
-        lines.append(f"compressed and judged with {versions}")
+    made = source.record if entry.certificate is None else entry.certificate.provenance
+    if made is not None:
+        versions = ", ".join(f"{name} {version}" for name, version in sorted(made.versions.items()))
+        lines.append(f"compressed with {versions}")
     elif version := source.config.get("transformers_version"):
         lines.append(f"saved by transformers {version}; other versions are not recorded")
     return lines

@@ -10,10 +10,19 @@ from transformers.modelcard import TASK_MAPPING
 from hf_lossless.config import LosslessCheckpointConfig
 from hf_lossless.errors import ConfigurationError
 from hf_lossless.plan import KEPT_BITS, CompressionPlan, LayerPlan
-from hf_lossless.report import plan_table
+from hf_lossless.record_of_compression import CompressionRecord
+from hf_lossless.report import layer_columns
 from hf_lossless.tasks.registry import task_of_class
+from hf_lossless.unchecked import unchecked
 
 _STORED_AS = {"grid": "codes", "low_rank": "two factors", "sum": "codes plus two factors"}
+
+_TRAINING = "The original's training: whether it has seen some of these rows is not known."
+_TAKEN_FOR_GRANTED = (
+    "Other tasks, other languages, and other kinds of text or images than those of these rows.",
+    "Robustness: noise, attacks, and data that drift.",
+    "Generated text, where the model generates any.",
+)
 
 PROCESSORS = {
     "processor_config.json": "AutoProcessor",
@@ -38,11 +47,10 @@ def markdown_table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> st
 
 
 def layers_table(plan: CompressionPlan) -> str:
-    """All that `hf-lossless inspect` prints of the layers."""
-    table = plan_table(plan)
-    headings = [str(column.header) for column in table.columns]
-    cells = [[str(cell) for cell in column.cells] for column in table.columns]
-    return markdown_table(headings, zip(*cells, strict=True))
+    """What `hf-lossless inspect` prints of the layers."""
+    columns = layer_columns(plan)
+    rows = [[name, *(cell(layer) for cell in columns.values())] for name, layer in plan.layers.items()]
+    return markdown_table(["layer", *columns], rows)
 
 
 def storage_table(plan: CompressionPlan) -> str:
@@ -66,23 +74,10 @@ def _stored_as(layer: LayerPlan) -> str:
     return f"{_STORED_AS.get(layer.kind, layer.kind)}, {width}"
 
 
-def not_checked(entry: LosslessCheckpointConfig) -> list[str]:
-    """What nobody should read out of the card."""
-    certificate = entry.certificate
-    rows = "any rows at all" if certificate is None else "other rows than those that the certificate rests on"
-    unchecked = [
-        f"{rows}: other domains, languages, lengths or image sizes, and shifts of any kind",
-        "other tasks, and this model as the start of another fine-tuning",
-        "robustness to noise or to attacks, fairness between groups of people, and other metrics"
-        + ("" if certificate is None else f" than the loss and the {certificate.evidence.metric_name}"),
-        "generated text, where the model generates any",
-        "speed and memory on your machine: weights are unpacked at each call, which can take longer than the original",
-    ]
-    if certificate is not None:
-        unchecked.insert(1, "whether the original was trained on some of these rows")
-    if entry.plan.activations == "quantised":
-        unchecked.append("integer kernels: quantised inputs are simulated in floating point")
-    return unchecked
+def not_checked(entry: LosslessCheckpointConfig, record: CompressionRecord | None) -> list[str]:
+    """What nobody should read out of the card: all that a report says, and what a stranger may take for granted."""
+    training = [] if entry.certificate is None else [_TRAINING]
+    return [*unchecked(entry, record), *training, *_TAKEN_FOR_GRANTED]
 
 
 def task_name(architecture: str) -> str | None:

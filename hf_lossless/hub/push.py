@@ -9,7 +9,7 @@ The commit names its parent: had somebody changed the card in between, the Hub w
 
 import re
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,13 +20,14 @@ from huggingface_hub.hf_api import ModelInfo
 from transformers import PreTrainedModel
 
 from hf_lossless.cards.details import CardDetails
-from hf_lossless.cards.folder import CARD, card_text, fresh_card
-from hf_lossless.cards.model_card import base_of
+from hf_lossless.cards.folder import CARD, FolderCard, card_text, folder_card
+from hf_lossless.cards.model_card import base_of, record_of_model
 from hf_lossless.cards.seal import own_text, reconciled
 from hf_lossless.checkpoint import check_folder
 from hf_lossless.config import LosslessCheckpointConfig
 from hf_lossless.errors import HubError
 from hf_lossless.hub.refusals import hub_errors, refuse_bad_repo_id, token_for_pushing
+from hf_lossless.record_of_compression import write_record
 
 _WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json")
 
@@ -106,11 +107,12 @@ def push_to_hub(
         with hub_errors(repo_id, revision):
             present = _repository(api, repo_id, private, revision, create_pr)
             there = _card_there(api, present)
-        card = reconciled(_card(folder, details, present.id, token), there)
+        ours = _card(folder, details, present.id, token)
+        card = reconciled(ours.text, there)
         with hub_errors(present.id, revision):
             commit = api.create_commit(
                 present.id,
-                [*_additions(folder, card), *_deletions(folder, present)],
+                [*_additions(folder, card, ours.pictures), *_deletions(folder, present)],
                 commit_message=commit_message or _message(entry),
                 revision=revision,
                 create_pr=create_pr,
@@ -134,6 +136,8 @@ def _folder_of(model: PreTrainedModel | str | Path, processor: Any) -> Iterator[
         return
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
+        if (record := record_of_model(model)) is not None:
+            write_record(folder, record)
         if processor is not None:
             processor.save_pretrained(folder)
         yield Path(folder)
@@ -155,15 +159,15 @@ def _repository(api: HfApi, repo_id: str, private: bool | None, revision: str | 
     return present
 
 
-def _card(folder: Path, details: CardDetails, repo_id: str, token: str) -> str:
+def _card(folder: Path, details: CardDetails, repo_id: str, token: str) -> FolderCard:
     """The folder's card under the name it has on the Hub; one that a person wrote or changed, as it is."""
     local = card_text(folder)
     if local is not None and own_text(local) is None:
-        return local
-    fresh = fresh_card(folder, details, {}, present=local, repo_id=repo_id, token=token)
-    card = reconciled(fresh, local)
-    assert card is not None
-    return card
+        return FolderCard(local, {})
+    card = folder_card(folder, details, present=local, repo_id=repo_id, token=token)
+    text = reconciled(card.text, local)
+    assert text is not None
+    return FolderCard(text, card.pictures)
 
 
 def _card_there(api: HfApi, present: ModelInfo) -> str | None:
@@ -173,15 +177,16 @@ def _card_there(api: HfApi, present: ModelInfo) -> str | None:
     return card_text(Path(api.hf_hub_download(present.id, CARD, revision=present.sha)).parent)
 
 
-def _additions(folder: Path, card: str | None) -> list[CommitOperationAdd]:
-    """All files that are not hidden, and the card, if it is not to stay as it is."""
+def _additions(folder: Path, card: str | None, pictures: Mapping[str, bytes]) -> list[CommitOperationAdd]:
+    """All files that are not hidden, and the card with its pictures, if it is not to stay as it is."""
+    made: dict[str, bytes] = {} if card is None else {**pictures, CARD: card.encode()}
     paths = {path.relative_to(folder): path for path in sorted(folder.rglob("*")) if path.is_file()}
     files = [
         CommitOperationAdd(name.as_posix(), path)
         for name, path in paths.items()
-        if name != Path(CARD) and not any(part.startswith(".") for part in name.parts)
+        if name.as_posix() not in {CARD, *made} and not any(part.startswith(".") for part in name.parts)
     ]
-    return files if card is None else [*files, CommitOperationAdd(CARD, card.encode())]
+    return [*files, *(CommitOperationAdd(name, content) for name, content in made.items())]
 
 
 def _deletions(folder: Path, present: ModelInfo) -> list[CommitOperationDelete]:

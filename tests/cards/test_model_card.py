@@ -11,7 +11,6 @@ import pytest
 from compressed_folder import certificate, give_certificate
 from huggingface_hub import ModelCard
 from loopback_hub import LoopbackHub
-from matplotlib.figure import Figure
 from PIL import Image
 from tiny_checkpoints import text_rows
 from tiny_models import TINY_MODELS
@@ -31,6 +30,8 @@ from hf_lossless.cards.seal import own_text
 from hf_lossless.cards.text import loading_code, task_name
 from hf_lossless.certificate import library_versions
 from hf_lossless.checkpoint import read_entry
+from hf_lossless.record_of_compression import read_record_of, record_of, write_record
+from hf_lossless.unchecked import unchecked
 
 BASE = "google-bert/bert-base-uncased"
 DETAILS = CardDetails(base_model=BASE, dataset="stanfordnlp/sst2", split="test", license="mit", language=("en", "de"))
@@ -130,8 +131,11 @@ def test_sizes(compressed_folder: Path) -> None:
     done = section(card, "What was done")
     summary, layers = rows_of(done, "stored as"), rows_of(done, "layer")
     assert sum(int(row[2].replace(",", "")) for row in summary) == entry.plan.tensor_bytes
-    assert sum(int(row[1]) for row in summary if row[1]) == len(entry.plan.layers) == len(layers) - 1
-    assert [row[0] for row in layers[:-1]] == list(entry.plan.layers)
+    assert sum(int(row[1]) for row in summary if row[1]) == len(entry.plan.layers)
+    assert [row[0] for row in layers] == list(read_record_of(compressed_folder).layer_order)  # the model's own
+    record = read_record_of(compressed_folder)
+    predicted, measured = (f"{change:+.2g}" for change in (record.chosen[1], record.measured_loss_change))
+    assert f"change the loss by {predicted};\nmeasured on the 12 calibration rows, it was {measured}" in done
 
 
 def test_a_model_that_is_not_certified_says_so_at_the_top(small_folder: Path) -> None:
@@ -141,20 +145,32 @@ def test_a_model_that_is_not_certified_says_so_at_the_top(small_folder: Path) ->
     assert section(text, "Certificate").strip().startswith("Not certified: the loss may have risen")
 
 
+def test_why_it_is_not_smaller(small_folder: Path) -> None:
+    record = read_record_of(small_folder)
+    write_record(small_folder, record.model_copy(update={"not_smaller": "there is hardly a smaller plan"}))
+    text = section(str(model_card(small_folder)), "Certificate")
+    assert "says nothing of other data. Not smaller: there is hardly a smaller plan.\n" in text
+
+
 def test_a_model_without_a_certificate(small_folder: Path) -> None:
     give_certificate(small_folder, None)
     text = str(model_card(small_folder))
     assert "Without a certificate." in text.split("## ")[0]
     assert "nothing here says that its loss held" in section(text, "Certificate")
-    assert "any rows at all" in section(text, "What was not checked")
-    assert "other versions are not recorded" in section(text, "Where it comes from")
+    assert "Held-out rows: no certificate was asked for" in section(text, "What was not checked")
+    assert "compressed with datasets" in section(text, "Where it comes from")
+    (small_folder / "compression.json").unlink()
+    assert "other versions are not recorded" in section(str(model_card(small_folder)), "Where it comes from")
 
 
 def test_what_was_not_checked(compressed_folder: Path) -> None:
     text = section(str(model_card(compressed_folder)), "What was not checked")
-    for word in ("other domains", "other tasks", "robustness", "generated text", "speed", "original was trained on"):
-        assert word in text
-    assert "integer kernels" not in text
+    for word in ("Other data", "Other tasks", "Robustness", "Generated text", "Speed", "The original's training"):
+        assert f"\n- {word}" in text
+    assert set(unchecked(read_entry(compressed_folder), read_record_of(compressed_folder))) < set(
+        text[3:].split("\n- ")
+    )
+    assert "Integer arithmetic" not in text
 
 
 def test_where_it_comes_from(compressed_folder: Path) -> None:
@@ -171,7 +187,7 @@ def test_quantised_inputs_and_low_rank(text_folder: Path) -> None:
     kinds = {layer.kind for layer in model.config.quantization_config.plan.layers.values()}
     card = model_card(model)
     assert ("low-rank" in card.data.tags) is bool(kinds & {"low_rank", "sum"})
-    assert "integer kernels: quantised inputs are simulated" in str(card)
+    assert "Integer arithmetic: quantised inputs are simulated" in str(card)
     assert "The inputs of some layers are quantised too" in str(card)
 
 
@@ -185,9 +201,9 @@ def test_a_model_in_memory(text_folder: Path, tmp_path: Path) -> None:
     assert card.data.base_model is None and "secret-place" not in str(card)
     assert 'BertForSequenceClassification.from_pretrained("me/small")' in str(card)
     model.save_pretrained(tmp_path / "small")
+    write_record(tmp_path / "small", record_of(model.hf_quantizer.result))
     again = model_card(tmp_path / "small", CardDetails(base_model=str(base)), repo_id="me/small")
-    # config.json has its layers in the order of their names, the model has its own.
-    assert sorted(str(again).splitlines()[:-1]) == sorted(str(card).splitlines()[:-1])
+    assert str(again) == str(card)
     reloaded = AutoModelForSequenceClassification.from_pretrained(tmp_path / "small")
     assert "base model: not named" in str(model_card(reloaded))  # what it was loaded from is not its base
 
@@ -275,15 +291,16 @@ def test_a_config_that_is_no_object(small_folder: Path) -> None:
 
 
 def test_pictures(small_folder: Path) -> None:
-    figure = Figure(figsize=(2, 1))
-    figure.add_subplot().plot([1, 2])
-    path = write_card(small_folder, CardDetails(), {"layers.png": figure})
-    with Image.open(small_folder / "layers.png") as picture:
-        assert picture.size == (300, 150)
-    assert path.read_text().count("![Bits and rank of each layer](layers.png)") == 1
-    assert "frontier.png" not in path.read_text()
-    write_card(small_folder, CardDetails(), {})  # the picture is still there, and still shown
-    assert "layers.png" in path.read_text()
+    path = write_card(small_folder, CardDetails())
+    shown = re.findall(r"!\[.+\]\((.+)\)", path.read_text())
+    assert shown == ["layers.png", "frontier.png"]
+    for name in shown:
+        with Image.open(small_folder / name) as picture:
+            assert picture.format == "PNG" and min(picture.size) > 100
+    (small_folder / "compression.json").unlink()  # of a folder that save_pretrained wrote
+    write_card(small_folder, CardDetails(), out=small_folder / "elsewhere")
+    assert {path.name for path in (small_folder / "elsewhere").iterdir()} == {"README.md", "layers.png"}
+    assert "frontier.png" not in (small_folder / "elsewhere/README.md").read_text()
 
 
 def test_the_command(small_folder: Path, run: Run, tmp_path: Path) -> None:
@@ -300,7 +317,7 @@ def test_the_command(small_folder: Path, run: Run, tmp_path: Path) -> None:
     assert own_text(readme.read_text()) == "Ask me." and "Not certified" in readme.read_text()
     out_folder = tmp_path / "model_cards" / "minilm"
     code, out, _ = run("card", small_folder, "--out", out_folder)
-    assert code == 0 and [path.name for path in out_folder.iterdir()] == ["README.md"]
+    assert code == 0 and {path.name for path in out_folder.iterdir()} == {"README.md", "layers.png", "frontier.png"}
     assert "It names no licence: give --license" in out
 
 

@@ -64,7 +64,11 @@ def test_one_commit_with_all_files(folder: Path, hub: LoopbackHub) -> None:
     assert [commit.message for commit in history[1:]] == [f"Compressed {ratio(folder)} times by hf_lossless, certified"]
     pushed = hub.files(REPO)
     here = {name: content for name, content in contents_of_files(folder).items() if name != ".secret"}
-    assert {name: content for name, content in pushed.items() if name not in ("README.md", ".gitattributes")} == here
+    assert {WEIGHTS, "config.json", "compression.json", "tokenizer.json", "1_Pooling/config.json"} <= here.keys()
+    made = pushed.keys() - here.keys()
+    assert made == {"README.md", "layers.png", "frontier.png", ".gitattributes"}
+    assert {name: content for name, content in pushed.items() if name not in made} == here
+    assert {name for name in made if f"]({name})" in card_of(hub)} == {"layers.png", "frontier.png"}
     assert result == PushResult(
         repo_id=REPO,
         commit_url=f"{hub.url}/{REPO}/commit/{history[-1].oid}",
@@ -75,14 +79,17 @@ def test_one_commit_with_all_files(folder: Path, hub: LoopbackHub) -> None:
     )
     assert own_text(card_of(hub)) == ""
     assert f'from_pretrained("{REPO}")' in card_of(hub)
-    assert not (folder / "README.md").exists()  # what is here is left alone
-    assert len(hub.asked("^PUT /large/")) == 1
-    assert hub.large.keys() == {sha256(folder / WEIGHTS)}
+    assert not {"README.md", "layers.png"} & here.keys()  # what is here is left alone
+    assert len(uploads_of_weights(hub, folder)) == 1
     assert not hub.repos[REPO].private
 
 
 def contents_of_files(folder: Path) -> dict[str, bytes]:
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def uploads_of_weights(hub: LoopbackHub, folder: Path) -> list[str]:
+    return hub.asked(rf"^PUT /large/{sha256(folder / WEIGHTS)}$")
 
 
 def sha256(path: Path) -> str:
@@ -104,7 +111,7 @@ def test_a_second_push_of_the_same(folder: Path, hub: LoopbackHub) -> None:
     again = push_to_hub(folder, REPO)
     assert not again.changed and again.commit_oid == first.commit_oid
     assert len(hub.repos[REPO].refs["main"]) == 2
-    assert len(hub.asked("^PUT /large/")) == 1
+    assert len(hub.asked("^PUT /large/")) == len(hub.large)
 
 
 def test_a_model_with_its_processor(text_folder: Path, hub: LoopbackHub) -> None:
@@ -112,7 +119,8 @@ def test_a_model_with_its_processor(text_folder: Path, hub: LoopbackHub) -> None
     model = AutoModelForSequenceClassification.from_pretrained(text_folder, quantization_config=config)
     details = CardDetails(dataset="stanfordnlp/sst2", license="mit")
     push_to_hub(model, REPO, processor=tokenizer(), details=details)
-    assert {WEIGHTS, "config.json", "tokenizer.json", "tokenizer_config.json", "README.md"} <= hub.files(REPO).keys()
+    names = (WEIGHTS, "config.json", "tokenizer.json", "tokenizer_config.json", "README.md", "frontier.png")
+    assert set(names) <= hub.files(REPO).keys()
     card = card_of(hub)
     assert "license: mit" in card and "stanfordnlp/sst2" in card
     assert str(text_folder) not in card  # the base model's folder is nobody's business
@@ -309,12 +317,12 @@ def test_a_connection_that_is_lost(place: str, folder: Path, hub: LoopbackHub) -
     if place != "create":
         assert hub.files(REPO).keys() == {".gitattributes"}  # nothing is half there
     arrived = place in ("verify", "commit")
-    assert bool(hub.large) is arrived
-    uploads = len(hub.asked(r"^PUT /large/\w+$"))
+    assert (sha256(folder / WEIGHTS) in hub.large) is arrived
+    uploads = len(uploads_of_weights(hub, folder))
     hub.breaks = lambda request: False
     assert push_to_hub(folder, REPO).changed
     assert hub.files(REPO)[WEIGHTS] == (folder / WEIGHTS).read_bytes()
-    assert len(hub.asked(r"^PUT /large/\w+$")) == uploads + (not arrived)
+    assert len(uploads_of_weights(hub, folder)) == uploads + (not arrived)
 
 
 def test_of_several_large_files_only_those_are_sent_again_that_did_not_arrive(folder: Path, hub: LoopbackHub) -> None:
