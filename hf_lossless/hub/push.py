@@ -18,6 +18,7 @@ from typing import Any, Literal
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 from huggingface_hub.hf_api import ModelInfo
 from transformers import PreTrainedModel
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
 from hf_lossless.cards.details import CardDetails
 from hf_lossless.cards.folder import CARD, FolderCard, card_text, folder_card
@@ -29,7 +30,7 @@ from hf_lossless.errors import HubError
 from hf_lossless.hub.refusals import hub_errors, refuse_bad_repo_id, token_for_pushing
 from hf_lossless.record_of_compression import write_record
 
-_WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json")
+_WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors")
 
 CardOutcome = Literal["written", "kept"]
 
@@ -109,10 +110,12 @@ def push_to_hub(
             there = _card_there(api, present)
         ours = _card(folder, details, present.id, token)
         card = reconciled(ours.text, there)
+        additions = _additions(folder, card, ours.pictures)
         with hub_errors(present.id, revision):
+            _upload_shards(api, additions, present.id, revision, create_pr)
             commit = api.create_commit(
                 present.id,
-                [*_additions(folder, card, ours.pictures), *_deletions(folder, present)],
+                [*additions, *_deletions(folder, present)],
                 commit_message=commit_message or _message(entry),
                 revision=revision,
                 create_pr=create_pr,
@@ -189,12 +192,25 @@ def _additions(folder: Path, card: str | None, pictures: Mapping[str, bytes]) ->
     return [*files, *(CommitOperationAdd(name, content) for name, content in made.items())]
 
 
+def _upload_shards(
+    api: HfApi, additions: list[CommitOperationAdd], repo_id: str, revision: str | None, create_pr: bool
+) -> None:
+    """Sends the weights before the commit, one file after the other, where there are several.
+
+    hf_xet, which carries large files to the Hub, enters them there at the end of a call. In one call with all of them,
+    as `create_commit` makes it, a lost connection would lose those too that had arrived.
+    """
+    shards = [addition for addition in additions if _WEIGHTS.fullmatch(addition.path_in_repo)]
+    for shard in shards if len(shards) > 1 else ():
+        api.preupload_lfs_files(repo_id, [shard], revision=revision, create_pr=create_pr, free_memory=False)
+
+
 def _deletions(folder: Path, present: ModelInfo) -> list[CommitOperationDelete]:
     """Weights of an earlier model that from_pretrained would take for a part of this one, or read in its place."""
     return [
         CommitOperationDelete(name)
         for name in _names(present)
-        if _WEIGHTS.fullmatch(name) and not (folder / name).is_file()
+        if (_WEIGHTS.fullmatch(name) or name == SAFE_WEIGHTS_INDEX_NAME) and not (folder / name).is_file()
     ]
 
 
