@@ -184,7 +184,7 @@ def weight_files(folder: str | os.PathLike[str]) -> list[Path]:
     if not index.is_file():
         raise CheckpointError(f"{folder} has neither {SAFE_WEIGHTS_NAME} nor {SAFE_WEIGHTS_INDEX_NAME}. {_REMEDY}")
     try:
-        names = sorted(set(read_json(index, _REMEDY)["weight_map"].values()))
+        names = sorted(set(read_json(index, _REMEDY, _REMEDY)["weight_map"].values()))
     except (KeyError, AttributeError, TypeError) as error:
         raise CheckpointError(f"{index} is not an index of shards: {error!r}. {_REMEDY}") from error
     for name in names:
@@ -211,7 +211,7 @@ def read_entry(folder: str | os.PathLike[str]) -> LosslessCheckpointConfig:
         CheckpointError: There is no config.json, it is not JSON, or the model in it is not compressed by this package.
         PlanError: Its plan is malformed.
     """
-    values = read_json(Path(folder) / "config.json", "Give a folder written by hf_lossless.")
+    values = read_config(folder)
     entry = values.get("quantization_config") if isinstance(values, Mapping) else None
     if not isinstance(entry, Mapping) or entry.get("quant_method") != QUANT_METHOD:
         raise CheckpointError(
@@ -222,18 +222,27 @@ def read_entry(folder: str | os.PathLike[str]) -> LosslessCheckpointConfig:
     return config
 
 
-def read_json(path: Path, remedy: str) -> Any:
+def read_config(folder: str | os.PathLike[str]) -> Any:
+    """All that config.json says, of a saved folder or of any other.
+
+    Raises:
+        CheckpointError: It cannot be read, or is not JSON.
+    """
+    return read_json(Path(folder) / "config.json", "Give a folder written by hf_lossless.", _REMEDY)
+
+
+def read_json(path: Path, remedy: str, malformed_remedy: str) -> Any:
     """The values in a JSON file.
 
     Raises:
-        CheckpointError: It cannot be read, or is not JSON; the message ends with `remedy`.
+        CheckpointError: It cannot be read, or is not JSON; the message ends with the one remedy or the other.
     """
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}. {remedy}") from error
     except ValueError as error:
-        raise CheckpointError(f"{path} is not JSON: {error}. {remedy}") from error
+        raise CheckpointError(f"{path} is not JSON: {error}. {malformed_remedy}") from error
 
 
 def write_file(path: Path, text: str) -> None:

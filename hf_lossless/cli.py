@@ -151,9 +151,8 @@ def compress(
             f"{'' if result.certificate else 'Judge it on rows it has not seen: hf-lossless evaluate'}",
             soft_wrap=True,
         )
-        if result.certificate is not None:
-            for text in certificate_texts(result):
-                _console.print(text, soft_wrap=True, highlight=False)
+        for text in certificate_texts(result):
+            _console.print(text, soft_wrap=True, highlight=False)
 
 
 @app.command(name="evaluate")

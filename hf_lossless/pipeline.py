@@ -78,7 +78,7 @@ class CompressionResult:
     calibration: Calibration
     size_bytes: int
     measured_loss_change: float
-    checks: tuple[LossCheck, ...] = ()
+    checks: tuple[LossCheck, ...]
     certificate: Certificate | None = None
     not_smaller: str | None = None
 

@@ -148,7 +148,7 @@ def read_record_of(folder: str | PathLike[str]) -> CompressionRecord | None:
     if not path.exists():
         return None
     remedy = f"Delete {path}, which only reports need, or take it again from where it came from."
-    record = read_record(CompressionRecord, read_json(path, remedy), str(path), CheckpointError, remedy)
+    record = read_record(CompressionRecord, read_json(path, remedy, remedy), str(path), CheckpointError, remedy)
     plan = read_entry(folder).plan
     ours, theirs = (record.theory, record.chosen[1]), (plan.theory, plan.predicted_loss_change)
     # A sum of the same numbers in another order may differ in its last digits.

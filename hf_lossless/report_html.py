@@ -18,7 +18,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from hf_lossless.certificate import CERTIFIED, LOSS_DECREASED, Certificate
-from hf_lossless.checkpoint import read_entry, read_json, refuse_other_bytes
+from hf_lossless.checkpoint import read_config, read_entry, refuse_other_bytes
 from hf_lossless.config import LosslessCheckpointConfig
 from hf_lossless.pictures.agreement import agreement_figure
 from hf_lossless.pictures.frontier import frontier_figure
@@ -69,7 +69,7 @@ def html_report(folder: str | os.PathLike[str]) -> str:
     refuse_other_bytes(config.plan, sorted(folder.glob("*.safetensors")))
     record = read_record_of(folder)
     plan = plan_in_order(config.plan, record)
-    about = read_json(folder / "config.json", "Take the folder again from where it came from.")
+    about = read_config(folder)
     environment = Environment(
         loader=PackageLoader("hf_lossless"),
         autoescape=True,
@@ -115,9 +115,10 @@ def _text(value: Any) -> str:
 def _verdict(certificate: Certificate | None, record: CompressionRecord | None) -> _Verdict:
     if certificate is None:
         text = (
-            "No rows were held back, so nothing is proven. With a tolerance as its target, a compression is certified."
+            "Nothing is proven of rows that had no part in making this model. A compression with a tolerance as its "
+            "target is certified; a finished model can be tested with: hf-lossless certify."
         )
-        return _Verdict("none", "Not certified: it was not asked for", [text])
+        return _Verdict("none", "Not certified: the folder has no certificate", [text])
     seen = certificate.evidence
     share = f"{100 * abs(seen.tolerance):.3g} % of the original's"
     outcome = f"did not rise by more than {share}" if seen.tolerance > 0 else f"fell by more than {share}"
@@ -143,10 +144,12 @@ def _pictures(plan: CompressionPlan, record: CompressionRecord | None) -> Iterat
             "side. Around 0 the axis is linear: what lies there is too small to matter.",
         )
     order = "of the model" if record is not None else "of their names"
+    has_ranks = any(layer.low_rank is not None for layer in plan.layers.values())
     yield _Picture(
         svg_data_uri(layers_figure(plan)),
         f"How each of {len(plan.layers):,} layers is stored: {'; '.join(_summary(plan))}.",
-        f"Layers in the order {order}. A rank stands as a number at the end of its bar where there is room.",
+        f"Layers in the order {order}."
+        + (" A rank stands as a number at the end of its bar where there is room." if has_ranks else ""),
     )
     if record is not None and record.checks:
         yield _Picture(

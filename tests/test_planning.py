@@ -112,6 +112,15 @@ def test_predictions_that_are_far_too_small_are_found_out(monkeypatch):
     assert result.measured_loss_change <= 0.025  # what is stated: twice the prediction, and the measurement's error
     assert result.plan.predicted_loss_change > 1e4 * blind.plan.predicted_loss_change
     assert result.plan.tensor_bytes > blind.plan.tensor_bytes
+    assert [check.checked for check in blind.checks] == ["model"]
+    first, *others = (
+        result.checks
+    )  # the plan that was believed at first, what each layer of it cost, and what came then
+    assert first.checked == "plan" and first.measured_loss_change > 1e4 * first.predicted_loss_change
+    assert {check.layer for check in others[:3]} == {"0", "3", "5"} and others[0].checked == "layer"
+    assert [check.checked for check in others[-2:]] == ["plan", "model"]
+    assert others[-1].predicted_loss_change == result.plan.predicted_loss_change
+    assert all(check.standard_error > 0 for check in result.checks)
 
 
 @pytest.mark.parametrize("factor", [1.0, 10.0, 1e3], ids="times-{}".format)

@@ -57,6 +57,9 @@ def test_quick_start(workplace: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert again.config.quantization_config.certificate == model.config.quantization_config.certificate
     assert again.config.quantization_config.plan.original_bytes / again.config.quantization_config.size_bytes > 1
     assert capsys.readouterr().out.startswith("Not certified: ")  # of so few rows
+    [code] = blocks("report")
+    exec(code, names)
+    assert Path("report.html").read_text(encoding="utf-8").count("<img ") == 3
 
 
 def test_modules(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -20,7 +20,7 @@ from hf_lossless.cards.text import (
     task_name,
 )
 from hf_lossless.certificate import Certificate
-from hf_lossless.checkpoint import check_folder, read_json
+from hf_lossless.checkpoint import check_folder, read_config
 from hf_lossless.config import LosslessCheckpointConfig
 from hf_lossless.errors import CheckpointError
 from hf_lossless.hf_plan import with_present_bytes
@@ -87,7 +87,7 @@ def model_card(
 
 def _of_folder(folder: Path, repo_id: str | None) -> _Source:
     entry = check_folder(folder)
-    config = read_json(folder / "config.json", "Take it again from where it came from.")
+    config = read_config(folder)
     files = [path.name for path in folder.iterdir()]
     return _Source(entry, read_record_of(folder), config, files, repo_id or folder.resolve().name)
 
