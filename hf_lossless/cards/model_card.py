@@ -219,7 +219,7 @@ def _measured(record: CompressionRecord | None) -> str:
     if record is None or record.measured_loss_change is None:
         return "that is a prediction, no measurement"
     change, error = record.measured_loss_change, record.measured_loss_change_error
-    scatter = "" if error is None else f" ± {error:.1g}"
+    scatter = "" if error is None else f" (standard error {error:.1g})"
     return f"measured on the {record.calibration_rows:,} calibration rows, it was {change:+.2g}{scatter}"
 
 
