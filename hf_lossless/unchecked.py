@@ -36,8 +36,8 @@ def unchecked(config: LosslessCheckpointConfig, record: CompressionRecord | None
 def _of_rows(certificate: Certificate | None) -> list[str]:
     if certificate is None:
         return [
-            "Held-out rows: no certificate was asked for, so nothing here says what the model does on rows that had no "
-            "part in making it. Test it on some with: hf-lossless certify."
+            "Held-out rows: there is no certificate, so nothing here says what the model does on rows that had no part "
+            "in making it."
         ]
     evidence, provenance = certificate.evidence, certificate.provenance
     unknown = provenance.calibration_rows is None or provenance.selection_rows is None

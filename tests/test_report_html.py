@@ -84,9 +84,9 @@ def test_a_folder_with_everything(tmp_path: Path) -> None:
 def test_a_folder_with_as_little_as_there_can_be(tmp_path: Path) -> None:
     grid = LAYERS["grid"].model_copy(update={"activation": None})
     found = page(tmp_path, plan_of({"head": grid}))
-    assert "Not certified: it was not asked for" in found.said
+    assert "Not certified: the folder has no certificate" in found.said
     assert "the folder has no compression.json" in found.said and len(found.named("img")) == 1
-    assert "Held-out rows: no certificate was asked for" in found.said
+    assert "Held-out rows: there is no certificate" in found.said
     assert "does not say what was measured" in found.said
     assert "Integer arithmetic" not in found.said
     for heading in (" rank ", " work ", " input ", "Certificate"):
