@@ -6,7 +6,8 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # a lookup on the Hub fails at once
 os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp(prefix="hf-lossless-tests-")
 
 import shutil
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import datasets
@@ -16,6 +17,8 @@ from compressed_folder import certificate, save_compressed
 from huggingface_hub import constants
 from loopback_hub import TOKEN, LoopbackHub
 from tiny_checkpoints import image_rows, save_image_model, save_text_model, text_rows
+
+from hf_lossless import cli
 
 torch.set_num_threads(1)  # tiny models spend more on waking threads than on arithmetic
 
@@ -80,3 +83,18 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[LoopbackHub
         monkeypatch.setenv("HF_TOKEN", TOKEN)
         monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda seconds: None)  # between its retries
         yield hub
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+    """Runs `hf-lossless ARGUMENTS`; its status, and what it writes to stdout and stderr."""
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["hf-lossless", *map(str, arguments)])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as exit:
+            cli.main()
+        printed = capsys.readouterr()
+        return int(exit.value.code or 0), printed.out, printed.err
+
+    return run

@@ -3,7 +3,6 @@
 import json
 import re
 import shutil
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -21,7 +20,6 @@ from hf_lossless import (
     CheckpointError,
     ConfigurationError,
     LosslessCompressionConfig,
-    cli,
     model_card,
 )
 from hf_lossless.cards.details import details_of_card
@@ -36,19 +34,6 @@ from hf_lossless.unchecked import unchecked
 BASE = "google-bert/bert-base-uncased"
 DETAILS = CardDetails(base_model=BASE, dataset="stanfordnlp/sst2", split="test", license="mit", language=("en", "de"))
 Run = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    def run(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["hf-lossless", *map(str, arguments)])
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as exit:
-            cli.main()
-        printed = capsys.readouterr()
-        return int(exit.value.code or 0), printed.out, printed.err
-
-    return run
 
 
 def section(card: str, heading: str) -> str:
@@ -157,7 +142,7 @@ def test_a_model_without_a_certificate(small_folder: Path) -> None:
     text = str(model_card(small_folder))
     assert "Without a certificate." in text.split("## ")[0]
     assert "nothing here says that the loss held" in section(text, "Certificate")
-    assert "Held-out rows: no certificate was asked for" in section(text, "What was not checked")
+    assert "Held-out rows: there is no certificate" in section(text, "What was not checked")
     assert "compressed with datasets" in section(text, "Where it comes from")
     (small_folder / "compression.json").unlink()
     assert "other versions are not recorded" in section(str(model_card(small_folder)), "Where it comes from")
