@@ -12,7 +12,7 @@ from hf_lossless.hub.push import push_to_hub
 
 def push(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="A compressed checkpoint.")],
-    repo: Annotated[str, typer.Argument(help="NAME or OWNER/NAME; created where it is not there.")],
+    repo: Annotated[str, typer.Argument(metavar="REPO", help="NAME or OWNER/NAME; created where it is not there.")],
     private: Annotated[
         bool | None,
         typer.Option("--private/--public", help="Whether it must be; default: as it is, or as its owner's default is."),
