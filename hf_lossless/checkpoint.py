@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from hf_lossless.config import QUANT_METHOD, LosslessCheckpointConfig
 from hf_lossless.errors import CheckpointError
@@ -157,6 +158,40 @@ def refuse_other_bytes(plan: CompressionPlan, files: Iterable[str | os.PathLike[
         raise CheckpointError(
             f"the plan in config.json speaks of {plan.tensor_bytes} bytes of tensors, the files hold {found}. {_REMEDY}"
         )
+
+
+def check_folder(folder: str | os.PathLike[str]) -> LosslessCheckpointConfig:
+    """What a saved folder says of itself, which its files must bear out.
+
+    Raises:
+        CheckpointError: As for `read_entry`; or a file is missing, truncated, or the files hold other bytes than the
+            plan says.
+        PlanError: The plan is malformed.
+    """
+    entry = read_entry(folder)
+    refuse_other_bytes(entry.plan, weight_files(folder))
+    return entry
+
+
+def weight_files(folder: str | os.PathLike[str]) -> list[Path]:
+    """The safetensors files that from_pretrained reads: one, or the shards that an index names.
+
+    Raises:
+        CheckpointError: There are none, one that the index names is missing, or the index cannot be read.
+    """
+    whole, index = Path(folder) / SAFE_WEIGHTS_NAME, Path(folder) / SAFE_WEIGHTS_INDEX_NAME
+    if whole.is_file():
+        return [whole]
+    if not index.is_file():
+        raise CheckpointError(f"{folder} has neither {SAFE_WEIGHTS_NAME} nor {SAFE_WEIGHTS_INDEX_NAME}. {_REMEDY}")
+    try:
+        names = sorted(set(read_json(index, _REMEDY, _REMEDY)["weight_map"].values()))
+    except (KeyError, AttributeError, TypeError) as error:
+        raise CheckpointError(f"{index} is not an index of shards: {error!r}. {_REMEDY}") from error
+    for name in names:
+        if not (Path(folder) / str(name)).is_file():
+            raise CheckpointError(f"the shard {name} that {index} names is missing. {_REMEDY}")
+    return [Path(folder) / name for name in names]
 
 
 def _headers(file: str | os.PathLike[str]) -> Iterator[tuple[str, str, tuple[int, ...]]]:

@@ -1,4 +1,4 @@
-"""The command line: compress, evaluate, certify, inspect, neighbourhood, report, export, demo."""
+"""The command line: compress, evaluate, certify, inspect, card, report, push, export, neighbourhood, demo."""
 
 import json
 import sys
@@ -16,10 +16,12 @@ from hf_lossless.calibration.splits import fingerprint
 from hf_lossless.certificate import Provenance
 from hf_lossless.certification.certify import certify
 from hf_lossless.certification.comparison import Comparison, compare
-from hf_lossless.checkpoint import new_folder, read_entry, refuse_occupied, refuse_other_bytes
+from hf_lossless.checkpoint import check_folder, new_folder, refuse_occupied
+from hf_lossless.cli_card import card
 from hf_lossless.cli_export import export_command
 from hf_lossless.cli_models import Judged, config_of, judge, load_model, refuse_quantised, task_of_model
 from hf_lossless.cli_options import activation_widths, bit_widths, ranks_by_name
+from hf_lossless.cli_push import push
 from hf_lossless.cli_report import report
 from hf_lossless.config import (
     CONFIDENCE,
@@ -54,6 +56,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
 )
+for _command in (card, report, push):
+    app.command()(_command)
+app.command(name="export")(export_command)
 _console = Console()
 
 _Data = Annotated[str, typer.Option("--data", help="A json, jsonl, csv or parquet file, a saved dataset, or a Hub id.")]
@@ -247,8 +252,7 @@ def inspect(
     as_json: _Json = False,
 ) -> None:
     """Show what a compressed checkpoint consists of."""
-    config = read_entry(folder)
-    refuse_other_bytes(config.plan, sorted(folder.glob("*.safetensors")))
+    config = check_folder(folder)
     values = inspection(config)
     if as_json:
         _print_json(values)
@@ -308,10 +312,6 @@ def neighbourhood_command(
         _console.print(table)
     if out is not None:
         _console.print(f"{out}: neighbourhood.json, neighbourhood.png", soft_wrap=True)
-
-
-app.command(name="export")(export_command)
-app.command()(report)
 
 
 @app.command()
