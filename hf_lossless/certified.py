@@ -41,13 +41,14 @@ from hf_lossless.certification.selection import chance_to_pass, next_ratio, orde
 from hf_lossless.certification.walk import Walk, walk
 from hf_lossless.config import LosslessCheckpointConfig, LosslessCompressionConfig
 from hf_lossless.errors import CalibrationError, DataError, UnreachableTargetError
-from hf_lossless.evaluation import answers, refuse_unlabelled
+from hf_lossless.evaluation import answers
 from hf_lossless.knapsack import Frontier
 from hf_lossless.modules.base import CompressedModule
 from hf_lossless.modules.tied import Tied
 from hf_lossless.pipeline import CompressionResult, analyse, evaluation_mode, no_rows_to_hold_back, realise
 from hf_lossless.plan import CompressionPlan
 from hf_lossless.planning import Planner
+from hf_lossless.tasks.base import Task
 from hf_lossless.tasks.registry import task_of
 
 SEARCH_STEPS = 10
@@ -93,8 +94,8 @@ def compress_certified(
     assert config.tolerance is not None
     if ready_batches(config.dataset) is not None:
         raise no_rows_to_hold_back(config)
-    splits = _splits(config)
     task = task_of(model, config.task)
+    splits = _splits(config, task)
     processor = processor_of(model, config, task)
     asked = {
         "tolerance": config.tolerance,
@@ -152,7 +153,7 @@ def compress_certified(
     )
 
 
-def _splits(config: LosslessCompressionConfig) -> Splits:
+def _splits(config: LosslessCompressionConfig, task: Task) -> Splits:
     """The three splits: what the user gives separately, and the rest by a hash of the rows of `dataset`.
 
     Where one of the held-out splits is given, `dataset` makes the two others, and the one that is not calibration gets
@@ -161,9 +162,9 @@ def _splits(config: LosslessCompressionConfig) -> Splits:
     Raises:
         DataError: Rows cannot be used, overlap, or are too few.
     """
-    rows = load_rows(config.dataset, config.split)
+    rows = task.columns_of(load_rows(config.dataset, config.split))
     selection, certification = (
-        None if given is None else load_rows(given)
+        None if given is None else task.columns_of(load_rows(given))
         for given in (config.selection_dataset, config.certification_dataset)
     )
     if selection is None and certification is None:
@@ -186,7 +187,7 @@ def _splits(config: LosslessCompressionConfig) -> Splits:
             "target than tolerance=, say ratio=6."
         )
     for held_out in (splits.selection, splits.certification):
-        refuse_unlabelled(
+        task.refuse_unlabelled(
             held_out, "A certificate needs labels (the targets ratio=, max_bytes= and loss_budget= do not)"
         )
     refuse_overlap(splits.certification, splits.calibration)

@@ -141,7 +141,7 @@ def test_the_three_splits_given_separately(text_folder: Path) -> None:
 def test_one_split_given_separately(text_folder: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     given = [{"text": f"{row['text']} w7 w7 w7 w7", "label": row["label"]} for row in text_rows(40, 5)]
     config = LosslessCompressionConfig(ROWS, **{name: given})
-    splits = certified._splits(config)
+    splits = certified._splits(config, TASK)
     rest = splits.certification if name == "selection_dataset" else splits.selection
     assert len(splits.calibration) + len(rest) == len(ROWS)
     assert len(splits.calibration) == pytest.approx(0.2 * len(ROWS), rel=0.25)

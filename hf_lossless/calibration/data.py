@@ -16,8 +16,10 @@ from transformers.utils.generic import find_labels
 from hf_lossless.calibration.loss import Batch, model_device, to_device
 from hf_lossless.config import LosslessCompressionConfig
 from hf_lossless.errors import ConfigurationError, DataError, reason
-from hf_lossless.tasks.base import LABEL_COLUMNS, Task
+from hf_lossless.tasks.base import Task
+from hf_lossless.tasks.labels import model_labels
 from hf_lossless.tasks.registry import TASKS, task_of
+from hf_lossless.tasks.rows import LABEL_COLUMNS, ROW_NUMBER, Row
 
 _FORMATS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
 
@@ -143,48 +145,48 @@ def make_batches(
         task: What encodes them.
         processor: Its tokenizer or image processor.
         model: What the batches are for.
-        batch_size: Rows of a batch.
-        first: Index of the first batch that is made.
-        step: Each how many-th batch is made from there on: one process's share.
+        batch_size: Rows that are encoded together: one batch, or a few where the model sees a row in several pieces.
+        first: Index of the first group of rows that is encoded.
+        step: Each how many-th group is encoded from there on: one process's share.
 
     Raises:
         DataError: The rows do not have the task's columns, or hold what it cannot use.
     """
+    for group in row_groups(rows, task, model, batch_size, first, step):
+        yield from task.batches(group, processor, model)
+
+
+def row_groups(
+    rows: datasets.Dataset, task: Task, model: PreTrainedModel, size: int, first: int = 0, step: int = 1
+) -> Iterator[list[Row]]:
+    """Groups of rows of like length, with the model's own labels; each row carries its number (`ROW_NUMBER`).
+
+    Raises:
+        DataError: The rows do not have the task's columns, or labels that the model does not know.
+    """
+    rows = task.columns_of(rows)
     label_ids: dict[str, list[int]] = {}
     for column, feature in rows.features.items():
         if isinstance(feature, datasets.Image):  # the task decodes images, and can say which one is broken
             rows = rows.cast_column(column, datasets.Image(decode=False))
         elif isinstance(feature, datasets.ClassLabel) and column in LABEL_COLUMNS:
-            label_ids[column] = _model_labels(column, feature.names, model)
-    order = list(range(len(rows)))
-    if task.length(rows[0]) is not None:
-        lengths = [task.length(row) for row in rows]
-        order.sort(key=lambda index: lengths[index] or 0)
-    for start in range(first * batch_size, len(order), step * batch_size):
-        batch = [rows[index] for index in order[start : start + batch_size]]
+            label_ids[column] = model_labels(column, feature.names, model)
+    # A sample or a split remembers which rows of the user's data set it consists of.
+    numbers = range(len(rows)) if rows._indices is None else rows._indices.column(0).to_pylist()
+
+    def row_at(index: int) -> dict[str, Any]:
+        row = {**rows[index], ROW_NUMBER: numbers[index]}
         for column, ids in label_ids.items():
-            for row in batch:
-                if isinstance(row[column], int) and 0 <= row[column] < len(ids):
-                    row[column] = ids[row[column]]
-        yield task.encode(batch, processor, model)
+            if isinstance(row[column], int) and 0 <= row[column] < len(ids):
+                row[column] = ids[row[column]]
+        return row
 
-
-def _model_labels(column: str, names: list[str], model: PreTrainedModel) -> list[int]:
-    """The model's index of each label name of a column: data and model may number the same labels differently.
-
-    Raises:
-        DataError: The model knows some of the names, but not all.
-    """
-    known = {str(name).lower(): int(index) for name, index in (model.config.label2id or {}).items()}
-    missing = [name for name in names if name.lower() not in known]
-    if not missing:
-        return [known[name.lower()] for name in names]
-    if len(missing) == len(names):  # LABEL_0 and the like: the numbers are all there is
-        return list(range(len(names)))
-    raise DataError(
-        f"the labels {missing} of column {column!r} are not among the model's ({', '.join(known)}), "
-        "though others are. Rename or drop them, or give labels as the model's numbers."
-    )
+    order = list(range(len(rows)))
+    if task.length(row_at(0)) is not None:
+        lengths = [task.length(row_at(index)) for index in order]
+        order.sort(key=lambda index: lengths[index] or 0)
+    for start in range(first * size, len(order), step * size):
+        yield [row_at(index) for index in order[start : start + size]]
 
 
 def ready_batches(dataset: Any) -> list[Batch] | None:
@@ -229,8 +231,8 @@ def with_own_targets(model: PreTrainedModel, batches: Iterable[Batch], task_name
         if isinstance(batch, Mapping) and label_names and label_names.isdisjoint(batch):
             task = _predicting_task(model, task_name, batch)
             with torch.no_grad():
-                logits = model(**to_device(batch, device)).logits
-            batch = {**batch, "labels": task.predict(logits).cpu()}
+                targets = task.own_targets(batch, model(**to_device(batch, device)))
+            batch = {**batch, **{name: value.cpu() for name, value in targets.items()}}
         labelled.append(batch)
     return labelled
 

@@ -5,9 +5,12 @@ from transformers import PreTrainedModel
 from hf_lossless.errors import ConfigurationError
 from hf_lossless.tasks.base import Task
 from hf_lossless.tasks.image_classification import ImageClassification
+from hf_lossless.tasks.question_answering import QuestionAnswering
 from hf_lossless.tasks.text_classification import TextClassification
 
-TASKS: dict[str, Task] = {task.name: task for task in (TextClassification(), ImageClassification())}
+TASKS: dict[str, Task] = {
+    task.name: task for task in (TextClassification(), ImageClassification(), QuestionAnswering())
+}
 
 
 def task_named(name: str) -> Task:
@@ -28,7 +31,9 @@ def task_of_class(class_name: str) -> Task:
         ConfigurationError: It does none of the known tasks.
     """
     for task in TASKS.values():
-        if task.head in class_name:  # a few have more after it: DeiTForImageClassificationWithTeacher
+        if any(
+            head in class_name for head in task.heads
+        ):  # a few have more after it: DeiTForImageClassificationWithTeacher
             return task
     raise ConfigurationError(
         f"{class_name} does none of the tasks whose data can be prepared here ({', '.join(TASKS)}). "
