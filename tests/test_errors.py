@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import (
     AutoModel,
-    AutoModelForCausalLM,
     AutoModelForImageClassification,
+    AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
     BertForSequenceClassification,
     GPT2ForSequenceClassification,
@@ -394,19 +394,22 @@ def test_data_for_an_image_model(image_folder: Path, rows: Any, message: str) ->
 
 
 def test_no_labels_and_nothing_that_could_stand_in(tmp_path: Path) -> None:
-    tiny = TINY_MODELS["gpt2"]
+    tiny = TINY_MODELS["t5"]
     tiny.build().save_pretrained(tmp_path)
-    message = r'no "labels" \(found input_ids, attention_mask\), .* GPT2LMHeadModel does none .* Add "labels" to every'
+    message = (
+        r'no "labels" \(found input_ids, decoder_input_ids\), .* T5ForConditionalGeneration does none .* '
+        r'Add "labels" to every'
+    )
     with pytest.raises(DataError, match=message):
-        AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=config([tiny.inputs()]))
+        AutoModelForSeq2SeqLM.from_pretrained(tmp_path, quantization_config=config([tiny.inputs()]))
 
 
 def test_a_model_without_a_known_task(tmp_path: Path) -> None:
-    TINY_MODELS["gpt2"].build().save_pretrained(tmp_path)
+    TINY_MODELS["t5"].build().save_pretrained(tmp_path)
     with pytest.raises(
-        ConfigurationError, match=r"GPT2LMHeadModel does none of the tasks .* Take a model with the head"
+        ConfigurationError, match=r"T5ForConditionalGeneration does none of the tasks .* Take a model with the head"
     ):
-        AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=config())
+        AutoModelForSeq2SeqLM.from_pretrained(tmp_path, quantization_config=config())
 
 
 def test_a_model_without_a_head(text_folder: Path) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import datasets
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
@@ -28,8 +29,9 @@ def load_rows(dataset: Any, split: str | None = None) -> datasets.Dataset:
     """A data set as a `datasets.Dataset`.
 
     Args:
-        dataset: A Dataset, a DatasetDict, a list of dicts, a path of a json, jsonl, csv or parquet file or of a saved
-            dataset, or a Hub id.
+        dataset: A Dataset, a DatasetDict, a list of dicts, a path of a json, jsonl, csv or parquet file, of a saved
+            dataset or of a folder of images (a folder for each class, in train/, validation/ and so on or not), or a
+            Hub id.
         split: The split of a DatasetDict or Hub dataset; may be left out where there is only one.
 
     Raises:
@@ -99,6 +101,8 @@ def _load(name: str, split: str | None) -> datasets.Dataset | datasets.DatasetDi
             if kind is not None:
                 return datasets.load_dataset(kind, data_files=name, split="train")
             if path.is_dir():
+                if _is_image_folder(path):
+                    return datasets.load_dataset("imagefolder", data_dir=name)
                 return datasets.load_from_disk(name)
             return datasets.load_dataset(name, split=split)
     except (OSError, ValueError, TypeError, datasets.exceptions.DatasetsError) as error:
@@ -106,8 +110,15 @@ def _load(name: str, split: str | None) -> datasets.Dataset | datasets.DatasetDi
             raise _empty(name) from error
         raise DataError(
             f"the data set {name!r} cannot be read: {reason(error)}. "
-            "Give a json, jsonl, csv or parquet file, a folder written by save_to_disk, or a Hub id."
+            "Give a json, jsonl, csv or parquet file, a folder of images or one written by save_to_disk, or a Hub id."
         ) from error
+
+
+def _is_image_folder(path: Path) -> bool:
+    """Whether a folder holds image files, perhaps in a folder for each class, and no saved data set."""
+    if any((path / name).exists() for name in ("state.json", "dataset_dict.json")):
+        return False
+    return any(file.suffix.lower() in Image.registered_extensions() for file in path.rglob("*"))
 
 
 @contextmanager

@@ -10,9 +10,10 @@ splits are the shares only on average.
 
 What is hashed is what the model sees: every column but the labels (or answers) and running numbers. Labels are left out
 because the same text under two labels would otherwise be two rows, one to calibrate on and one to certify on, and the
-model would be judged on an input that it was fitted to. Running numbers are left out because they make every row unique.
-Names of columns are left out too (their alphabetical order stays), so that "text" here is "sentence" there. Images are
-hashed as pixels, whatever their file format. Near-duplicates (another blank, another JPEG quality) are other rows.
+model would be judged on an input that it was fitted to. Running numbers are left out because they make every row
+unique. Names of columns are left out too (their alphabetical order stays), so that "text" here is "sentence" there.
+Images are hashed as pixels, whatever their file format. Near-duplicates (another blank, another JPEG quality) are other
+rows.
 """
 
 import hashlib
