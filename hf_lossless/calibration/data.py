@@ -20,7 +20,7 @@ from hf_lossless.errors import ConfigurationError, DataError, reason
 from hf_lossless.tasks.base import Task
 from hf_lossless.tasks.labels import model_labels
 from hf_lossless.tasks.registry import TASKS, task_of
-from hf_lossless.tasks.rows import LABEL_COLUMNS, ROW_NUMBER, Row
+from hf_lossless.tasks.rows import ROW_NUMBER, Row
 
 _FORMATS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
 
@@ -180,7 +180,7 @@ def row_groups(
     for column, feature in rows.features.items():
         if isinstance(feature, datasets.Image):  # the task decodes images, and can say which one is broken
             rows = rows.cast_column(column, datasets.Image(decode=False))
-        elif isinstance(feature, datasets.ClassLabel) and column in LABEL_COLUMNS:
+        elif isinstance(feature, datasets.ClassLabel) and task.has_label_names and column in task.target_columns:
             label_ids[column] = model_labels(column, feature.names, model)
     # A sample or a split remembers which rows of the user's data set it consists of.
     numbers = range(len(rows)) if rows._indices is None else rows._indices.column(0).to_pylist()

@@ -32,6 +32,7 @@ class ImageClassification(Classification):
 
     name = "image-classification"
     heads = ("ForImageClassification",)
+    has_label_names = True
     auto_class = AutoModelForImageClassification
 
     def load_processor(self, model: str) -> Any:

@@ -26,6 +26,7 @@ class TextClassification(Classification):
 
     name = "text-classification"
     heads = ("ForSequenceClassification",)
+    has_label_names = True
     auto_class = AutoModelForSequenceClassification
 
     def load_processor(self, model: str) -> Any:

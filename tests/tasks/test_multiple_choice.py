@@ -1,7 +1,9 @@
 """Beginnings and endings in three forms, and one row of a batch for each choice."""
 
+import copy
 from typing import Any
 
+import datasets
 import pytest
 import torch
 from tiny_checkpoints import pair_tokenizer, without
@@ -9,7 +11,7 @@ from tiny_models import VOCABULARY
 from transformers import BertConfig, BertForMultipleChoice, PreTrainedModel
 
 from hf_lossless import DataError
-from hf_lossless.calibration.data import with_own_targets
+from hf_lossless.calibration.data import make_batches, with_own_targets
 from hf_lossless.evaluation import evaluate
 from hf_lossless.tasks.choices import Choices, choice_columns, choices_of
 from hf_lossless.tasks.registry import TASKS, task_of
@@ -94,6 +96,17 @@ def test_loss_and_accuracy(bert: PreTrainedModel) -> None:
         right.append(output.logits.argmax().item() == row["label"])
     assert found.loss == pytest.approx(sum(losses) / 70, abs=1e-5)
     assert (found.metric_name, found.metric) == ("accuracy", sum(right) / 70)
+
+
+def test_numbers_of_choices_are_no_names(bert: PreTrainedModel) -> None:
+    """SWAG's column of labels has the names "0" to "3", and a model of two labels may know two of them."""
+    texts = {name: datasets.Value("string") for name in SWAG if name != "label"}
+    features = datasets.Features(texts | {"label": datasets.ClassLabel(names=["0", "1", "2", "3"])})
+    model = copy.deepcopy(bert)
+    model.config.label2id = {"1": 0, "0": 1}
+    rows = datasets.Dataset.from_list([SWAG, {**SWAG, "label": 1}], features=features)
+    [batch] = make_batches(rows, TASK, TOKENIZER, model, 2)
+    assert batch["labels"].tolist() == [2, 1]
 
 
 def test_own_targets(bert: PreTrainedModel) -> None:
