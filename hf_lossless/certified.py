@@ -168,11 +168,11 @@ def _splits(config: LosslessCompressionConfig, task: Task) -> Splits:
         for given in (config.selection_dataset, config.certification_dataset)
     )
     if selection is None and certification is None:
-        splits = three_splits(rows, config.seed)
+        splits = three_splits(rows, config.seed, columns=task.split_columns)
     elif selection is not None and certification is not None:
         splits = Splits(rows, selection, certification)
     else:
-        is_calibration = assign(row_digests(rows), config.seed) == 0
+        is_calibration = assign(row_digests(rows, task.split_columns), config.seed) == 0
         calibration, rest = (rows.select(np.flatnonzero(chosen)) for chosen in (is_calibration, ~is_calibration))
         splits = Splits(
             calibration,

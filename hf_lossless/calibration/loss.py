@@ -64,10 +64,10 @@ def _cross_entropy(model: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
 def _loss_of_classes(outputs: Any, labels: Any) -> Tensor | None:
     """Cross-entropy for a classifier that returns scores and no loss, as DeiT's with a teacher; None for others."""
     scores = getattr(outputs, "logits", None)
-    classes = isinstance(scores, Tensor) and scores.ndim == 2 and scores.shape[1] > 1
-    if not classes or not isinstance(labels, Tensor) or labels.ndim != 1 or labels.is_floating_point():
-        return None
-    return F.cross_entropy(scores.float(), labels)
+    if isinstance(scores, Tensor) and scores.ndim == 2 and scores.shape[1] > 1:
+        if isinstance(labels, Tensor) and labels.ndim == 1 and not labels.is_floating_point():
+            return F.cross_entropy(scores.float(), labels)
+    return None
 
 
 def _in_float32(loss: Tensor, outputs: Any, labels: Any) -> Tensor:

@@ -67,6 +67,7 @@ class Task(ABC):
         auto_class: transformers' AutoModelFor...
         metric_name: The metric that a certificate watches; `RowAnswers.scores` are its values row by row.
         target_columns: What the column of what is right may be called; none where the inputs themselves are it.
+        split_columns: Inputs that rows of different splits must not share; none: they must differ as a whole.
         has_label_names: Whether labels have names that the model knows too; a number of a choice has none.
         needs_two_classes: Whether the metric is undefined on rows that are all of one class (F1, correlations).
     """
@@ -76,6 +77,7 @@ class Task(ABC):
     auto_class: ClassVar[Any]
     metric_name: ClassVar[str]
     target_columns: ClassVar[tuple[str, ...]]
+    split_columns: ClassVar[tuple[str, ...] | None] = None
     has_label_names: ClassVar[bool] = False
     needs_two_classes: ClassVar[bool] = False
 

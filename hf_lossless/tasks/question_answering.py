@@ -20,6 +20,10 @@ ends. The mean over rows of the loss is not that over features: a question with 
 **Questions without an answer.** A data set of which some row has no answer is judged by the rules of v2: "" is an
 answer too, taken where its score (start plus end score of [CLS], the least over the features) exceeds that of the best
 span by more than `null_threshold`. Elsewhere the best span is taken, as in v1.1.
+
+**Splits.** SQuAD asks some five questions on a paragraph. All of them go to the same split, so that a model is not
+calibrated on the context that it is judged by. Within a split they count as independent rows, which they are not
+quite: questions on one paragraph are hard or easy together.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -94,6 +98,7 @@ class QuestionAnswering(Task):
     auto_class = AutoModelForQuestionAnswering
     metric_name = "f1"
     target_columns = ANSWER_COLUMNS
+    split_columns = (CONTEXT,)
 
     null_threshold: float = 0.0
     unanswerable: bool = False
