@@ -24,8 +24,8 @@ from hf_lossless.certification.certify import certify
 from hf_lossless.checkpoint import read_entry
 from hf_lossless.evaluation import answers
 from hf_lossless.pipeline import CompressionResult
-from hf_lossless.tasks.registry import TASKS
 from hf_lossless.tasks.question_answering import QuestionAnswering
+from hf_lossless.tasks.registry import TASKS
 from hf_lossless.tasks.text_classification import TextClassification
 
 TASK = TASKS["text-classification"]
