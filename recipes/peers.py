@@ -155,7 +155,7 @@ def figures(original_logits: Tensor, logits: Tensor, labels: Tensor, task: Class
         "loss": losses.mean().item(),
         "loss_change": changes.mean().item(),
         "loss_change_se": (changes.std() / len(changes) ** 0.5).item(),
-        "metric": task.metric(predictions, labels),
+        "metric": task.example_scores(predictions, labels).double().mean().item(),
         "flips": int((predictions != task.predict(original_logits)).sum()),
         "kl": (before.exp() * (before - after)).sum(-1).mean().item(),
     }

@@ -61,7 +61,3 @@ class Classification(Task):
     def example_scores(self, predictions: Tensor, labels: Tensor) -> Tensor:
         """1 where the prediction is right, 0 where not."""
         return (predictions == labels).float()
-
-    def metric(self, predictions: Tensor, labels: Tensor) -> float:
-        """Share of right predictions."""
-        return Accuracy().of(predictions.tolist(), labels.tolist())["accuracy"]

@@ -67,7 +67,7 @@ def test_example_losses_are_taken_in_float32() -> None:
 def test_accuracy_is_that_of_sklearn() -> None:
     generator = torch.Generator().manual_seed(0)
     predictions, labels = torch.randint(4, (2, 100), generator=generator)
-    assert TEXT.metric(predictions, labels) == accuracy_score(labels, predictions)
+    assert Accuracy().of(predictions.tolist(), labels.tolist()) == {"accuracy": accuracy_score(labels, predictions)}
     assert Accuracy().compute(predictions=[1, 1], references=[1, 1]) == {"accuracy": 1.0}
     assert TEXT.predict(torch.tensor([[0.0, 2.0, 1.0]])).tolist() == [1]
 
@@ -278,4 +278,5 @@ def test_scores_of_examples_are_the_metric_row_by_row(task: Classification) -> N
     predictions, labels = torch.tensor([0, 1, 2, 1]), torch.tensor([0, 1, 1, 1])
     scores = task.example_scores(predictions, labels)
     assert scores.tolist() == [1, 1, 0, 1]
-    assert scores.mean().item() == task.metric(predictions, labels)
+    answers = RowAnswers(torch.zeros(4), scores, predictions.tolist(), labels.tolist())
+    assert task.metrics(answers) == {"accuracy": scores.mean().item()}
