@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from transformers.utils.generic import find_labels
 
 from hf_lossless.calibration.loss import Batch, model_device, to_device
+from hf_lossless.calibration.squad_file import one_question_a_row
 from hf_lossless.config import LosslessCompressionConfig
 from hf_lossless.errors import ConfigurationError, DataError, reason
 from hf_lossless.tasks.base import Task
@@ -99,13 +100,13 @@ def _load(name: str, split: str | None) -> datasets.Dataset | datasets.DatasetDi
     try:
         with _only_our_message():
             if kind is not None:
-                return datasets.load_dataset(kind, data_files=name, split="train")
+                return one_question_a_row(datasets.load_dataset(kind, data_files=name, split="train"))
             if path.is_dir():
                 if _is_image_folder(path):
                     return datasets.load_dataset("imagefolder", data_dir=name)
                 return datasets.load_from_disk(name)
             return datasets.load_dataset(name, split=split)
-    except (OSError, ValueError, TypeError, datasets.exceptions.DatasetsError) as error:
+    except (OSError, ValueError, TypeError, KeyError, datasets.exceptions.DatasetsError) as error:
         if kind is not None and "corresponds to no data" in str(error):
             raise _empty(name) from error
         raise DataError(
