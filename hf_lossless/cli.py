@@ -34,7 +34,7 @@ from hf_lossless.config import (
 )
 from hf_lossless.demo import run_demo
 from hf_lossless.errors import CheckpointError, LosslessError
-from hf_lossless.evaluation import Evaluation, refuse_unlabelled
+from hf_lossless.evaluation import Evaluation
 from hf_lossless.layers import find_layers
 from hf_lossless.pictures.neighbourhood import neighbourhood_figure
 from hf_lossless.record_of_compression import record_of, write_record
@@ -218,8 +218,8 @@ def certify_command(
         raise CheckpointError(
             f"{folder} holds no model compressed by hf_lossless. Compress one with: hf-lossless compress"
         )
-    rows = load_rows(data, split)
-    refuse_unlabelled(rows, "A certificate needs labels")
+    rows = tasks["original"].columns_of(load_rows(data, split))
+    tasks["original"].refuse_unlabelled(rows, "A certificate needs labels")
     judged = {name: judge(path, rows, tasks[name]) for name, path in models.items()}
     certificate = certify(
         judged["original"].answers.outputs,
@@ -335,6 +335,7 @@ def _evaluation_json(evaluation: Evaluation, judged: Judged) -> dict[str, Any]:
     return {
         "loss": evaluation.loss,
         evaluation.metric_name: evaluation.metric,
+        **evaluation.other_metrics,
         "num_examples": evaluation.num_examples,
         "size_bytes": judged.size_bytes,
         "ratio": judged.original_bytes / judged.size_bytes,

@@ -147,8 +147,8 @@ def comparison_table(rows: dict[str, tuple[Evaluation, int]], original_bytes: in
         original_bytes: What ratios are taken of.
     """
     table = Table()
-    metric_name = next(iter(rows.values()))[0].metric_name
-    for heading in ("model", "bytes", "ratio", "loss", metric_name, "rows"):
+    first = next(iter(rows.values()))[0]
+    for heading in ("model", "bytes", "ratio", "loss", first.metric_name, *first.other_metrics, "rows"):
         table.add_column(heading, justify="left" if heading == "model" else "right")
     for name, (evaluation, size_bytes) in rows.items():
         table.add_row(
@@ -156,7 +156,7 @@ def comparison_table(rows: dict[str, tuple[Evaluation, int]], original_bytes: in
             f"{size_bytes:,}",
             f"{original_bytes / size_bytes:.2f}",
             f"{evaluation.loss:.4f}",
-            f"{evaluation.metric:.4f}",
+            *(f"{value:.4f}" for value in (evaluation.metric, *evaluation.other_metrics.values())),
             f"{evaluation.num_examples:,}",
         )
     return table

@@ -25,6 +25,7 @@ from hf_lossless.certification.certify import certify
 from hf_lossless.checkpoint import read_entry
 from hf_lossless.evaluation import answers
 from hf_lossless.pipeline import CompressionResult
+from hf_lossless.tasks.question_answering import QuestionAnswering
 from hf_lossless.tasks.registry import TASKS
 from hf_lossless.tasks.text_classification import TextClassification
 
@@ -142,10 +143,24 @@ def test_the_three_splits_given_separately(text_folder: Path) -> None:
 def test_one_split_given_separately(text_folder: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     given = [{"text": f"{row['text']} w7 w7 w7 w7", "label": row["label"]} for row in text_rows(40, 5)]
     config = LosslessCompressionConfig(ROWS, **{name: given})
-    splits = certified._splits(config)
+    splits = certified._splits(config, TASK)
     rest = splits.certification if name == "selection_dataset" else splits.selection
     assert len(splits.calibration) + len(rest) == len(ROWS)
     assert len(splits.calibration) == pytest.approx(0.2 * len(ROWS), rel=0.25)
+
+
+@pytest.mark.parametrize("given", [None, "selection_dataset"])
+def test_the_questions_on_a_context_are_in_one_split(given: str | None) -> None:
+    rows = [
+        {"question": f"w{number}", "context": f"w{number % 60} w7", "answers": {"text": ["w7"], "answer_start": [0]}}
+        for number in range(300)
+    ]
+    others = [{**row, "context": f"w9 {row['context']}"} for row in rows[:10]]
+    config = LosslessCompressionConfig(rows, **({} if given is None else {given: others}))
+    splits = certified._splits(config, QuestionAnswering())
+    parts = [set(splits.calibration["context"]), set(splits.certification["context"])]
+    assert parts[0] and parts[1] and not parts[0] & parts[1]
+    assert len(splits.calibration) > len(parts[0])
 
 
 def test_too_few_rows_certify_nothing(text_folder: Path) -> None:

@@ -115,7 +115,8 @@ def test_every_plan_of_the_walk_is_in_its_record(demo_run: DemoRun) -> None:
 
 def test_numbers_that_are_shown_are_numbers(demo_run: DemoRun) -> None:
     rows = re.findall(
-        r"│ (original|compressed) +│ +([\d,]+) │ +([\d.]+) │ +([\d.]+) │ +([\d.]+) │ +741 │", demo_run.said
+        r"│ (original|compressed) +│ +([\d,]+) │ +([\d.]+) │ +([\d.]+) │ +([\d.]+) │ +([\d.]+) │ +741 │", demo_run.said
     )
+    assert "top_5_accuracy" in demo_run.said
     assert [row[0] for row in rows] == ["original", "compressed"]
     assert json.loads(rows[0][2]) == 1.0

@@ -55,10 +55,10 @@ def layers_table(plan: CompressionPlan) -> str:
 
 def storage_table(plan: CompressionPlan) -> str:
     """How many layers are stored in which way, with their bytes: the narrowest first, and everything else."""
-    count: dict[tuple[int, str], int] = defaultdict(int)
-    total_bytes: dict[tuple[int, str], int] = defaultdict(int)
+    count: dict[tuple[float, str], int] = defaultdict(int)
+    total_bytes: dict[tuple[float, str], int] = defaultdict(int)
     for layer in plan.layers.values():
-        key = (layer.bits, _stored_as(layer))
+        key = (0.0 if layer.coded is not None else layer.bits, _stored_as(layer))
         count[key] += 1
         total_bytes[key] += layer.cost_bytes
     rows = [(f"{key[1]}", f"{count[key]:,}", f"{total_bytes[key]:,}") for key in sorted(count)]
@@ -70,6 +70,8 @@ def storage_table(plan: CompressionPlan) -> str:
 def _stored_as(layer: LayerPlan) -> str:
     if layer.kind == "kept":
         return "kept as it came"
+    if layer.coded is not None:
+        return "codes at their entropy"
     width = "floating point" if layer.bits == KEPT_BITS else f"{layer.bits} bits"
     return f"{_STORED_AS.get(layer.kind, layer.kind)}, {width}"
 
