@@ -43,7 +43,7 @@ def propose_coded(layer: Layer, statistics: LayerStatistics, seed: int) -> list[
     matrix = layer.matrix.detach().float()
     sample = Sample.of(matrix, sides, torch.Generator().manual_seed(seed))
     out_features, in_features = matrix.shape
-    tried = []
+    tried: list[tuple[float, float, float]] = []
     for step in ladder(matrix, sides):
         trial = try_step(step, sample, sides)
         tried.append((step, coded_bytes(step, trial, sample, sides), trial.cost(step, sample.share)))
