@@ -136,6 +136,8 @@ def decode(stored: NDArray[np.uint8], shape: tuple[int, int]) -> CodedMatrix:
     far_codes = np.frombuffer(body, "<i4", header.num_far, 4 * header.num_far).astype(np.int32)
     if header.num_far and far_positions.max() >= shape[0] * shape[1]:
         raise MalformedCode(f"a code has the place {far_positions.max()} in a matrix {list(shape)}")
+    if (np.diff(far_positions) <= 0).any():
+        raise MalformedCode("the places of its far codes do not rise")
     models = _read_models(body[far_end : far_end + header.model_bytes])
     decoder = SegmentDecoder(body[far_end + header.model_bytes :])
     rows, columns, row_levels, column_levels = (decoder.decode(size, next(models)) for size in (*shape, *shape))
