@@ -271,7 +271,7 @@ def test_inputs_are_measured_with_the_weights():
     planned = first_plan(planner, config)
     assert any(layer.activation is not None for layer in planned.plan.layers.values())
     twin = copy.deepcopy(planner.problem.model)
-    apply_plan(twin, planned.plan.layers, planned.factors, planned.quantised, planned.static_grids)
+    apply_plan(twin, planned.plan.layers, planned.factors, planned.quantised, static_grids=planned.static_grids)
     change = sum((batch_loss(twin, batch) - batch_loss(planner.problem.model, batch)).item() for batch in BATCHES)
     measured = planner._measured(planned, planner.problem.layers)
     assert measured.mean == pytest.approx(change / len(BATCHES), abs=1e-5) and abs(measured.mean) > 1e-3
