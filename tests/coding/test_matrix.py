@@ -37,7 +37,7 @@ def matrix_of(codes, rows=None, columns=None) -> CodedMatrix:
 def same(one: CodedMatrix, other: CodedMatrix) -> bool:
     parts = ("codes", "row_steps", "column_steps", "far_positions", "far_codes")
     pairs = [(getattr(one, part), getattr(other, part)) for part in parts]
-    return all(a.dtype == b.dtype and np.array_equal(a, b) for a, b in pairs)
+    return all(a.dtype == b.dtype and np.array_equal(a, b) and a.flags.c_contiguous for a, b in pairs)
 
 
 def spread_out(out: int, into: int, width: float, seed: int = 0) -> CodedMatrix:
