@@ -206,7 +206,8 @@ def _decode_codes(spread: Spread, decoder: SegmentDecoder, models: Iterator[Freq
         symbols = decoder.decode(sum(sizes), next(models)).astype(np.int8)
         for place, shape, part in zip(places, shapes, np.split(symbols, np.cumsum(sizes))[:-1], strict=True):
             ordered[place] = part.reshape(shape)
-    return ordered.take(np.argsort(blocks.row_order), 0).take(np.argsort(blocks.column_order), 1)  # row by row in memory
+    # `take` leaves the rows one after the other in memory, as indices in brackets would not.
+    return ordered.take(np.argsort(blocks.row_order), 0).take(np.argsort(blocks.column_order), 1)
 
 
 def _bytes_segment(symbols: NDArray[np.integer]) -> Segment:

@@ -105,7 +105,9 @@ class CodedModule(CompressedModule):
         return self.row_steps, self.column_steps
 
     def matrix(self) -> Tensor:
-        """The weight `W [out, in]` in the module's dtype, made now."""
+        """The weight `W [out, in]` in the module's dtype, made now; on meta as long as nothing has been decoded."""
+        if self.codes is None:  # some models look at their weights to initialise them, before `decode` can have run
+            return torch.empty(self.matrix_shape, dtype=self.dtype, device="meta")
         row_steps, column_steps = self.steps()
         return self.levels(torch.float32).mul_(column_steps).mul_(row_steps[:, None]).to(self.dtype)
 

@@ -267,6 +267,7 @@ def test_on_meta_it_only_has_room():
     module = CODED["linear"](layer, 123)
     assert module.coded.is_meta and module.coded.shape == (123,) and module.codes is None
     assert set(module.state_dict()) == {"coded", "bias"}
+    assert module.weight.is_meta and module.weight.shape == (14, 20) and module.weight._is_hf_initialized
 
 
 def test_without_the_library(monkeypatch):
