@@ -29,7 +29,7 @@ SETTINGS = {
     "all": {"storage": "entropy", "bits": (4,), "loss_budget": 1e9},
     "inputs": {"storage": "entropy", "bits": (4,), "loss_budget": 1e9, "activation_bits": (8,)},
 }
-ARCHITECTURES = ["bert", "bert-mlm", "vit", "resnet", "mobilenet-v2", "gpt2", "llama-tied", "t5", "nomic-bert"]
+ARCHITECTURES = ["bert", "bert-mlm", "vit", "resnet", "convnext", "gpt2", "llama-tied", "t5", "nomic-bert"]
 
 
 @dataclass(frozen=True)
@@ -96,17 +96,19 @@ def planned(trip: RoundTrip) -> set[str]:
 
 
 @pytest.mark.parametrize(
-    ("setting", "dtype"),
+    ("name", "setting", "dtype"),
     [
-        ("both", torch.float32),
-        ("entropy", torch.float32),
-        ("all", torch.float32),
-        ("all", torch.bfloat16),
-        ("inputs", torch.float32),
+        *((name, "all", torch.float32) for name in ARCHITECTURES),
+        ("bert", "both", torch.float32),
+        ("gpt2", "both", torch.float32),
+        ("bert", "entropy", torch.float32),
+        ("resnet", "entropy", torch.float32),
+        ("bert", "all", torch.bfloat16),
+        ("gpt2", "all", torch.bfloat16),
+        ("bert", "inputs", torch.float32),
     ],
-    ids=["both", "entropy", "all", "bf16", "inputs"],
+    ids=str,
 )
-@pytest.mark.parametrize("name", ARCHITECTURES)
 def test_reload_is_the_compressed_model(round_trip, name: str, setting: str, dtype: torch.dtype):
     trip = round_trip(name, setting, dtype)
     expected = logits(trip.model, trip.inputs)
@@ -144,7 +146,7 @@ def test_reload_is_the_compressed_model(round_trip, name: str, setting: str, dty
         assert trip.plan.predicted_loss_change <= 0.05
 
 
-@pytest.mark.parametrize("name", ["bert", "gpt2", "resnet"])
+@pytest.mark.parametrize("name", ["bert", "gpt2"])
 def test_saving_what_was_reloaded_writes_the_same_bytes(round_trip, tmp_path: Path, name: str):
     trip = round_trip(name)
     trip.again.save_pretrained(tmp_path)
@@ -191,15 +193,15 @@ def test_a_new_process_has_the_same_model(round_trip, tmp_path: Path):
 
 @pytest.mark.parametrize("name", ["bert", "llama-tied"])
 def test_shards(round_trip, tmp_path: Path, name: str):
-    trip = round_trip(name)
-    trip.model.save_pretrained(tmp_path, max_shard_size="2KB")
+    trip = round_trip(name, "all")
+    trip.model.save_pretrained(tmp_path, max_shard_size="1KB")
     assert len(list(tmp_path.glob("*.safetensors"))) > 2
     again, info = trip.tiny.auto_class.from_pretrained(tmp_path, output_loading_info=True)
     assert torch.equal(logits(again, trip.inputs), logits(trip.model, trip.inputs))
     assert not any(info.values()), info
 
 
-@pytest.mark.parametrize("name", ["bert", "gpt2", "resnet"])
+@pytest.mark.parametrize("name", ["bert", "gpt2"])
 def test_device_map_auto(round_trip, tmp_path: Path, name: str):
     trip = round_trip(name, "all")
     model = compress(trip.tiny, trip.original, "all", device_map="auto")
@@ -254,13 +256,6 @@ def test_reload_in_another_dtype(round_trip, tmp_path: Path, name: str):
 def test_state_dict_round_trip(round_trip, name: str):
     trip = round_trip(name, "all")
     state = copy.deepcopy(trip.again.state_dict())
-    other = copy.deepcopy(round_trip(name, "entropy").again)
-    if planned(trip) == coded_modules(other).keys():
-        assert {len(module.coded) for module in coded_modules(other).values()} != {
-            len(module.coded) for module in coded_modules(trip.again).values()
-        }
-        assert not any(other.load_state_dict(state))
-        assert torch.equal(logits(other, trip.inputs), logits(trip.again, trip.inputs))
     twin = copy.deepcopy(trip.again)
     for parameter in twin.parameters():
         parameter.data.zero_()
@@ -322,11 +317,16 @@ def flipped(place: float) -> Callable[[Tensor], Tensor]:
     ],
     ids=["first-byte", "middle", "last-byte", "cut", "another-type", "zeros"],
 )
-@pytest.mark.parametrize("auto_class", [hf.AutoModelForSequenceClassification, hf.AutoModel], ids=["whole", "base"])
-def test_a_tensor_that_was_changed(altered, change, message: str, auto_class):
+def test_a_tensor_that_was_changed(altered, change, message: str):
     folder = altered(change)
     with pytest.raises(CheckpointError, match=rf"{message}.*Take the folder again from where it came from"):
-        auto_class.from_pretrained(folder)
+        hf.AutoModelForSequenceClassification.from_pretrained(folder)
+
+
+def test_a_tensor_that_was_changed_in_a_part_of_the_model(altered):
+    name = QUERY.removeprefix("bert.")  # as this model has it
+    with pytest.raises(CheckpointError, match=rf"the tensor '{name}\.coded' cannot be decoded: its checksum"):
+        hf.AutoModel.from_pretrained(altered(flipped(0.5)))
 
 
 def test_a_layer_of_another_one_of_the_same_length(round_trip, tmp_path: Path):
