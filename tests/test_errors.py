@@ -700,6 +700,15 @@ def alter_config(folder: Path, entry: dict[str, Any]) -> None:
             r"theory='llc' cannot say what quantised activations cost\. Take theory=\"curvature\"",
         ),
         (
+            ("--ratio", 2, "--storage", "zip"),
+            r"storage=\['zip'\] cannot be used because of \['zip'\]\. Choose of fixed",
+        ),
+        (("--ratio", 2, "--storage", "fixed,"), r"cannot be used because of \[''\]\. Choose of fixed, entropy"),
+        (
+            ("--ratio", 2, "--theory", "llc", "--storage", "entropy"),
+            r"theory='llc' cannot say what entropy-coded layers cost\. Take theory=\"curvature\"",
+        ),
+        (
             ("--ratio", 2, "--ranks", "classifier"),
             r"--ranks 'classifier' is neither auto alone nor a layer with its ranks\. Write for example --ranks auto",
         ),
