@@ -100,11 +100,8 @@ def planned(trip: RoundTrip) -> set[str]:
     [
         *((name, "all", torch.float32) for name in ARCHITECTURES),
         ("bert", "both", torch.float32),
-        ("gpt2", "both", torch.float32),
-        ("bert", "entropy", torch.float32),
         ("resnet", "entropy", torch.float32),
         ("bert", "all", torch.bfloat16),
-        ("gpt2", "all", torch.bfloat16),
         ("bert", "inputs", torch.float32),
     ],
     ids=str,
@@ -146,17 +143,17 @@ def test_reload_is_the_compressed_model(round_trip, name: str, setting: str, dty
         assert trip.plan.predicted_loss_change <= 0.05
 
 
-@pytest.mark.parametrize("name", ["bert", "gpt2"])
-def test_saving_what_was_reloaded_writes_the_same_bytes(round_trip, tmp_path: Path, name: str):
-    trip = round_trip(name)
+@pytest.mark.parametrize(("name", "setting"), [("bert", "both"), ("gpt2", "all")])
+def test_saving_what_was_reloaded_writes_the_same_bytes(round_trip, tmp_path: Path, name: str, setting: str):
+    trip = round_trip(name, setting)
     trip.again.save_pretrained(tmp_path)
     for file in ("model.safetensors", "config.json"):
         assert (tmp_path / file).read_bytes() == (trip.folder / file).read_bytes()
 
 
 def test_the_same_data_give_the_same_files(round_trip, tmp_path: Path):
-    trip = round_trip("bert")
-    compress(trip.tiny, trip.original, "both").save_pretrained(tmp_path)
+    trip = round_trip("resnet", "entropy")
+    compress(trip.tiny, trip.original, "entropy").save_pretrained(tmp_path)
     for file in ("model.safetensors", "config.json"):
         assert (tmp_path / file).read_bytes() == (trip.folder / file).read_bytes()
 
@@ -201,9 +198,8 @@ def test_shards(round_trip, tmp_path: Path, name: str):
     assert not any(info.values()), info
 
 
-@pytest.mark.parametrize("name", ["bert", "gpt2"])
-def test_device_map_auto(round_trip, tmp_path: Path, name: str):
-    trip = round_trip(name, "all")
+def test_device_map_auto(round_trip, tmp_path: Path):
+    trip = round_trip("gpt2", "all")
     model = compress(trip.tiny, trip.original, "all", device_map="auto")
     assert torch.equal(logits(model, trip.inputs), logits(trip.model, trip.inputs))
     model.save_pretrained(tmp_path)
