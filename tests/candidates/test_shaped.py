@@ -11,9 +11,10 @@ from torch import Tensor
 from hf_lossless.calibration.curvature import KroneckerFactors, second_order_change
 from hf_lossless.candidates.shaped import (
     SAMPLED_ROWS,
+    Judge,
     Sample,
+    Trial,
     coded_bytes,
-    expected_cost,
     ladder,
     step_at,
     stored_steps,
@@ -30,6 +31,10 @@ DIAGONALS = pytest.mark.parametrize("diagonal", ["", "rows", "columns"], ids=["f
 def weights_of(shape) -> Tensor:
     generator = torch.Generator().manual_seed(1)
     return torch.randn(shape, generator=generator) * torch.randn(shape[1], generator=generator).exp()
+
+
+def expected_cost(step: float, trial: Trial, sample: Sample, sides: Sides, judge: KroneckerFactors) -> float:
+    return Judge.of(judge, sample, sides).cost(step, trial)
 
 
 def prepared(shape, diagonal: str = "") -> tuple[Tensor, KroneckerFactors, Sides, Sample]:
@@ -91,6 +96,7 @@ def test_at_full_rate_every_weight_costs_the_same(shape):
     assert second_order_change(error, damped(curvature)) == pytest.approx(of_all, rel=0.05)
     trial = try_step(step, sample, sides)
     assert expected_cost(step, trial, sample, sides, damped(curvature)) == pytest.approx(of_all, rel=0.07)
+    assert trial.cost(step, sample.share) == pytest.approx(of_all, rel=0.07)
 
 
 def test_a_resolution_is_root_mean_square_over_geometric_mean():
