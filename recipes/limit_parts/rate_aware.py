@@ -1,6 +1,6 @@
 """Rate-aware rounding within the error feedback: of a weight's two neighbours the one of less loss + lambda bits.
 
-An error of z - t steps costs `c^2 / 2 (z - t)^2` nats. At high rate a bit less for every weight costs c^2 ln2 / 12 each,
+An error of z - t steps costs `c^2 / 2 (z - t)^2` nats. At high rate a bit less for a weight costs c^2 ln2 / 12,
 which is lambda at `share` 1. Bits are those of a Laplace density of the block's (or column's) own spread, b steps:
 
     bits(n + 1) - bits(n) = 1 / (b ln2)  for n >= 1,     log2 of P(0) / P(1)  for n = 0

@@ -21,8 +21,8 @@ from hf_lossless.calibration.perturbation import weight_noise
 from hf_lossless.calibration.statistics import Calibration, calibrate
 from hf_lossless.candidates.coded import damping_of
 from hf_lossless.candidates.settle_coded import CodedLayer, settle_coded
-from hf_lossless.candidates.sides import Sides
 from hf_lossless.candidates.shaped import step_at
+from hf_lossless.candidates.sides import Sides
 from hf_lossless.layers import Layer, find_layers
 from hf_lossless.plan import CodedGrid, Damping
 
