@@ -5,37 +5,51 @@ Importing the package registers it with transformers, so that `from_pretrained` 
 """
 
 from hf_lossless.apply import apply_plan
+from hf_lossless.cards.details import CardDetails
+from hf_lossless.cards.model_card import model_card
 from hf_lossless.config import LosslessCheckpointConfig, LosslessCompressionConfig
 from hf_lossless.errors import (
     CalibrationError,
     CheckpointError,
     ConfigurationError,
     DataError,
+    HubError,
     LosslessError,
     PlanError,
     UnreachableTargetError,
 )
+from hf_lossless.exports.export import ExportResult, export
 from hf_lossless.hf_quantizer import LosslessHfQuantizer
+from hf_lossless.hub.push import PushResult, push_to_hub
 from hf_lossless.pipeline import CompressionResult, compress
 from hf_lossless.plan import CompressionPlan, Grid, LayerPlan
+from hf_lossless.report_html import html_report
 
 __version__ = "0.1.0"
 
 __all__ = [
     "CalibrationError",
+    "CardDetails",
     "CheckpointError",
     "CompressionPlan",
     "CompressionResult",
     "ConfigurationError",
     "DataError",
+    "ExportResult",
     "Grid",
+    "HubError",
     "LayerPlan",
     "LosslessCheckpointConfig",
     "LosslessCompressionConfig",
     "LosslessError",
     "LosslessHfQuantizer",
     "PlanError",
+    "PushResult",
     "UnreachableTargetError",
     "apply_plan",
     "compress",
+    "export",
+    "html_report",
+    "model_card",
+    "push_to_hub",
 ]

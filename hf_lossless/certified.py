@@ -41,13 +41,15 @@ from hf_lossless.certification.selection import chance_to_pass, next_ratio, orde
 from hf_lossless.certification.walk import Walk, walk
 from hf_lossless.config import LosslessCheckpointConfig, LosslessCompressionConfig
 from hf_lossless.errors import CalibrationError, DataError, UnreachableTargetError
-from hf_lossless.evaluation import answers, refuse_unlabelled
+from hf_lossless.evaluation import answers
 from hf_lossless.knapsack import Frontier
+from hf_lossless.loss_check import LossCheck
 from hf_lossless.modules.base import CompressedModule
 from hf_lossless.modules.tied import Tied
-from hf_lossless.pipeline import CompressionResult, analyse, evaluation_mode, no_rows_to_hold_back, realise
+from hf_lossless.pipeline import CompressionResult, analyse, checks_of, evaluation_mode, no_rows_to_hold_back, realise
 from hf_lossless.plan import CompressionPlan
 from hf_lossless.planning import Planner
+from hf_lossless.tasks.base import Task
 from hf_lossless.tasks.registry import task_of
 
 SEARCH_STEPS = 10
@@ -63,6 +65,7 @@ class _Measured:
     plan: CompressionPlan
     frontier: Frontier
     model: PreTrainedModel
+    checks: tuple[LossCheck, ...]
     measured_loss_change: float
     chance: float
 
@@ -93,8 +96,8 @@ def compress_certified(
     assert config.tolerance is not None
     if ready_batches(config.dataset) is not None:
         raise no_rows_to_hold_back(config)
-    splits = _splits(config)
     task = task_of(model, config.task)
+    splits = _splits(config, task)
     processor = processor_of(model, config, task)
     asked = {
         "tolerance": config.tolerance,
@@ -114,13 +117,14 @@ def compress_certified(
         def measure(ratio: float) -> _Measured:
             planned = planner.plan(config.with_target(ratio=ratio))
             twin = copy.deepcopy(model)
-            measured_loss_change = realise(twin, planner.problem, planned)
+            measured_change = realise(twin, planner.problem, planned)
             try:
                 selection = outputs(twin, splits.selection, "a plan, selection rows")
                 chance = chance_to_pass(original_selection, selection, len(splits.certification), **asked)
             except CalibrationError:  # a loss that is not finite
                 chance = 0.0
-            return _Measured(planned.plan, planned.frontier, twin, measured_loss_change, chance)
+            checks = checks_of(planner.problem, planned, measured_change)
+            return _Measured(planned.plan, planned.frontier, twin, checks, measured_change.mean, chance)
 
         measured = _search(planner, config, measure, worthwhile=len(splits.certification) >= MIN_ROWS)
         proposals = order_of_proposals(measured)
@@ -138,6 +142,7 @@ def compress_certified(
 
         found = walk(proposals, certify_plan)
     chosen = found.plan if found.plan is not None else proposals[0]
+    others = [one for one in measured if one is not chosen]
     take_over(model, chosen.model)
     model.eval()  # type: ignore[no-untyped-call]
     return CompressionResult(
@@ -147,12 +152,13 @@ def compress_certified(
         planner.problem.calibration.without_tensors(),
         LosslessCheckpointConfig.of(chosen.plan, found.certificate).size_bytes,
         chosen.measured_loss_change,
+        tuple(check for one in (*others, chosen) for check in one.checks),
         found.certificate,
         _not_smaller(found, proposals, measured),
     )
 
 
-def _splits(config: LosslessCompressionConfig) -> Splits:
+def _splits(config: LosslessCompressionConfig, task: Task) -> Splits:
     """The three splits: what the user gives separately, and the rest by a hash of the rows of `dataset`.
 
     Where one of the held-out splits is given, `dataset` makes the two others, and the one that is not calibration gets
@@ -161,17 +167,17 @@ def _splits(config: LosslessCompressionConfig) -> Splits:
     Raises:
         DataError: Rows cannot be used, overlap, or are too few.
     """
-    rows = load_rows(config.dataset, config.split)
+    rows = task.columns_of(load_rows(config.dataset, config.split))
     selection, certification = (
-        None if given is None else load_rows(given)
+        None if given is None else task.columns_of(load_rows(given))
         for given in (config.selection_dataset, config.certification_dataset)
     )
     if selection is None and certification is None:
-        splits = three_splits(rows, config.seed)
+        splits = three_splits(rows, config.seed, columns=task.split_columns)
     elif selection is not None and certification is not None:
         splits = Splits(rows, selection, certification)
     else:
-        is_calibration = assign(row_digests(rows), config.seed) == 0
+        is_calibration = assign(row_digests(rows, task.split_columns), config.seed) == 0
         calibration, rest = (rows.select(np.flatnonzero(chosen)) for chosen in (is_calibration, ~is_calibration))
         splits = Splits(
             calibration,
@@ -186,7 +192,7 @@ def _splits(config: LosslessCompressionConfig) -> Splits:
             "target than tolerance=, say ratio=6."
         )
     for held_out in (splits.selection, splits.certification):
-        refuse_unlabelled(
+        task.refuse_unlabelled(
             held_out, "A certificate needs labels (the targets ratio=, max_bytes= and loss_budget= do not)"
         )
     refuse_overlap(splits.certification, splits.calibration)

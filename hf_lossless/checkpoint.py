@@ -14,10 +14,12 @@ import tempfile
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from hf_lossless.config import QUANT_METHOD, LosslessCheckpointConfig
 from hf_lossless.errors import CheckpointError
@@ -158,6 +160,40 @@ def refuse_other_bytes(plan: CompressionPlan, files: Iterable[str | os.PathLike[
         )
 
 
+def check_folder(folder: str | os.PathLike[str]) -> LosslessCheckpointConfig:
+    """What a saved folder says of itself, which its files must bear out.
+
+    Raises:
+        CheckpointError: As for `read_entry`; or a file is missing, truncated, or the files hold other bytes than the
+            plan says.
+        PlanError: The plan is malformed.
+    """
+    entry = read_entry(folder)
+    refuse_other_bytes(entry.plan, weight_files(folder))
+    return entry
+
+
+def weight_files(folder: str | os.PathLike[str]) -> list[Path]:
+    """The safetensors files that from_pretrained reads: one, or the shards that an index names.
+
+    Raises:
+        CheckpointError: There are none, one that the index names is missing, or the index cannot be read.
+    """
+    whole, index = Path(folder) / SAFE_WEIGHTS_NAME, Path(folder) / SAFE_WEIGHTS_INDEX_NAME
+    if whole.is_file():
+        return [whole]
+    if not index.is_file():
+        raise CheckpointError(f"{folder} has neither {SAFE_WEIGHTS_NAME} nor {SAFE_WEIGHTS_INDEX_NAME}. {_REMEDY}")
+    try:
+        names = sorted(set(read_json(index, _REMEDY, _REMEDY)["weight_map"].values()))
+    except (KeyError, AttributeError, TypeError) as error:
+        raise CheckpointError(f"{index} is not an index of shards: {error!r}. {_REMEDY}") from error
+    for name in names:
+        if not (Path(folder) / str(name)).is_file():
+            raise CheckpointError(f"the shard {name} that {index} names is missing. {_REMEDY}")
+    return [Path(folder) / name for name in names]
+
+
 def _headers(file: str | os.PathLike[str]) -> Iterator[tuple[str, str, tuple[int, ...]]]:
     """Name, type and shape of each tensor of a file, from its header."""
     try:
@@ -176,15 +212,7 @@ def read_entry(folder: str | os.PathLike[str]) -> LosslessCheckpointConfig:
         CheckpointError: There is no config.json, it is not JSON, or the model in it is not compressed by this package.
         PlanError: Its plan is malformed.
     """
-    path = Path(folder) / "config.json"
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise CheckpointError(
-            f"{path} cannot be read: {error.strerror}. Give a folder written by hf_lossless."
-        ) from error
-    except ValueError as error:
-        raise CheckpointError(f"{path} is not JSON: {error}. {_REMEDY}") from error
+    values = read_config(folder)
     entry = values.get("quantization_config") if isinstance(values, Mapping) else None
     if not isinstance(entry, Mapping) or entry.get("quant_method") != QUANT_METHOD:
         raise CheckpointError(
@@ -193,6 +221,49 @@ def read_entry(folder: str | os.PathLike[str]) -> LosslessCheckpointConfig:
     config = LosslessCheckpointConfig.from_dict(dict(entry))
     assert isinstance(config, LosslessCheckpointConfig)
     return config
+
+
+def read_config(folder: str | os.PathLike[str]) -> Any:
+    """All that config.json says, of a saved folder or of any other.
+
+    Raises:
+        CheckpointError: It cannot be read, or is not JSON.
+    """
+    return read_json(Path(folder) / "config.json", "Give a folder written by hf_lossless.", _REMEDY)
+
+
+def read_json(path: Path, remedy: str, malformed_remedy: str) -> Any:
+    """The values in a JSON file.
+
+    Raises:
+        CheckpointError: It cannot be read, or is not JSON; the message ends with the one remedy or the other.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}. {remedy}") from error
+    except ValueError as error:
+        raise CheckpointError(f"{path} is not JSON: {error}. {malformed_remedy}") from error
+
+
+def write_file(path: Path, text: str) -> None:
+    """Writes a file whole or not at all; one that is there is replaced at once.
+
+    Raises:
+        CheckpointError: There is no folder to write it to, or it may not be written.
+    """
+    try:
+        handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+        try:
+            with open(handle, "w", encoding="utf-8") as file:
+                file.write(text)
+            os.chmod(temporary, 0o644)
+            os.replace(temporary, path)
+        except BaseException:
+            os.unlink(temporary)
+            raise
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be written: {error.strerror}. Name another file.") from error
 
 
 @contextmanager

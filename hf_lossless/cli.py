@@ -1,4 +1,4 @@
-"""The command line: compress, evaluate, certify, inspect, neighbourhood, demo."""
+"""The command line: compress, evaluate, certify, inspect, card, report, push, export, neighbourhood, demo."""
 
 import json
 import sys
@@ -16,9 +16,13 @@ from hf_lossless.calibration.splits import fingerprint
 from hf_lossless.certificate import Provenance
 from hf_lossless.certification.certify import certify
 from hf_lossless.certification.comparison import Comparison, compare
-from hf_lossless.checkpoint import new_folder, read_entry, refuse_occupied, refuse_other_bytes
+from hf_lossless.checkpoint import check_folder, new_folder, refuse_occupied
+from hf_lossless.cli_card import card
+from hf_lossless.cli_export import export_command
 from hf_lossless.cli_models import Judged, config_of, judge, load_model, refuse_quantised, task_of_model
 from hf_lossless.cli_options import activation_widths, bit_widths, ranks_by_name
+from hf_lossless.cli_push import push
+from hf_lossless.cli_report import report
 from hf_lossless.config import (
     CONFIDENCE,
     METRIC_MARGIN,
@@ -30,8 +34,10 @@ from hf_lossless.config import (
 )
 from hf_lossless.demo import run_demo
 from hf_lossless.errors import CheckpointError, LosslessError
-from hf_lossless.evaluation import Evaluation, refuse_unlabelled
+from hf_lossless.evaluation import Evaluation
 from hf_lossless.layers import find_layers
+from hf_lossless.pictures.neighbourhood import neighbourhood_figure
+from hf_lossless.record_of_compression import record_of, write_record
 from hf_lossless.report import (
     certificate_table,
     certificate_texts,
@@ -40,7 +46,7 @@ from hf_lossless.report import (
     inspection,
     plan_table,
 )
-from hf_lossless.report_neighbourhood import gap_tables, layer_table, plot_neighbourhood
+from hf_lossless.report_neighbourhood import gap_tables, layer_table
 from hf_lossless.tasks.registry import TASKS
 from hf_lossless.theories.neighbourhood import MAX_LAYERS, named_layers, neighbourhood, spread_layers
 
@@ -50,6 +56,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
 )
+for _command in (card, report, push):
+    app.command()(_command)
+app.command(name="export")(export_command)
 _console = Console()
 
 _Data = Annotated[str, typer.Option("--data", help="A json, jsonl, csv or parquet file, a saved dataset, or a Hub id.")]
@@ -140,7 +149,7 @@ def compress(
         with new_folder(out) as folder:
             compressed.save_pretrained(folder)
             chosen_task.load_processor(model).save_pretrained(folder)
-        result = compressed.hf_quantizer.result
+            write_record(folder, record_of(result := compressed.hf_quantizer.result))
         _console.print(plan_table(result.plan))
         _console.print(
             f"{out}: {result.size_bytes:,} bytes, {result.ratio:.2f} times smaller; "
@@ -149,9 +158,8 @@ def compress(
             f"{'' if result.certificate else 'Judge it on rows it has not seen: hf-lossless evaluate'}",
             soft_wrap=True,
         )
-        if result.certificate is not None:
-            for text in certificate_texts(result):
-                _console.print(text, soft_wrap=True, highlight=False)
+        for text in certificate_texts(result):
+            _console.print(text, soft_wrap=True, highlight=False)
 
 
 @app.command(name="evaluate")
@@ -210,8 +218,8 @@ def certify_command(
         raise CheckpointError(
             f"{folder} holds no model compressed by hf_lossless. Compress one with: hf-lossless compress"
         )
-    rows = load_rows(data, split)
-    refuse_unlabelled(rows, "A certificate needs labels")
+    rows = tasks["original"].columns_of(load_rows(data, split))
+    tasks["original"].refuse_unlabelled(rows, "A certificate needs labels")
     judged = {name: judge(path, rows, tasks[name]) for name, path in models.items()}
     certificate = certify(
         judged["original"].answers.outputs,
@@ -244,8 +252,7 @@ def inspect(
     as_json: _Json = False,
 ) -> None:
     """Show what a compressed checkpoint consists of."""
-    config = read_entry(folder)
-    refuse_other_bytes(config.plan, sorted(folder.glob("*.safetensors")))
+    config = check_folder(folder)
     values = inspection(config)
     if as_json:
         _print_json(values)
@@ -297,7 +304,7 @@ def neighbourhood_command(
     if out is not None:
         with new_folder(out) as folder:
             (folder / "neighbourhood.json").write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
-            plot_neighbourhood(found, folder / "neighbourhood.png")
+            neighbourhood_figure(found).savefig(folder / "neighbourhood.png", dpi=150)
     if as_json:
         _print_json(values)
         return
@@ -328,6 +335,7 @@ def _evaluation_json(evaluation: Evaluation, judged: Judged) -> dict[str, Any]:
     return {
         "loss": evaluation.loss,
         evaluation.metric_name: evaluation.metric,
+        **evaluation.other_metrics,
         "num_examples": evaluation.num_examples,
         "size_bytes": judged.size_bytes,
         "ratio": judged.original_bytes / judged.size_bytes,

@@ -22,10 +22,10 @@ def task_of_model(model: str, name: str | None) -> Task:
     if name is None and architecture is None:
         raise ConfigurationError(f"the config.json of {model} names no architecture. Name the task with --task.")
     task = task_named(name) if name is not None else task_of_class(str(architecture))
-    if architecture is not None and task.head not in architecture:
+    if architecture is not None and not any(head in architecture for head in task.heads):
         raise ConfigurationError(
             f"{model} is a {architecture}, which does not do the task {task.name}: a new head would be random. "
-            f"Take a checkpoint of a class ...{task.head}."
+            f"Take a checkpoint of a class {' or '.join(f'...{head}' for head in task.heads)}."
         )
     return task
 

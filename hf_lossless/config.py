@@ -49,8 +49,8 @@ class LosslessCompressionConfig(QuantizationConfigMixin):
 
     Args:
         dataset: Labelled rows: a datasets.Dataset, a DatasetDict (see `split`), a list of dicts, the path of a json,
-            jsonl, csv or parquet file or of a saved dataset, a Hub id; or ready batches of tensors (a list or a
-            DataLoader). Rows without labels are calibrated on the model's own predictions.
+            jsonl, csv or parquet file, of a saved dataset or of a folder of images, a Hub id; or ready batches of
+            tensors (a list or a DataLoader). Rows without labels are calibrated on the model's own predictions.
         tolerance: Share of the original's mean loss by which the mean loss may rise; zero or below: it has to fall.
         confidence: Of the certificate: 1 - the chance that a model which is worse by more is certified.
         metric_margin: How far the task's metric may fall, for the certificate; zero or below: it has to rise.
@@ -81,7 +81,8 @@ class LosslessCompressionConfig(QuantizationConfigMixin):
             used.
         batch_size: Rows in a calibration batch.
         split: Which split of a DatasetDict or of a Hub dataset.
-        task: "text-classification" or "image-classification"; None: by the model's class.
+        task: "text-classification", "image-classification", "question-answering", "multiple-choice", "text-generation"
+            or "fill-mask"; None: by the model's class.
         processor: Tokenizer or image processor; None: the one saved with the model.
         seed: Seed of sampling and noise.
 

@@ -23,7 +23,9 @@ from hf_lossless.checkpoint import new_folder
 from hf_lossless.config import LosslessCompressionConfig
 from hf_lossless.errors import CheckpointError
 from hf_lossless.evaluation import evaluate
-from hf_lossless.report import certificate_texts, comparison_table, plan_table, plot_frontier
+from hf_lossless.pictures.frontier import frontier_figure
+from hf_lossless.record_of_compression import record_of, write_record
+from hf_lossless.report import certificate_texts, comparison_table, plan_table
 from hf_lossless.tasks.image_classification import ImageClassification
 
 _NUM_TRAIN, _NUM_CALIBRATION, _NUM_SELECTION = 800, 128, 128
@@ -54,7 +56,9 @@ def run_demo(out: Path, console: Console) -> None:
         compressed.save_pretrained(folder / "compressed")
         processor.save_pretrained(folder / "compressed")
         result = compressed.hf_quantizer.result
-        plot_frontier(result, folder / "frontier.png")
+        record = record_of(result)
+        write_record(folder / "compressed", record)
+        frontier_figure(record).savefig(folder / "frontier.png", dpi=150)
 
         reloaded = AutoModelForImageClassification.from_pretrained(folder / "compressed")
         task = ImageClassification()

@@ -6,7 +6,8 @@
     ├── CalibrationError        the model or its loss cannot be measured (also a RuntimeError)
     ├── UnreachableTargetError  no plan meets the ratio, the bytes or the loss asked (also a ValueError)
     ├── PlanError               a plan that does not fit the model (also a ValueError)
-    └── CheckpointError         a saved folder that cannot be trusted or written (also an OSError)
+    ├── CheckpointError         a saved folder that cannot be trusted or written (also an OSError)
+    └── HubError                the Hub refused a push, or cannot be reached (also an OSError)
 
 A message names the thing, the value it had and the remedy. Every class is also the built-in exception that a
 caller who knows nothing of this package would catch.
@@ -48,3 +49,7 @@ class PlanError(LosslessError, ValueError):
 
 class CheckpointError(LosslessError, OSError):
     """A saved folder is incomplete, altered, of a newer format, or in the way of writing."""
+
+
+class HubError(LosslessError, OSError):
+    """The Hub refused, or cannot be reached."""

@@ -4,21 +4,18 @@ Under several processes each runs its share of the batches, and all get the answ
 """
 
 import math
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from typing import Any
 
 import datasets
-import torch
-from torch import Tensor
 from transformers import PreTrainedModel
 
-from hf_lossless.calibration.data import load_rows, make_batches
-from hf_lossless.calibration.loss import model_device, to_device
+from hf_lossless.calibration.data import load_rows, row_groups
 from hf_lossless.calibration.processes import failing_together, gather_shares, process_state, progress_bar
 from hf_lossless.certification.comparison import Outputs, refuse_one_class
-from hf_lossless.errors import CalibrationError, DataError
-from hf_lossless.tasks.base import LABEL_COLUMNS, Task
+from hf_lossless.errors import CalibrationError
+from hf_lossless.tasks.base import RowAnswers, Task
 
 _BATCH_SIZE = 64
 
@@ -28,16 +25,18 @@ class Evaluation:
     """What a model does on some rows.
 
     Attributes:
-        loss: Mean loss per example, in nats for classification.
-        metric_name: Name of the task's metric.
+        loss: Mean loss per row, in nats.
+        metric_name: Name of the metric that a certificate watches.
         metric: Its value.
         num_examples: Rows.
+        other_metrics: What else the task tells, by name.
     """
 
     loss: float
     metric_name: str
     metric: float
     num_examples: int
+    other_metrics: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,18 +46,12 @@ class Answers:
     Attributes:
         model_name: Of its class.
         task: What judges it.
-        losses: Loss of each row [rows].
-        predictions: In the form of labels [rows, ...].
-        labels: The same.
-        logits: What the predictions were made of [rows, ..., classes].
+        rows: Loss, score and prediction of each row.
     """
 
     model_name: str
     task: Task
-    losses: Tensor
-    predictions: Tensor
-    labels: Tensor
-    logits: Tensor
+    rows: RowAnswers
 
     @property
     def outputs(self) -> Outputs:
@@ -68,30 +61,28 @@ class Answers:
             DataError: There are fewer than two rows, or the metric is undefined on them.
             CalibrationError: A loss is not finite.
         """
+        rows = self.rows
         if self.task.needs_two_classes:
-            refuse_one_class(self.labels, self.task.metric_name)
-        scores = self.task.example_scores(self.predictions, self.labels)
-        return Outputs(self.losses, scores, self.predictions, self.logits)
+            refuse_one_class(rows.references, self.task.metric_name)
+        return Outputs(rows.losses, rows.scores, rows.predictions, rows.logits)
 
     @property
     def evaluation(self) -> Evaluation:
-        """Mean loss and metric.
+        """Mean loss and metrics.
 
         Raises:
             CalibrationError: The loss is not finite.
         """
-        loss = self.losses.double().mean().item()
+        losses = self.rows.losses
+        loss = losses.double().mean().item()
         if not math.isfinite(loss):
             raise CalibrationError(
-                f"the loss of {self.model_name} on these {len(self.losses)} rows is {loss}. "
+                f"the loss of {self.model_name} on these {len(losses)} rows is {loss}. "
                 "Check the model's weights and its dtype (float16 overflows where bfloat16 does not)."
             )
-        return Evaluation(
-            loss=loss,
-            metric_name=self.task.metric_name,
-            metric=self.task.metric(self.predictions, self.labels),
-            num_examples=len(self.losses),
-        )
+        others = self.task.metrics(self.rows)
+        metric = others.pop(self.task.metric_name)
+        return Evaluation(loss, self.task.metric_name, metric, len(losses), others)
 
 
 def evaluate(model: PreTrainedModel, dataset: Any, task: Task, processor: Any, split: str | None = None) -> Evaluation:
@@ -126,46 +117,23 @@ def answers(
     Raises:
         DataError: The rows have no labels, or cannot be used.
     """
-    refuse_unlabelled(rows, "Evaluation needs labels")
+    rows = task.columns_of(rows)
+    task.refuse_unlabelled(rows, "Evaluation needs labels")
+    task = task.for_rows(rows)
     model.eval()  # type: ignore[no-untyped-call]
     with failing_together():
-        own = list(_own_batches(model, rows, task, processor, what))
-    losses, predictions, labels, logits = zip(*gather_shares(own), strict=True)
-    return Answers(type(model).__name__, task, *map(torch.cat, (losses, predictions, labels, logits)))
+        own = list(_own_answers(model, rows, task, processor, what))
+    return Answers(type(model).__name__, task, RowAnswers.concatenated(gather_shares(own)))
 
 
-def refuse_unlabelled(rows: datasets.Dataset, why: str) -> None:
-    """Ends with an error where rows have no label column.
-
-    Raises:
-        DataError: They have none.
-    """
-    if not any(name in rows.column_names for name in LABEL_COLUMNS):
-        raise DataError(
-            f"the rows have no label column: looked for {', '.join(LABEL_COLUMNS)}, found "
-            f"{', '.join(rows.column_names)}. {why}: rename a column, or take labelled rows."
-        )
-
-
-def _own_batches(
+def _own_answers(
     model: PreTrainedModel, rows: datasets.Dataset, task: Task, processor: Any, what: str
-) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
-    """Losses, predictions, labels and logits of this process's batches."""
+) -> Iterator[RowAnswers]:
+    """The answers to this process's groups of rows."""
     state = process_state()
-    device = model_device(model)
     first, step = state.process_index, state.num_processes
-    batches = make_batches(rows, task, processor, model, _BATCH_SIZE, first, step)
     total = len(range(first, -(-len(rows) // _BATCH_SIZE), step))
     with progress_bar(total, what) as advance:
-        for batch in batches:
-            logits = _logits(model, to_device(batch, device))
-            labels = batch["labels"]
-            yield task.example_losses(logits, labels), task.predict(logits), labels, logits
+        for group in row_groups(rows, task, model, _BATCH_SIZE, first, step):
+            yield task.answer(group, processor, model)
             advance()
-
-
-def _logits(model: PreTrainedModel, batch: Mapping[str, Any]) -> Tensor:
-    with torch.no_grad():
-        logits = model(**{name: value for name, value in batch.items() if name != "labels"}).logits
-    assert isinstance(logits, Tensor)
-    return logits.cpu()

@@ -15,7 +15,7 @@ from hf_lossless.apply import apply_plan
 from hf_lossless.batch_norms import batch_norms, follow, input_moments
 from hf_lossless.biases import bias_corrections, correct_biases
 from hf_lossless.calibration.loss import Batch, LossFunction, batch_loss
-from hf_lossless.calibration.perturbation import loss_change
+from hf_lossless.calibration.perturbation import LossChange, loss_change
 from hf_lossless.calibration.processes import own_share, process_state, progress_bar, same_in_every_process
 from hf_lossless.calibration.statistics import Calibration, calibrate
 from hf_lossless.candidates.menu import Truncation, menu
@@ -24,6 +24,7 @@ from hf_lossless.certificate import Certificate
 from hf_lossless.config import LosslessCheckpointConfig, LosslessCompressionConfig
 from hf_lossless.errors import ConfigurationError, DataError
 from hf_lossless.layers import Layer, find_layers
+from hf_lossless.loss_check import LossCheck, loss_check
 from hf_lossless.modules.base import CompressedModule
 from hf_lossless.plan import CompressionPlan
 from hf_lossless.planning import Planned, Planner
@@ -66,6 +67,7 @@ class CompressionResult:
         size_bytes: Bytes of the compressed model's tensors and plan.
         measured_loss_change: Change of the mean loss on the calibration rows, beside which the plan's
             `predicted_loss_change` can be judged. These rows have had a hand in the plan.
+        checks: Everything that was measured beside its prediction, on the same rows; this model comes last.
         certificate: What held-out rows said of the model; None where the target was a size or a budget.
         not_smaller: Why no smaller plan is certified; None without a certificate.
     """
@@ -76,6 +78,7 @@ class CompressionResult:
     calibration: Calibration
     size_bytes: int
     measured_loss_change: float
+    checks: tuple[LossCheck, ...]
     certificate: Certificate | None = None
     not_smaller: str | None = None
 
@@ -128,11 +131,22 @@ def compress(
     with evaluation_mode(model):
         planner = analyse(model, batches, config, loss=loss, original_bytes=original_bytes)
         planned = planner.plan(config)
-        measured_loss_change = realise(model, planner.problem, planned)
+        measured = realise(model, planner.problem, planned)
     model.eval()
-    size_bytes = LosslessCheckpointConfig.of(planned.plan).size_bytes
-    calibration = planner.problem.calibration.without_tensors()
-    return CompressionResult(model, planned.plan, planned.frontier, calibration, size_bytes, measured_loss_change)
+    return CompressionResult(
+        model,
+        planned.plan,
+        planned.frontier,
+        planner.problem.calibration.without_tensors(),
+        LosslessCheckpointConfig.of(planned.plan).size_bytes,
+        measured.mean,
+        checks_of(planner.problem, planned, measured),
+    )
+
+
+def checks_of(problem: Problem, planned: Planned, measured: LossChange) -> tuple[LossCheck, ...]:
+    """What was measured on the way to a plan, and last of all the model that `realise` made of it."""
+    return (*planned.checks, loss_check(planned.plan, measured, len(problem.batches), checked="model"))
 
 
 def no_rows_to_hold_back(config: LosslessCompressionConfig) -> ConfigurationError:
@@ -209,7 +223,7 @@ def analyse(
     )
 
 
-def realise(model: nn.Module, problem: Problem, planned: Planned) -> float:
+def realise(model: nn.Module, problem: Problem, planned: Planned) -> LossChange:
     """Carries out a plan, and lets biases and batch norms follow the rounded weights.
 
     Args:
@@ -227,7 +241,7 @@ def realise(model: nn.Module, problem: Problem, planned: Planned) -> float:
     correct_biases(model, corrections)
     if moments is not None:
         follow(model, batches, loss, moments)
-    return loss_change(model, batches, loss, problem.calibration.batch_losses).mean
+    return loss_change(model, batches, loss, problem.calibration.batch_losses)
 
 
 def tensor_bytes(model: nn.Module) -> int:

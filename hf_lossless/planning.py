@@ -17,7 +17,7 @@ import math
 from collections import defaultdict
 from collections.abc import Iterable
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 from torch import Tensor
@@ -36,6 +36,7 @@ from hf_lossless.candidates.uniform import QuantisedMatrix, dequantise
 from hf_lossless.config import LosslessCompressionConfig
 from hf_lossless.errors import CalibrationError, UnreachableTargetError
 from hf_lossless.layers import Layer
+from hf_lossless.loss_check import LossCheck, loss_check
 from hf_lossless.modules.activations import QuantisedInput
 from hf_lossless.options import Found, Option, Options, options_of, put_right, scaled
 from hf_lossless.plan import CodedGrid, CompressionPlan, activations_of
@@ -72,6 +73,7 @@ class Planned:
         quantised: Codes by layer name, where their rounding needs the calibration data.
         coded: The same of entropy-coded layers.
         static_grids: Where the levels of static activations lie, by layer name.
+        checks: What was measured on the way to it: this plan, those that it took the place of, and layers alone.
     """
 
     plan: CompressionPlan
@@ -80,6 +82,7 @@ class Planned:
     quantised: dict[str, QuantisedMatrix]
     coded: dict[str, CodedLayer]
     static_grids: dict[str, StaticGrid]
+    checks: tuple[LossCheck, ...] = ()
 
     def error(self, layer: Layer) -> Tensor:
         """What the plan does to a layer's weight, stored less original, float32 [out, in]."""
@@ -130,21 +133,29 @@ class Planner:
         planned = self._plan(options, config)
         if not self.checked:
             return planned
+        num_batches = len(self.problem.batches)
         measured = self._measured(planned, self.problem.layers)
+        checks = [loss_check(planned.plan, measured, num_batches)]
         for _ in range(REPLANS):
             if self._as_stated(planned, measured):
-                return planned
-            options = self._corrected(options, planned, measured)
+                break
+            alone = self._one_by_one(planned)
+            checks += [
+                loss_check(planned.plan, one, num_batches, checked="layer", layer=name) for name, one in alone.items()
+            ]
+            options = _corrected(options, planned.plan, measured, alone)
             planned = self._plan(options, config)
             measured = self._measured(planned, self.problem.layers)
-        if not math.isfinite(measured.mean):
-            raise CalibrationError(
-                f"the loss of the best plan is not finite, also after {REPLANS} new plans. "
-                "Ask for a larger checkpoint, or add wider widths (16 keeps a layer)."
-            )
-        if not self._as_stated(planned, measured) and process_state().is_main_process:
-            _logger.warning("the loss rises by more than predicted, also after %d new plans", REPLANS)
-        return planned
+            checks.append(loss_check(planned.plan, measured, num_batches))
+        else:
+            if not math.isfinite(measured.mean):
+                raise CalibrationError(
+                    f"the loss of the best plan is not finite, also after {REPLANS} new plans. "
+                    "Ask for a larger checkpoint, or add wider widths (16 keeps a layer)."
+                )
+            if not self._as_stated(planned, measured) and process_state().is_main_process:
+                _logger.warning("the loss rises by more than predicted, also after %d new plans", REPLANS)
+        return replace(planned, checks=tuple(checks))
 
     def _options(self, config: LosslessCompressionConfig) -> Options:
         """What the knapsack may choose from; which input goes with which weight is decided here, once for all plans."""
@@ -257,28 +268,27 @@ class Planner:
                 self.problem.model, self.problem.batches, self.problem.loss, self.problem.calibration.batch_losses
             )
 
-    def _corrected(self, options: Options, planned: Planned, measured: LossChange) -> Options:
-        """Options that cost what a plan was measured to cost: its layers one by one, and what is left of the whole."""
+    def _one_by_one(self, planned: Planned) -> dict[str, LossChange]:
+        """What the layers that the plan spends most on cost by themselves; one forward pass each."""
         spent = {name: layer.predicted_loss_change for name, layer in planned.plan.layers.items()}
         paid = [layer for layer in self.problem.layers if spent[layer.name] > 0]
-        if not paid:
-            return options
         worst = sorted(paid, key=lambda layer: spent[layer.name], reverse=True)[:REMEASURED_LAYERS]
-        found = {layer.name: self._measured(planned, [layer]) for layer in worst}
-        worse = {
-            name: one.mean
-            for name, one in found.items()
-            if not one.mean <= spent[name] + 2 * one.standard_error  # NaN is worse
-        }
-        factors = {name: _factor(mean, spent[name]) for name, mean in worse.items()}
-        others = 1.0  # where some layers by themselves account for a loss that is not finite
-        if all(map(math.isfinite, worse.values())):
-            left = sum(change for name, change in spent.items() if name not in factors)
-            others = _factor(measured.mean - sum(worse.values()), left) if left > 0 else 1.0
-        _logger.info("measured over predicted: %s, others %.2f", factors, others)
-        return {
-            name: [scaled(option, factors.get(name, others)) for option in group] for name, group in options.items()
-        }
+        return {layer.name: self._measured(planned, [layer]) for layer in worst}
+
+
+def _corrected(options: Options, plan: CompressionPlan, measured: LossChange, alone: dict[str, LossChange]) -> Options:
+    """Options that cost what a plan was measured to cost: some layers by themselves, and what is left of the whole."""
+    spent = {name: layer.predicted_loss_change for name, layer in plan.layers.items()}
+    worse = {
+        name: one.mean for name, one in alone.items() if not one.mean <= spent[name] + 2 * one.standard_error
+    }  # NaN is worse
+    factors = {name: _factor(mean, spent[name]) for name, mean in worse.items()}
+    others = 1.0  # where some layers by themselves account for a loss that is not finite
+    if all(map(math.isfinite, worse.values())):
+        left = sum(change for name, change in spent.items() if name not in factors)
+        others = _factor(measured.mean - sum(worse.values()), left) if left > 0 else 1.0
+    _logger.info("measured over predicted: %s, others %.2f", factors, others)
+    return {name: [scaled(option, factors.get(name, others)) for option in group] for name, group in options.items()}
 
 
 def _factor(measured: float, predicted: float) -> float:

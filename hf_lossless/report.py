@@ -1,11 +1,8 @@
-"""What a person sees: tables, JSON, and the picture of the frontier."""
+"""What a person sees in a terminal: tables, sentences, JSON."""
 
-import os
 from collections.abc import Callable
 from typing import Any
 
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 from rich.markup import escape
 from rich.table import Table
 
@@ -13,7 +10,6 @@ from hf_lossless.certificate import Certificate
 from hf_lossless.certification.comparison import Comparison
 from hf_lossless.config import LosslessCheckpointConfig
 from hf_lossless.evaluation import Evaluation
-from hf_lossless.knapsack import Frontier
 from hf_lossless.pipeline import CompressionResult
 from hf_lossless.plan import KEPT_BITS, CompressionPlan, LayerPlan, LowRank, Regime
 
@@ -87,6 +83,21 @@ def plan_table(plan: CompressionPlan) -> Table:
     """
     table = Table(title=f"plan ({plan.theory}; activations: {plan.activations})")
     table.add_column("layer", overflow="fold")
+    columns = layer_columns(plan)
+    for heading in columns:
+        table.add_column(heading, justify="right", no_wrap=True, min_width=len(heading))
+    for name, layer in plan.layers.items():
+        table.add_row(name, *(cell(layer) for cell in columns.values()))
+    rest = {"bits": "kept", "bytes": f"{plan.other_bytes:,}"}
+    table.add_row("everything else", *(rest.get(heading, "") for heading in columns))
+    return table
+
+
+def layer_columns(plan: CompressionPlan) -> dict[str, Callable[[LayerPlan], str]]:
+    """The columns of a table of this plan's layers, by heading: what stands in a layer's cell.
+
+    Columns in which no layer has anything to say are left out.
+    """
     columns: dict[str, Callable[[LayerPlan], str]] = {"bits": _width, "group": _group}
     if any(layer.low_rank is not None for layer in plan.layers.values()):
         columns |= {"rank": _rank, "work": _work}
@@ -98,13 +109,7 @@ def plan_table(plan: CompressionPlan) -> Table:
     }
     if any(layer.regime is not None for layer in plan.layers.values()):
         columns["regime"] = lambda layer: "" if layer.regime is None else layer.regime.verdict
-    for heading in columns:
-        table.add_column(heading, justify="right", no_wrap=True, min_width=len(heading))
-    for name, layer in plan.layers.items():
-        table.add_row(name, *(cell(layer) for cell in columns.values()))
-    rest = {"bits": "kept", "bytes": f"{plan.other_bytes:,}"}
-    table.add_row("everything else", *(rest.get(heading, "") for heading in columns))
-    return table
+    return columns
 
 
 def _width(layer: LayerPlan) -> str:
@@ -142,8 +147,8 @@ def comparison_table(rows: dict[str, tuple[Evaluation, int]], original_bytes: in
         original_bytes: What ratios are taken of.
     """
     table = Table()
-    metric_name = next(iter(rows.values()))[0].metric_name
-    for heading in ("model", "bytes", "ratio", "loss", metric_name, "rows"):
+    first = next(iter(rows.values()))[0]
+    for heading in ("model", "bytes", "ratio", "loss", first.metric_name, *first.other_metrics, "rows"):
         table.add_column(heading, justify="left" if heading == "model" else "right")
     for name, (evaluation, size_bytes) in rows.items():
         table.add_row(
@@ -151,7 +156,7 @@ def comparison_table(rows: dict[str, tuple[Evaluation, int]], original_bytes: in
             f"{size_bytes:,}",
             f"{original_bytes / size_bytes:.2f}",
             f"{evaluation.loss:.4f}",
-            f"{evaluation.metric:.4f}",
+            *(f"{value:.4f}" for value in (evaluation.metric, *evaluation.other_metrics.values())),
             f"{evaluation.num_examples:,}",
         )
     return table
@@ -183,28 +188,3 @@ def certificate_texts(result: CompressionResult) -> list[str]:
         return []
     not_smaller = [] if result.not_smaller is None else [f"Not smaller: {result.not_smaller}."]
     return [result.certificate.paragraph(), *not_smaller]
-
-
-def plot_frontier(result: CompressionResult, path: str | os.PathLike[str]) -> None:
-    """Draws every plan of the frontier, and the one that was chosen, as a PNG file.
-
-    The horizontal axis is the bytes of all tensors, the vertical one the predicted change of the loss.
-    """
-    frontier: Frontier = result.frontier
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
-    tensor_bytes = frontier.cost_bytes + result.plan.other_bytes
-    axes.step(tensor_bytes, frontier.predicted_loss_change, where="post", label=f"frontier, {len(frontier):,} plans")
-    axes.plot(
-        result.plan.tensor_bytes,
-        result.plan.predicted_loss_change,
-        "o",
-        label=f"chosen, {result.ratio:.2f} times smaller",
-    )
-    axes.set_xlabel(f"bytes of all tensors (original: {result.plan.original_bytes:,})")
-    axes.set_ylabel(f"predicted change of the loss, {result.plan.theory}")
-    axes.set_yscale("symlog", linthresh=1e-4)
-    axes.grid(alpha=0.3)
-    axes.legend()
-    figure.savefig(path, dpi=150)

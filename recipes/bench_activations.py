@@ -91,7 +91,7 @@ def measure(name: str, assets: Path) -> dict[str, Any]:
     original, original_of_few = log_classes(model, batches[1]), log_classes(model, batches[2])
     results: dict[str, Any] = {
         "loss": nll_loss(original, labels).item(),
-        "metric": task.metric(original.argmax(-1), labels),
+        "metric": task.example_scores(original.argmax(-1), labels).double().mean().item(),
         "layers": len(options),
     }
     for index in range(2 * len(_WIDTHS)):
@@ -106,7 +106,7 @@ def measure(name: str, assets: Path) -> dict[str, Any]:
         results[f"{grid.bits} {grid.range}"] = {
             "divergence": divergence(original, changed),
             "loss_change": nll_loss(changed, labels).item() - results["loss"],
-            "metric": task.metric(changed.argmax(-1), labels),
+            "metric": task.example_scores(changed.argmax(-1), labels).double().mean().item(),
             "changed_answers": int((changed.argmax(-1) != original.argmax(-1)).sum()),
             "predicted": sum(predicted for predicted, _ in pairs),
             "rank_correlation": float(spearmanr(pairs).statistic),

@@ -231,7 +231,7 @@ def plans(
             rows[str(ratio)] = {"unreachable": str(error)}
             continue
         model = peer_problem.copy()
-        measured = realise(model, analysis.problem, planned)
+        measured = realise(model, analysis.problem, planned).mean
         seconds = analysis_seconds + time.perf_counter() - start
         size_bytes = LosslessCheckpointConfig.of(planned.plan).size_bytes
         rows[str(ratio)] = {

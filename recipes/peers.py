@@ -34,7 +34,7 @@ from hf_lossless.calibration.data import calibration_batches, make_batches
 from hf_lossless.calibration.loss import batch_loss
 from hf_lossless.calibration.statistics import calibrate
 from hf_lossless.layers import find_layers
-from hf_lossless.tasks.base import Task
+from hf_lossless.tasks.classification import Classification
 from hf_lossless.tasks.registry import task_of
 
 _HERE = Path(__file__).resolve().parent
@@ -133,7 +133,7 @@ def scores(logits: Callable[[Batch], Tensor], batches: list[Batch]) -> Tensor:
     return torch.cat([logits(batch).float() for batch in batches])
 
 
-def figures(original_logits: Tensor, logits: Tensor, labels: Tensor, task: Task) -> dict[str, Any]:
+def figures(original_logits: Tensor, logits: Tensor, labels: Tensor, task: Classification) -> dict[str, Any]:
     """How far a model is from the original on rows with labels.
 
     Args:
@@ -155,7 +155,7 @@ def figures(original_logits: Tensor, logits: Tensor, labels: Tensor, task: Task)
         "loss": losses.mean().item(),
         "loss_change": changes.mean().item(),
         "loss_change_se": (changes.std() / len(changes) ** 0.5).item(),
-        "metric": task.metric(predictions, labels),
+        "metric": task.example_scores(predictions, labels).double().mean().item(),
         "flips": int((predictions != task.predict(original_logits)).sum()),
         "kl": (before.exp() * (before - after)).sum(-1).mean().item(),
     }

@@ -19,11 +19,13 @@ from tiny_checkpoints import save_text_model, text_rows, without
 from transformers import AutoModel, AutoModelForSequenceClassification, PreTrainedModel
 
 from hf_lossless import CalibrationError, ConfigurationError, DataError, LosslessCompressionConfig, certified, compress
+from hf_lossless.calibration.perturbation import LossChange
 from hf_lossless.calibration.splits import fingerprint, three_splits
 from hf_lossless.certification.certify import certify
 from hf_lossless.checkpoint import read_entry
 from hf_lossless.evaluation import answers
 from hf_lossless.pipeline import CompressionResult
+from hf_lossless.tasks.question_answering import QuestionAnswering
 from hf_lossless.tasks.registry import TASKS
 from hf_lossless.tasks.text_classification import TextClassification
 
@@ -141,10 +143,24 @@ def test_the_three_splits_given_separately(text_folder: Path) -> None:
 def test_one_split_given_separately(text_folder: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     given = [{"text": f"{row['text']} w7 w7 w7 w7", "label": row["label"]} for row in text_rows(40, 5)]
     config = LosslessCompressionConfig(ROWS, **{name: given})
-    splits = certified._splits(config)
+    splits = certified._splits(config, TASK)
     rest = splits.certification if name == "selection_dataset" else splits.selection
     assert len(splits.calibration) + len(rest) == len(ROWS)
     assert len(splits.calibration) == pytest.approx(0.2 * len(ROWS), rel=0.25)
+
+
+@pytest.mark.parametrize("given", [None, "selection_dataset"])
+def test_the_questions_on_a_context_are_in_one_split(given: str | None) -> None:
+    rows = [
+        {"question": f"w{number}", "context": f"w{number % 60} w7", "answers": {"text": ["w7"], "answer_start": [0]}}
+        for number in range(300)
+    ]
+    others = [{**row, "context": f"w9 {row['context']}"} for row in rows[:10]]
+    config = LosslessCompressionConfig(rows, **({} if given is None else {given: others}))
+    splits = certified._splits(config, QuestionAnswering())
+    parts = [set(splits.calibration["context"]), set(splits.certification["context"])]
+    assert parts[0] and parts[1] and not parts[0] & parts[1]
+    assert len(splits.calibration) > len(parts[0])
 
 
 def test_too_few_rows_certify_nothing(text_folder: Path) -> None:
@@ -220,7 +236,7 @@ def test_an_original_with_losses_that_are_not_finite(tmp_path: Path) -> None:
 def test_a_plan_with_losses_that_are_not_finite(text_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It has no chance, and the others are none the worse for it."""
 
-    def breaking(twin: Any, problem: Any, planned: Any) -> float:
+    def breaking(twin: Any, problem: Any, planned: Any) -> LossChange:
         change = realise(twin, problem, planned)
         if planned.plan.original_bytes / planned.plan.tensor_bytes > 2:
             twin.classifier.bias.data[0] = torch.nan

@@ -28,6 +28,7 @@ from hf_lossless.certificate import Certificate
 from hf_lossless.checkpoint import read_entry
 from hf_lossless.modules.base import CompressedModule
 from hf_lossless.plan import CompressionPlan
+from hf_lossless.record_of_compression import read_record_of
 from hf_lossless.report import SAVES_TIME
 
 ASSETS = Path(__file__).parents[1].parent / "shared/assets"
@@ -67,7 +68,8 @@ def test_text_from_compress_to_inspect(run: Run, text_folder: Path, text_file: P
     out = tmp_path / "new/small"
     said = run("compress", text_folder, "--data", text_file, "--out", out, "--ratio", 3)
 
-    assert {path.name for path in out.iterdir()} >= {"config.json", "model.safetensors", "tokenizer.json"}
+    files = {"config.json", "model.safetensors", "tokenizer.json", "compression.json"}
+    assert {path.name for path in out.iterdir()} >= files
     assert [path.name for path in out.parent.iterdir()] == ["small"]
     assert len(AutoTokenizer.from_pretrained(out)) == len(AutoTokenizer.from_pretrained(text_folder))
     model = AutoModelForSequenceClassification.from_pretrained(out)
@@ -89,6 +91,13 @@ def test_text_from_compress_to_inspect(run: Run, text_folder: Path, text_file: P
     assert alone["ratio"] == beside["original"]["size_bytes"] / alone["size_bytes"] >= 3
     assert alone["num_examples"] == len(text_rows())
     assert 0 <= alone["accuracy"] <= 1
+
+    record = read_record_of(out)
+    assert record.size_bytes == alone["size_bytes"] and record.chosen[0] == read_entry(out).plan.tensor_bytes
+    run("report", out)
+    page = tmp_path / "page.html"
+    assert str(page) in run("report", out, "--out", page)
+    assert page.read_text() == (out / "report.html").read_text() and page.read_text().count("<img ") == 3
 
     inspected = json.loads(run("inspect", out, "--json"))
     assert inspected["size_bytes"] == alone["size_bytes"] and inspected["ratio"] == alone["ratio"]

@@ -27,7 +27,7 @@ PLAN = CompressionPlan(
 )
 
 LOSSES = torch.linspace(0, 1, 900)
-OUTPUTS = Outputs(LOSSES, torch.ones(900), torch.zeros(900))
+OUTPUTS = Outputs(LOSSES, torch.ones(900), [0] * 900)
 CERTIFICATE = certify(
     OUTPUTS,
     OUTPUTS,

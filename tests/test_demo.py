@@ -11,10 +11,11 @@ import torch
 from rich.console import Console
 from transformers import AutoModelForImageClassification
 
-from hf_lossless import demo
+from hf_lossless import demo, html_report
 from hf_lossless.checkpoint import read_entry
 from hf_lossless.errors import CheckpointError
 from hf_lossless.evaluation import Evaluation, evaluate
+from hf_lossless.record_of_compression import read_record_of
 from hf_lossless.tasks.image_classification import ImageClassification
 
 MARGIN = 0.01
@@ -40,7 +41,8 @@ def test_files(demo_run: DemoRun) -> None:
     assert [path.name for path in demo_run.folder.parent.iterdir()] == ["out"]
     for name in ("original", "compressed"):
         files = {path.name for path in (demo_run.folder / name).iterdir()}
-        assert files == {"config.json", "model.safetensors", "preprocessor_config.json"}
+        expected = {"config.json", "model.safetensors", "preprocessor_config.json"}
+        assert files == expected | ({"compression.json"} if name == "compressed" else set())
     assert (demo_run.folder / "frontier.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
 
 
@@ -101,9 +103,20 @@ def test_digits_are_disjoint() -> None:
     assert len(set(everything)) >= 1790  # a few digits are written alike
 
 
+def test_every_plan_of_the_walk_is_in_its_record(demo_run: DemoRun) -> None:
+    record, plan = read_record_of(demo_run.folder / "compressed"), read_entry(demo_run.folder / "compressed").plan
+    finished = [check for check in record.checks if check.checked == "model"]
+    assert len(finished) > 5 and len({check.tensor_bytes for check in finished}) == len(finished)
+    assert finished[-1].tensor_bytes == record.chosen[0] == plan.tensor_bytes
+    assert finished[-1].measured_loss_change == record.measured_loss_change
+    assert f"Not smaller: {record.not_smaller}." in demo_run.said
+    assert html_report(demo_run.folder / "compressed").count("<img ") == 3
+
+
 def test_numbers_that_are_shown_are_numbers(demo_run: DemoRun) -> None:
     rows = re.findall(
-        r"│ (original|compressed) +│ +([\d,]+) │ +([\d.]+) │ +([\d.]+) │ +([\d.]+) │ +741 │", demo_run.said
+        r"│ (original|compressed) +│ +([\d,]+) │ +([\d.]+) │ +([\d.]+) │ +([\d.]+) │ +([\d.]+) │ +741 │", demo_run.said
     )
+    assert "top_5_accuracy" in demo_run.said
     assert [row[0] for row in rows] == ["original", "compressed"]
     assert json.loads(rows[0][2]) == 1.0

@@ -43,6 +43,7 @@ def test_every_error_is_public() -> None:
         ("UnreachableTargetError", ValueError),
         ("PlanError", ValueError),
         ("CheckpointError", OSError),
+        ("HubError", OSError),
     ],
 )
 def test_an_error_is_also_the_built_in_one(error: str, builtin: type[Exception]) -> None:

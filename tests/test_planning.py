@@ -112,6 +112,15 @@ def test_predictions_that_are_far_too_small_are_found_out(monkeypatch):
     assert result.measured_loss_change <= 0.025  # what is stated: twice the prediction, and the measurement's error
     assert result.plan.predicted_loss_change > 1e4 * blind.plan.predicted_loss_change
     assert result.plan.tensor_bytes > blind.plan.tensor_bytes
+    assert [check.checked for check in blind.checks] == ["model"]
+    first, *others = (
+        result.checks
+    )  # the plan that was believed at first, what each layer of it cost, and what came then
+    assert first.checked == "plan" and first.measured_loss_change > 1e4 * first.predicted_loss_change
+    assert {check.layer for check in others[:3]} == {"0", "3", "5"} and others[0].checked == "layer"
+    assert [check.checked for check in others[-2:]] == ["plan", "model"]
+    assert others[-1].predicted_loss_change == result.plan.predicted_loss_change
+    assert all(check.standard_error > 0 for check in result.checks)
 
 
 @pytest.mark.parametrize("factor", [1.0, 10.0, 1e3], ids="times-{}".format)
@@ -218,10 +227,15 @@ def changes(options) -> dict[str, list[float]]:
     return {name: [option.plan.predicted_loss_change for option in group] for name, group in options.items()}
 
 
+def corrected_options(planner: Planner, options, planned: Planned, whole: LossChange):
+    """What the options become after a plan was measured to change the loss by so much."""
+    return planning._corrected(options, planned.plan, whole, planner._one_by_one(planned))
+
+
 def corrections(planner: Planner, planned: Planned, whole: float = 0.0) -> dict[str, float]:
     """By how much the predictions of each layer were multiplied."""
     options = planner._options(config_of(ratio=8))
-    before, after = changes(options), changes(planner._corrected(options, planned, LossChange(whole, 0.0)))
+    before, after = changes(options), changes(corrected_options(planner, options, planned, LossChange(whole, 0.0)))
     found = {}
     for name, group in after.items():
         pairs = list(zip(group, before[name], strict=True))
@@ -283,7 +297,7 @@ def test_corrections_leave_the_inputs_as_they_were_chosen(monkeypatch):
     planned = first_plan(planner, config)
     measure_as(monkeypatch, lambda planned, layers: (math.inf, 0.0))
     options = planner._options(config)
-    corrected = planner._corrected(options, planned, LossChange(math.inf, 0.0))
+    corrected = corrected_options(planner, options, planned, LossChange(math.inf, 0.0))
     for name, group in corrected.items():
         assert [one.plan.activation for one in group] == [one.plan.activation for one in options[name]]
 
@@ -312,7 +326,7 @@ def test_nothing_to_correct_where_nothing_is_predicted():
     kept = first_plan(planner, config_of(loss_budget=0))
     assert {layer.kind for layer in kept.plan.layers.values()} == {"kept"}
     options = planner._options(config_of(loss_budget=0))
-    assert planner._corrected(options, kept, LossChange(1.0, 0.0)) is options
+    assert corrected_options(planner, options, kept, LossChange(1.0, 0.0)) == options
     measured = planner._measured(kept, planner.problem.layers)
     assert measured == (0, 0) and planner._as_stated(kept, measured)
 
@@ -326,7 +340,7 @@ def test_what_stays_too_high_is_said(monkeypatch, caplog):
     measure_as(monkeypatch, lambda planned, layers: (100 * (1 + planned.plan.predicted_loss_change), 0.0))
     with caplog.at_level(logging.INFO, "hf_lossless.planning"):
         planned = planner.plan(config_of(ratio=7))
-    assert planned is plans[-1] and len(plans) == 1 + planning.REPLANS
+    assert planned.plan is plans[-1].plan and len(plans) == 1 + planning.REPLANS
     warnings = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
     assert warnings == ["the loss rises by more than predicted, also after 2 new plans"]
     assert sum("predicted change of the loss" in record.getMessage() for record in caplog.records) == 3
@@ -362,7 +376,7 @@ def test_a_gain_that_was_predicted_never_grows(monkeypatch):
     planned = first_plan(planner, config_of(ratio=8))
     measure_as(monkeypatch, lambda planned, layers: (1.0, 0.0))
     options = planner._options(config_of(ratio=8))
-    before, after = changes(options), changes(planner._corrected(options, planned, LossChange(1.0, 0.0)))
+    before, after = changes(options), changes(corrected_options(planner, options, planned, LossChange(1.0, 0.0)))
     assert after != before
     for name, group in after.items():
         assert all(new >= old for new, old in zip(group, before[name], strict=True))

@@ -57,6 +57,9 @@ def test_quick_start(workplace: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert again.config.quantization_config.certificate == model.config.quantization_config.certificate
     assert again.config.quantization_config.plan.original_bytes / again.config.quantization_config.size_bytes > 1
     assert capsys.readouterr().out.startswith("Not certified: ")  # of so few rows
+    [code] = blocks("report")
+    exec(code, names)
+    assert Path("report.html").read_text(encoding="utf-8").count("<img ") == 3
 
 
 def test_modules(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -69,15 +72,28 @@ def test_modules(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_shell_commands(workplace: Path) -> None:
-    [commands] = blocks("cli")
+    [compress], [export] = blocks("cli"), blocks("export")
+    commands = compress + export
     scripts = str(Path(sys.executable).parent)  # where hf-lossless is installed
     environment = {**os.environ, "PATH": os.pathsep.join([scripts, os.environ["PATH"]])}
     result = subprocess.run(["bash", "-euc", commands], env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     assert "Traceback" not in result.stderr
-    for word in ("times smaller", "compressed", "original", "everything else", "KL divergence", "certificate"):
+    for word in (
+        "times smaller",
+        "compressed",
+        "original",
+        "everything else",
+        "KL divergence",
+        "certificate",
+        "format dense",
+        "the certificate stays with my-model-small",
+    ):
         assert word in result.stdout
-    assert AutoModelForSequenceClassification.from_pretrained(workplace / "my-model-small") is not None
+    for folder in ("my-model-small", "my-model-dense"):
+        assert AutoModelForSequenceClassification.from_pretrained(workplace / folder) is not None
+    assert "certificate" in (workplace / "my-model-small/config.json").read_text()
+    assert "certificate" not in (workplace / "my-model-dense/config.json").read_text()
 
 
 def test_the_table_of_commands_lists_each_with_its_arguments() -> None:

@@ -10,7 +10,8 @@ from PIL import Image
 from tiny_models import IMAGE, LABELS, TINY_MODELS, VOCABULARY, TinyModel
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import WhitespaceSplit
+from tokenizers.pre_tokenizers import BertPreTokenizer, WhitespaceSplit
+from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast, ViTImageProcessorPil
 
 Row = dict[str, Any]
@@ -28,6 +29,20 @@ def tokenizer(vocabulary: int = VOCABULARY) -> PreTrainedTokenizerFast:
     backend = Tokenizer(WordLevel({word: index for index, word in enumerate(words)}, unk_token="[UNK]"))
     backend.pre_tokenizer = WhitespaceSplit()
     return PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="[UNK]", pad_token="[PAD]")
+
+
+def pair_tokenizer(vocabulary: int = VOCABULARY) -> PreTrainedTokenizerFast:
+    """As a BERT's: [CLS] first [SEP] second [SEP]; the words are the same, and punctuation is apart."""
+    words = ["[UNK]", "[PAD]", "[CLS]", "[SEP]", "[MASK]", *(f"w{index}" for index in range(5, vocabulary))]
+    backend = Tokenizer(WordLevel({word: index for index, word in enumerate(words)}, unk_token="[UNK]"))
+    backend.pre_tokenizer = BertPreTokenizer()
+    backend.post_processor = TemplateProcessing(
+        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        **{f"{name}_token": f"[{name.upper()}]" for name in ("unk", "pad", "cls", "sep", "mask")},
+    )
 
 
 def save_image_model(folder: Path, tiny: TinyModel = TINY_MODELS["vit"]) -> Path:

@@ -8,16 +8,20 @@ from typing import Any
 
 import datasets
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
 from transformers.utils.generic import find_labels
 
 from hf_lossless.calibration.loss import Batch, model_device, to_device
+from hf_lossless.calibration.squad_file import one_question_a_row
 from hf_lossless.config import LosslessCompressionConfig
 from hf_lossless.errors import ConfigurationError, DataError, reason
-from hf_lossless.tasks.base import LABEL_COLUMNS, Task
+from hf_lossless.tasks.base import Task
+from hf_lossless.tasks.labels import model_labels
 from hf_lossless.tasks.registry import TASKS, task_of
+from hf_lossless.tasks.rows import ROW_NUMBER, Row
 
 _FORMATS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
 
@@ -26,8 +30,9 @@ def load_rows(dataset: Any, split: str | None = None) -> datasets.Dataset:
     """A data set as a `datasets.Dataset`.
 
     Args:
-        dataset: A Dataset, a DatasetDict, a list of dicts, a path of a json, jsonl, csv or parquet file or of a saved
-            dataset, or a Hub id.
+        dataset: A Dataset, a DatasetDict, a list of dicts, a path of a json, jsonl, csv or parquet file, of a saved
+            dataset or of a folder of images (a folder for each class, in train/, validation/ and so on or not), or a
+            Hub id.
         split: The split of a DatasetDict or Hub dataset; may be left out where there is only one.
 
     Raises:
@@ -95,17 +100,26 @@ def _load(name: str, split: str | None) -> datasets.Dataset | datasets.DatasetDi
     try:
         with _only_our_message():
             if kind is not None:
-                return datasets.load_dataset(kind, data_files=name, split="train")
+                return one_question_a_row(datasets.load_dataset(kind, data_files=name, split="train"))
             if path.is_dir():
+                if _is_image_folder(path):
+                    return datasets.load_dataset("imagefolder", data_dir=name)
                 return datasets.load_from_disk(name)
             return datasets.load_dataset(name, split=split)
-    except (OSError, ValueError, TypeError, datasets.exceptions.DatasetsError) as error:
+    except (OSError, ValueError, TypeError, KeyError, datasets.exceptions.DatasetsError) as error:
         if kind is not None and "corresponds to no data" in str(error):
             raise _empty(name) from error
         raise DataError(
             f"the data set {name!r} cannot be read: {reason(error)}. "
-            "Give a json, jsonl, csv or parquet file, a folder written by save_to_disk, or a Hub id."
+            "Give a json, jsonl, csv or parquet file, a folder of images or one written by save_to_disk, or a Hub id."
         ) from error
+
+
+def _is_image_folder(path: Path) -> bool:
+    """Whether a folder holds image files, perhaps in a folder for each class, and no saved data set."""
+    if any((path / name).exists() for name in ("state.json", "dataset_dict.json")):
+        return False
+    return any(file.suffix.lower() in Image.registered_extensions() for file in path.rglob("*"))
 
 
 @contextmanager
@@ -143,48 +157,48 @@ def make_batches(
         task: What encodes them.
         processor: Its tokenizer or image processor.
         model: What the batches are for.
-        batch_size: Rows of a batch.
-        first: Index of the first batch that is made.
-        step: Each how many-th batch is made from there on: one process's share.
+        batch_size: Rows that are encoded together: one batch, or a few where the model sees a row in several pieces.
+        first: Index of the first group of rows that is encoded.
+        step: Each how many-th group is encoded from there on: one process's share.
 
     Raises:
         DataError: The rows do not have the task's columns, or hold what it cannot use.
     """
+    for group in row_groups(rows, task, model, batch_size, first, step):
+        yield from task.batches(group, processor, model)
+
+
+def row_groups(
+    rows: datasets.Dataset, task: Task, model: PreTrainedModel, size: int, first: int = 0, step: int = 1
+) -> Iterator[list[Row]]:
+    """Groups of rows of like length, with the model's own labels; each row carries its number (`ROW_NUMBER`).
+
+    Raises:
+        DataError: The rows do not have the task's columns, or labels that the model does not know.
+    """
+    rows = task.columns_of(rows)
     label_ids: dict[str, list[int]] = {}
     for column, feature in rows.features.items():
         if isinstance(feature, datasets.Image):  # the task decodes images, and can say which one is broken
             rows = rows.cast_column(column, datasets.Image(decode=False))
-        elif isinstance(feature, datasets.ClassLabel) and column in LABEL_COLUMNS:
-            label_ids[column] = _model_labels(column, feature.names, model)
-    order = list(range(len(rows)))
-    if task.length(rows[0]) is not None:
-        lengths = [task.length(row) for row in rows]
-        order.sort(key=lambda index: lengths[index] or 0)
-    for start in range(first * batch_size, len(order), step * batch_size):
-        batch = [rows[index] for index in order[start : start + batch_size]]
+        elif isinstance(feature, datasets.ClassLabel) and task.has_label_names and column in task.target_columns:
+            label_ids[column] = model_labels(column, feature.names, model)
+    # A sample or a split remembers which rows of the user's data set it consists of.
+    numbers = range(len(rows)) if rows._indices is None else rows._indices.column(0).to_pylist()
+
+    def row_at(index: int) -> dict[str, Any]:
+        row = {**rows[index], ROW_NUMBER: numbers[index]}
         for column, ids in label_ids.items():
-            for row in batch:
-                if isinstance(row[column], int) and 0 <= row[column] < len(ids):
-                    row[column] = ids[row[column]]
-        yield task.encode(batch, processor, model)
+            if isinstance(row[column], int) and 0 <= row[column] < len(ids):
+                row[column] = ids[row[column]]
+        return row
 
-
-def _model_labels(column: str, names: list[str], model: PreTrainedModel) -> list[int]:
-    """The model's index of each label name of a column: data and model may number the same labels differently.
-
-    Raises:
-        DataError: The model knows some of the names, but not all.
-    """
-    known = {str(name).lower(): int(index) for name, index in (model.config.label2id or {}).items()}
-    missing = [name for name in names if name.lower() not in known]
-    if not missing:
-        return [known[name.lower()] for name in names]
-    if len(missing) == len(names):  # LABEL_0 and the like: the numbers are all there is
-        return list(range(len(names)))
-    raise DataError(
-        f"the labels {missing} of column {column!r} are not among the model's ({', '.join(known)}), "
-        "though others are. Rename or drop them, or give labels as the model's numbers."
-    )
+    order = list(range(len(rows)))
+    if task.length(row_at(0)) is not None:
+        lengths = [task.length(row_at(index)) for index in order]
+        order.sort(key=lambda index: lengths[index] or 0)
+    for start in range(first * size, len(order), step * size):
+        yield [row_at(index) for index in order[start : start + size]]
 
 
 def ready_batches(dataset: Any) -> list[Batch] | None:
@@ -229,8 +243,8 @@ def with_own_targets(model: PreTrainedModel, batches: Iterable[Batch], task_name
         if isinstance(batch, Mapping) and label_names and label_names.isdisjoint(batch):
             task = _predicting_task(model, task_name, batch)
             with torch.no_grad():
-                logits = model(**to_device(batch, device)).logits
-            batch = {**batch, "labels": task.predict(logits).cpu()}
+                targets = task.own_targets(batch, model(**to_device(batch, device)))
+            batch = {**batch, **{name: value.cpu() for name, value in targets.items()}}
         labelled.append(batch)
     return labelled
 

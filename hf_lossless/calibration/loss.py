@@ -33,6 +33,8 @@ def batch_loss(model: nn.Module, batch: Batch) -> Tensor:
         outputs = model(**batch)
         loss: Tensor | None = getattr(outputs, "loss", None)
         if loss is None:
+            loss = _loss_of_classes(outputs, batch.get("labels"))
+        if loss is None:
             raise CalibrationError(
                 f"{type(model).__name__} returned no loss for a batch with the keys {sorted(batch)}. "
                 'Add "labels" to the batches, load the model with a task head, or pass loss= to compress().'
@@ -57,6 +59,15 @@ def _cross_entropy(model: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
             "Pass the loss that the model was trained with as loss=."
         )
     return F.cross_entropy(outputs.float(), targets)
+
+
+def _loss_of_classes(outputs: Any, labels: Any) -> Tensor | None:
+    """Cross-entropy for a classifier that returns scores and no loss, as DeiT's with a teacher; None for others."""
+    scores = getattr(outputs, "logits", None)
+    if isinstance(scores, Tensor) and scores.ndim == 2 and scores.shape[1] > 1:
+        if isinstance(labels, Tensor) and labels.ndim == 1 and not labels.is_floating_point():
+            return F.cross_entropy(scores.float(), labels)
+    return None
 
 
 def _in_float32(loss: Tensor, outputs: Any, labels: Any) -> Tensor:

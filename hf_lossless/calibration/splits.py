@@ -8,11 +8,12 @@ and u falls into one of three intervals as long as the shares. So two equal rows
 rows does not matter, and every process, machine and run finds the same splits. The price is that the sizes of the
 splits are the shares only on average.
 
-What is hashed is what the model sees: every column but the labels and running numbers. Labels are left out because
-the same text under two labels would otherwise be two rows, one to calibrate on and one to certify on, and the model
-would be judged on an input that it was fitted to. Running numbers are left out because they make every row unique.
-Names of columns are left out too (their alphabetical order stays), so that "text" here is "sentence" there. Images are
-hashed as pixels, whatever their file format. Near-duplicates (another blank, another JPEG quality) are other rows.
+What is hashed is what the model sees: every column but the labels (or answers) and running numbers. Labels are left out
+because the same text under two labels would otherwise be two rows, one to calibrate on and one to certify on, and the
+model would be judged on an input that it was fitted to. Running numbers are left out because they make every row
+unique. Names of columns are left out too (their alphabetical order stays), so that "text" here is "sentence" there.
+Images are hashed as pixels, whatever their file format. Near-duplicates (another blank, another JPEG quality) are other
+rows.
 """
 
 import hashlib
@@ -28,7 +29,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from hf_lossless.errors import ConfigurationError, DataError
-from hf_lossless.tasks.base import LABEL_COLUMNS
+from hf_lossless.tasks.rows import TARGET_COLUMNS
 
 SHARES = (0.2, 0.2, 0.6)
 """Calibration, selection, certification. Most rows go where they buy confidence: 128 are enough to calibrate on."""
@@ -98,7 +99,7 @@ def fingerprint(rows: datasets.Dataset) -> str:
 
     Here labels are part of the content: another label is another loss.
     """
-    labels = [name for name in rows.column_names if name in LABEL_COLUMNS]
+    labels = [name for name in rows.column_names if name in TARGET_COLUMNS]
     digests = row_digests(rows, [*input_columns(rows), *labels])
     return hashlib.blake2b(b"".join(sorted(digests)), digest_size=_DIGEST_BYTES).hexdigest()
 
@@ -141,7 +142,7 @@ def input_columns(rows: datasets.Dataset) -> list[str]:
     Raises:
         DataError: There are none.
     """
-    columns = sorted(set(rows.column_names) - {*LABEL_COLUMNS, *_RUNNING_NUMBERS})
+    columns = sorted(set(rows.column_names) - {*TARGET_COLUMNS, *_RUNNING_NUMBERS})
     if not columns:
         raise DataError(
             f"the rows have no column of inputs: found {', '.join(rows.column_names) or 'none'}, all of them labels or "

@@ -4,7 +4,7 @@ import torch
 
 from hf_lossless.calibration.statistics import LayerStatistics
 from hf_lossless.candidates.proposal import Candidate
-from hf_lossless.candidates.shaped import Sample, coded_bytes, expected_cost, ladder, try_step
+from hf_lossless.candidates.shaped import Judge, Sample, coded_bytes, ladder, try_step
 from hf_lossless.candidates.sides import Sides
 from hf_lossless.layers import Layer, LayerKind
 from hf_lossless.plan import CodedGrid, Damping
@@ -33,6 +33,7 @@ def propose_coded(layer: Layer, statistics: LayerStatistics, seed: int) -> list[
     sides = Sides.of(curvature, damping)
     matrix = layer.matrix.detach().float()
     sample = Sample.of(matrix, sides, torch.Generator().manual_seed(seed))
+    judge = Judge.of(curvature, sample, sides)
     out_features, in_features = matrix.shape
     candidates = []
     for step in ladder(matrix, sides):
@@ -40,6 +41,5 @@ def propose_coded(layer: Layer, statistics: LayerStatistics, seed: int) -> list[
         cost_bytes = coded_bytes(step, trial, sample, sides)
         if cost_bytes < layer.weight.nbytes:
             coded = CodedGrid(step=step, damping=damping, shape=(out_features, in_features))
-            expected = expected_cost(step, trial, sample, sides, curvature)
-            candidates.append(Candidate(None, cost_bytes, coded=coded, expected_cost=expected))
+            candidates.append(Candidate(None, cost_bytes, coded=coded, expected_cost=judge.cost(step, trial)))
     return candidates

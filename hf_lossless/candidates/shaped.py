@@ -44,7 +44,10 @@ _RATIO = 2.0**0.5
 _BYTES_PER_FAR_CODE = 8
 
 _ROUNDS = 8
-"""Of noise that brings errors that bring noise."""
+"""Of noise that brings errors that bring noise, at most."""
+
+_SETTLED = 0.02
+"""A round that makes squared errors grow by less is the last."""
 
 
 def ladder(matrix: Tensor, sides: Sides) -> list[float]:
@@ -129,6 +132,7 @@ def try_step(step: float, sample: Sample, sides: Sides) -> Trial:
     trial = _rounded(sample.weights / steps)
     own = sides.rows.spreads[sample.rows, None] * sides.columns.spreads  # V_kk U_ii
     for _ in range(_ROUNDS):
+        before = trial.errors
         squares = trial.errors.square()
         shares, row_shares = squares.mean(0), (squares.mean(1) / squares.mean()).index_select(0, sample.stand_ins)
         row_variance = sides.rows.carried(row_shares) + sides.rows.spreads.square() * row_shares
@@ -136,6 +140,8 @@ def try_step(step: float, sample: Sample, sides: Sides) -> Trial:
         both = row_variance[sample.rows, None] * column_variance
         carried = (both - own.square() * row_shares[sample.rows, None] * shares).clamp(min=0)
         trial = _rounded((sample.weights / steps).addcmul(sample.noise, carried.sqrt() / own))
+        if trial.errors.square().sum() < (1 + _SETTLED) * before.square().sum():
+            break
     return trial
 
 
@@ -158,19 +164,30 @@ def coded_bytes(step: float, trial: Trial, sample: Sample, sides: Sides) -> int:
     return OVERHEAD_BYTES + num_bytes + steps + far
 
 
-def expected_cost(step: float, trial: Trial, sample: Sample, sides: Sides, judge: KroneckerFactors) -> float:
-    """What a layer is expected to cost whose rows become what a sample became, in nats.
+@dataclass(frozen=True)
+class Judge:
+    """What unit errors cost by some factors, beside a scale.
+
+    Attributes:
+        rows: `(V R_j V')_kk` of the sampled rows, float64 [sampled].
+        columns: `(U C_j U')_ii`, float64 [in].
+        scale: `scale_j / scale` times the rows that each sampled row stands for.
+    """
+
+    rows: Tensor
+    columns: Tensor
+    scale: float
+
+    @classmethod
+    def of(cls, judge: KroneckerFactors, sample: Sample, sides: Sides) -> "Judge":
+        """The judge that factors R_j and C_j make of errors in the roots of `sides`."""
+        rows = sides.rows.charges(judge.rows)[sample.rows].double()
+        return cls(rows, sides.columns.charges(judge.columns).double(), judge.scale / sides.scale * sample.share)
+
+    def cost(self, step: float, trial: Trial) -> float:
+        """What a layer is expected to cost whose rows become what a sample became, in nats.
 
         1/2 scale_j c^2 / scale sum_ki (V R_j V')_kk (U C_j U')_ii e_ki^2
-
-    Args:
-        step: c.
-        trial: What the sample became.
-        sample: The sample.
-        sides: What the codes are fitted to.
-        judge: The factors R_j and C_j, and their scale.
-    """
-    by_row = sides.rows.charges(judge.rows)[sample.rows].double()
-    by_column = sides.columns.charges(judge.columns).double()
-    squares = (by_row @ trial.errors.square().double() @ by_column).item()
-    return 0.5 * judge.scale / sides.scale * step**2 * sample.share * squares
+        """
+        squares = (self.rows @ trial.errors.square().double() @ self.columns).item()
+        return 0.5 * self.scale * step**2 * squares

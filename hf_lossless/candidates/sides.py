@@ -5,6 +5,7 @@ an order of falling H_ii. Normalised errors E of independent entries make the we
 the rows), so that `tr(R d C d') = ||E||^2`: every entry of E costs the same.
 """
 
+import functools
 import math
 from dataclasses import dataclass
 
@@ -60,8 +61,11 @@ class Side:
         """
         if self.is_diagonal:
             return torch.zeros_like(shares)
-        carried: Tensor = shares[self.order] @ self.root.square().fill_diagonal_(0)
-        return self._unordered(carried)
+        return self._unordered(shares[self.order] @ self._shares_of_earlier)
+
+    @functools.cached_property
+    def _shares_of_earlier(self) -> Tensor:
+        return self.root.square().fill_diagonal_(0)
 
     def charges(self, judge: Tensor) -> Tensor:
         """`(U J U')_ii` in the original order, [n]: what a unit of each normalised error costs by another factor J.

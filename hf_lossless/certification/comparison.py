@@ -7,7 +7,9 @@ holds can hide a model that changed; hence the flips (rows whose prediction chan
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,7 +24,7 @@ class Outputs:
     Attributes:
         losses: Loss of each row [rows].
         scores: The task's metric of each row [rows], between 0 and 1: right or wrong, exact match, F1.
-        predictions: The answers [rows, ...].
+        predictions: The answer to each row: a class, a text, tokens; two that are equal are the same answer.
         logits: What they were chosen by [rows, ..., classes]; None where the task has none of that form.
 
     Raises:
@@ -32,7 +34,7 @@ class Outputs:
 
     losses: Tensor
     scores: Tensor
-    predictions: Tensor
+    predictions: Sequence[Any]
     logits: Tensor | None = None
 
     def __post_init__(self) -> None:
@@ -42,7 +44,9 @@ class Outputs:
             if (value := getattr(self, name)) is not None
         }
         if len(set(lengths.values())) != 1 or self.losses.ndim != 1 or self.scores.ndim != 1:
-            shapes = ", ".join(f"{name} {list(getattr(self, name).shape)}" for name in lengths)
+            shapes = ", ".join(
+                f"{name} {list(getattr(getattr(self, name), 'shape', [length]))}" for name, length in lengths.items()
+            )
             raise DataError(f"the outputs are not of the same rows: {shapes}. Give one loss and one score for each.")
         if self.num_rows < 2:
             raise DataError(f"{self.num_rows} row(s) cannot show how far rows differ. Give at least two.")
@@ -66,13 +70,13 @@ class Outputs:
         return len(self.losses)
 
 
-def refuse_one_class(labels: Tensor, metric_name: str) -> None:
+def refuse_one_class(labels: Sequence[int], metric_name: str) -> None:
     """Ends with an error where a metric that tells two classes apart finds only one.
 
     Raises:
         DataError: All labels are the same.
     """
-    found = torch.unique(labels).tolist()
+    found = sorted(set(labels))
     if len(found) < 2:
         raise DataError(
             f"{metric_name} needs rows of two classes or more, and all {len(labels)} labels are {found}. Give rows of "
@@ -119,20 +123,20 @@ def compare(original: Outputs, compressed: Outputs) -> Comparison:
         CalibrationError: The divergence is not finite.
 
     Example:
-        >>> yes, no = torch.tensor([1, 1, 0]), torch.tensor([1, 0, 0])
-        >>> right = Outputs(torch.zeros(3), scores=torch.ones(3), predictions=yes)
-        >>> worse = Outputs(torch.tensor([0.0, 3.0, 0.0]), scores=torch.tensor([1.0, 0.0, 1.0]), predictions=no)
+        >>> right = Outputs(torch.zeros(3), scores=torch.ones(3), predictions=[1, 1, 0])
+        >>> worse = Outputs(torch.tensor([0.0, 3.0, 0.0]), torch.tensor([1.0, 0.0, 1.0]), predictions=[1, 0, 0])
         >>> compare(right, worse).loss_change, compare(right, worse).right_to_wrong
         (1.0, 1)
     """
-    shapes = [list(outputs.predictions.shape) for outputs in (original, compressed)]
-    if shapes[0] != shapes[1]:
+    if original.num_rows != compressed.num_rows:
         raise DataError(
-            f"the original's predictions are {shapes[0]}, the compressed model's {shapes[1]}. Run both on the same "
-            "rows."
+            f"the original's predictions are {original.num_rows}, the compressed model's {compressed.num_rows}. Run "
+            "both on the same rows."
         )
     difference = compressed.losses.double() - original.losses.double()
-    flipped = (original.predictions != compressed.predictions).reshape(original.num_rows, -1).any(1)
+    flipped = torch.tensor(
+        [one != other for one, other in zip(original.predictions, compressed.predictions, strict=True)]
+    )
     return Comparison(
         num_rows=original.num_rows,
         original_loss=original.losses.double().mean().item(),

@@ -11,43 +11,62 @@ from torch import Tensor
 from transformers import AutoImageProcessor, AutoModelForImageClassification, PreTrainedModel
 
 from hf_lossless.errors import DataError, reason
-from hf_lossless.tasks.base import Row, class_labels, find_column
+from hf_lossless.tasks.base import RowAnswers
 from hf_lossless.tasks.classification import Classification
+from hf_lossless.tasks.labels import class_labels
+from hf_lossless.tasks.metrics.classification import TopAccuracy
+from hf_lossless.tasks.rows import Row, find_column, name_of
 
 _IMAGES = ("image", "img", "pixel_values")
 
 
+_TOP = 5
+
+
 class ImageClassification(Classification):
-    """One image to one label."""
+    """One image to one label.
+
+    Where there are more than five classes, the share of images whose label is among the best five is told as well; what
+    a certificate watches is the share of best ones.
+    """
 
     name = "image-classification"
-    head = "ForImageClassification"
-
-    def load_model(self, model: str, **kwargs: Any) -> PreTrainedModel:
-        """The model with a classification head."""
-        loaded: PreTrainedModel = AutoModelForImageClassification.from_pretrained(model, **kwargs)
-        return loaded
+    heads = ("ForImageClassification",)
+    has_label_names = True
+    auto_class = AutoModelForImageClassification
 
     def load_processor(self, model: str) -> Any:
         """Its image processor, in the version that needs only Pillow."""
         return AutoImageProcessor.from_pretrained(model, backend="pil")  # type: ignore[no-untyped-call]
+
+    def input_columns(self, names: Sequence[str]) -> tuple[str, ...]:
+        """The column of images."""
+        return (find_column(names, _IMAGES, "image"),)
 
     def length(self, row: Row) -> None:
         """All images cost the same."""
 
     def encode(self, rows: Sequence[Row], processor: Any, model: PreTrainedModel) -> dict[str, Tensor]:
         """Pixel values as the image processor makes them."""
-        column = find_column(rows[0], _IMAGES, "image")
-        images = [_as_image(row[column], column) for row in rows]
+        [column] = self.input_columns(list(rows[0]))
+        images = [_as_image(row, column) for row in rows]
         encoded = {"pixel_values": processor(images, return_tensors="pt")["pixel_values"]}
         labels = class_labels(rows, model)
         if labels is not None:
             encoded["labels"] = labels
         return encoded
 
+    def metrics(self, answers: RowAnswers) -> dict[str, float]:
+        """Accuracy, and top-5 accuracy."""
+        found = super().metrics(answers)
+        if answers.logits is not None and answers.logits.shape[-1] > _TOP:
+            found |= TopAccuracy().of(answers.logits.topk(_TOP).indices.tolist(), answers.references)
+        return found
 
-def _as_image(value: Any, column: str) -> Image.Image:
+
+def _as_image(row: Row, column: str) -> Image.Image:
     """An RGB image from an image, a path, or the {"bytes", "path"} of a parquet file."""
+    value = row[column]
     if isinstance(value, str):
         value = {"path": value, "bytes": None}
     try:
@@ -61,10 +80,11 @@ def _as_image(value: Any, column: str) -> Image.Image:
         unknown = isinstance(error, UnidentifiedImageError)  # whose text is the address of a Python object
         why = "Pillow knows no such format" if unknown else reason(error)
         raise DataError(
-            f"the image {name} in column {column!r} cannot be decoded: {why}. Remove that row, or mend its image."
+            f"the image {name} in column {column!r} cannot be decoded, in {name_of(row)}: {why}. Remove that row, or "
+            "mend its image."
         ) from error
     raise DataError(
-        f"the column {column!r} holds {type(value).__name__} where an image is expected. "
+        f"the column {column!r} holds {type(value).__name__} where an image is expected, in {name_of(row)}. "
         "Give PIL images, paths, or a parquet file with an image column."
     )
 

@@ -4,10 +4,24 @@ from transformers import PreTrainedModel
 
 from hf_lossless.errors import ConfigurationError
 from hf_lossless.tasks.base import Task
+from hf_lossless.tasks.causal_lm import CausalLanguageModelling
 from hf_lossless.tasks.image_classification import ImageClassification
+from hf_lossless.tasks.masked_lm import MaskedLanguageModelling
+from hf_lossless.tasks.multiple_choice import MultipleChoice
+from hf_lossless.tasks.question_answering import QuestionAnswering
 from hf_lossless.tasks.text_classification import TextClassification
 
-TASKS: dict[str, Task] = {task.name: task for task in (TextClassification(), ImageClassification())}
+TASKS: dict[str, Task] = {
+    task.name: task
+    for task in (
+        TextClassification(),
+        ImageClassification(),
+        QuestionAnswering(),
+        MultipleChoice(),
+        CausalLanguageModelling(),
+        MaskedLanguageModelling(),
+    )
+}
 
 
 def task_named(name: str) -> Task:
@@ -28,7 +42,8 @@ def task_of_class(class_name: str) -> Task:
         ConfigurationError: It does none of the known tasks.
     """
     for task in TASKS.values():
-        if task.head in class_name:  # a few have more after it: DeiTForImageClassificationWithTeacher
+        # A few have more after it: DeiTForImageClassificationWithTeacher.
+        if any(head in class_name for head in task.heads):
             return task
     raise ConfigurationError(
         f"{class_name} does none of the tasks whose data can be prepared here ({', '.join(TASKS)}). "

@@ -10,7 +10,7 @@ import torch
 
 from hf_lossless.calibration.statistics import LayerStatistics
 from hf_lossless.candidates.proposal import Candidate
-from hf_lossless.candidates.shaped import Sample, expected_cost, try_step
+from hf_lossless.candidates.shaped import Judge, Sample, try_step
 from hf_lossless.candidates.sides import Sides
 from hf_lossless.layers import Layer
 from hf_lossless.plan import CodedGrid
@@ -39,7 +39,8 @@ def coded_changes(
     for fit, judge in ((even, odd), (odd, even)):
         sides = Sides.of(fit, grids[0].damping)
         sample = Sample.of(matrix, sides, torch.Generator().manual_seed(seed))
+        judged = Judge.of(judge, sample, sides)
         for grid in grids:
             trial = try_step(grid.step, sample, sides)
-            changes[grid] += expected_cost(grid.step, trial, sample, sides, judge) / 2
+            changes[grid] += judged.cost(grid.step, trial) / 2
     return changes

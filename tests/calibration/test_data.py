@@ -96,6 +96,51 @@ def test_reading_leaves_the_verbosity_of_datasets_as_it_was(tmp_path: Path, caps
     assert "Failed to read" not in capsys.readouterr().err
 
 
+def image_folder_of(folder: Path, splits: tuple[str, ...] = ("",)) -> Path:
+    for split in splits:
+        for index, row in enumerate(image_rows(6)):
+            path = folder / split / f"LABEL_{row['label']}" / f"{index}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            row["image"].save(path)
+    return folder
+
+
+def test_a_folder_of_images(tmp_path: Path) -> None:
+    rows = load_rows(str(image_folder_of(tmp_path)))
+    model = TINY_MODELS["vit"].build()
+    processor = ViTImageProcessorPil(size={"height": IMAGE, "width": IMAGE})
+    [batch] = make_batches(rows, IMAGES, processor, model, 6)
+    expected = sorted(image_rows(6), key=lambda row: row["label"])
+    assert batch["labels"].tolist() == [row["label"] for row in expected]
+    pixels = processor([row["image"] for row in expected], return_tensors="pt")["pixel_values"]
+    assert torch.equal(batch["pixel_values"], pixels)
+
+
+def test_a_folder_of_images_in_splits(tmp_path: Path) -> None:
+    folder = str(image_folder_of(tmp_path, ("train", "validation")))
+    assert len(load_rows(folder, "validation")) == 6
+    with pytest.raises(DataError, match=r"has several splits: there are train, validation"):
+        load_rows(folder)
+
+
+def test_a_broken_image_of_a_folder_is_named(tmp_path: Path) -> None:
+    broken = image_folder_of(tmp_path) / "LABEL_1" / "1.png"
+    broken.write_bytes(b"junk")
+    rows = load_rows(str(tmp_path))
+    processor = ViTImageProcessorPil(size={"height": IMAGE, "width": IMAGE})
+    with pytest.raises(DataError, match=rf"the image {broken} in column 'image' cannot be decoded, in row 2: Pillow"):
+        list(make_batches(rows, IMAGES, processor, TINY_MODELS["vit"].build(), 6))
+
+
+def test_rows_keep_their_numbers(bert: PreTrainedModel) -> None:
+    """A message names a row by its number in the user's data, whatever sample or split it is in by then."""
+    rows = datasets.Dataset.from_list([*ROWS[:9], {"text": "w5", "label": 99}])
+    with pytest.raises(DataError, match=r"label 99 .* in row 9\."):
+        list(make_batches(rows.select([3, 9]), TEXT, TOKENIZER, bert, 4))
+    with pytest.raises(DataError, match=r"label 99 .* in row 9\."):
+        list(make_batches(rows, TEXT, TOKENIZER, bert, 4))
+
+
 # Samples
 
 

@@ -27,6 +27,21 @@ def test_a_pair_gives_cross_entropy(pair):
     assert torch.equal(batch_loss(nn.Identity(), pair([inputs, targets])), F.cross_entropy(inputs, targets))
 
 
+class Scoring(nn.Module):
+    """Gives scores and no loss, whatever it is given beside them, as DeiT with a teacher."""
+
+    def forward(self, x, **kwargs):
+        return SimpleNamespace(logits=x, loss=None)
+
+
+def test_scores_of_classes_are_judged_by_cross_entropy():
+    scores, labels = torch.randn(4, 3), torch.tensor([0, 1, 2, 0])
+    assert torch.equal(batch_loss(Scoring(), {"x": scores, "labels": labels}), F.cross_entropy(scores, labels))
+    for x, other in ((scores, labels.float()), (scores[:, :1], labels * 0), (scores[0], labels[:3]), (scores, None)):
+        with pytest.raises(CalibrationError, match="Scoring returned no loss"):
+            batch_loss(Scoring(), {"x": x, "labels": other})
+
+
 def test_a_model_without_loss():
     message = r"WithLoss returned no loss for a batch with the keys \['x'\]. Add \"labels\" to the batches"
     with pytest.raises(CalibrationError, match=message):

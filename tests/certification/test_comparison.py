@@ -16,7 +16,7 @@ from hf_lossless.certification.comparison import Outputs, compare, refuse_one_cl
 def classifier(logits: Tensor, labels: Tensor) -> Outputs:
     predictions = logits.argmax(-1)
     losses = torch.nn.functional.cross_entropy(logits, labels, reduction="none")
-    return Outputs(losses, (predictions == labels).float(), predictions, logits)
+    return Outputs(losses, (predictions == labels).float(), predictions.tolist(), logits)
 
 
 GENERATOR = torch.Generator().manual_seed(0)
@@ -54,10 +54,7 @@ def test_a_masked_class_and_no_logits() -> None:
 
 
 def test_a_prediction_of_several_parts_flips_once() -> None:
-    spans = torch.tensor([[1, 2], [3, 4]])
-    one, two = (
-        Outputs(torch.zeros(2), torch.ones(2), value) for value in (spans, spans + torch.tensor([[0, 0], [1, 1]]))
-    )
+    one, two = (Outputs(torch.zeros(2), torch.ones(2), spans) for spans in ([[1, 2], [3, 4]], [[1, 2], [4, 5]]))
     assert compare(one, two).flips == 1
 
 
@@ -89,7 +86,7 @@ def test_a_prediction_of_several_parts_flips_once() -> None:
         (
             lambda: compare(ONE, Outputs(ONE.losses[:9], ONE.scores[:9], ONE.predictions[:9])),
             DataError,
-            r"the original's predictions are \[40\], the compressed model's \[9\]\. Run both",
+            r"the original's predictions are 40, the compressed model's 9\. Run both",
         ),
         (
             lambda: compare(ONE, replace(TWO, logits=OTHER * torch.nan)),
@@ -97,7 +94,7 @@ def test_a_prediction_of_several_parts_flips_once() -> None:
             r"divergence from the original's outputs is nan: a logit is not finite\. Check",
         ),
         (
-            lambda: refuse_one_class(torch.ones(5, dtype=torch.long), "f1"),
+            lambda: refuse_one_class([1] * 5, "f1"),
             DataError,
             r"f1 needs rows of two classes or more, and all 5 labels are \[1\]\. Give rows of several classes",
         ),
@@ -110,4 +107,4 @@ def test_bad_input(call: Callable[[], object], error: type[Exception], message: 
 
 
 def test_two_classes_are_enough() -> None:
-    refuse_one_class(torch.tensor([0, 0, 1]), "f1")
+    refuse_one_class([0, 0, 1], "f1")

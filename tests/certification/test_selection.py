@@ -15,7 +15,7 @@ ASKED = {"tolerance": 0.01, "metric_margin": 0.005, "confidence": 0.95}
 
 
 def outputs(losses: np.ndarray, scores: np.ndarray) -> Outputs:
-    return Outputs(torch.tensor(losses), torch.tensor(scores), torch.tensor(scores))
+    return Outputs(torch.tensor(losses), torch.tensor(scores), scores)
 
 
 def pair(n: int, generator: np.random.Generator, rise: float, spread: float, lost: float) -> tuple[Outputs, Outputs]:

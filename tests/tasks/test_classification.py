@@ -1,6 +1,8 @@
 """Texts and images to batches, and losses that agree with the model's own."""
 
+import copy
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import datasets
@@ -9,16 +11,20 @@ import pytest
 import torch
 from PIL import Image
 from sklearn.metrics import accuracy_score
-from tiny_checkpoints import image_rows, save_text_model, text_rows, tokenizer
+from tiny_checkpoints import image_rows, pair_tokenizer, save_text_model, text_rows, tokenizer
 from tiny_models import IMAGE, LABELS, TINY_MODELS
 from torch.nn import functional as F
 from transformers import PreTrainedModel, ViTImageProcessorPil
 
+from hf_lossless.calibration.data import make_batches
 from hf_lossless.errors import ConfigurationError, DataError
-from hf_lossless.tasks.base import LABEL_COLUMNS, Task, class_labels, find_column
+from hf_lossless.tasks.base import RowAnswers
+from hf_lossless.tasks.classification import Classification
 from hf_lossless.tasks.image_classification import ImageClassification
-from hf_lossless.tasks.metrics import Accuracy
+from hf_lossless.tasks.labels import class_labels
+from hf_lossless.tasks.metrics.classification import Accuracy
 from hf_lossless.tasks.registry import TASKS, task_named, task_of, task_of_class
+from hf_lossless.tasks.rows import LABEL_COLUMNS, find_column
 from hf_lossless.tasks.text_classification import TextClassification
 
 TEXT, IMAGES = TextClassification(), ImageClassification()
@@ -61,7 +67,7 @@ def test_example_losses_are_taken_in_float32() -> None:
 def test_accuracy_is_that_of_sklearn() -> None:
     generator = torch.Generator().manual_seed(0)
     predictions, labels = torch.randint(4, (2, 100), generator=generator)
-    assert TEXT.metric(predictions, labels) == accuracy_score(labels, predictions)
+    assert Accuracy().of(predictions.tolist(), labels.tolist()) == {"accuracy": accuracy_score(labels, predictions)}
     assert Accuracy().compute(predictions=[1, 1], references=[1, 1]) == {"accuracy": 1.0}
     assert TEXT.predict(torch.tensor([[0.0, 2.0, 1.0]])).tolist() == [1]
 
@@ -88,7 +94,43 @@ def test_the_first_column_that_is_there_is_found() -> None:
         find_column({}, ("a",), "text")
 
 
+def test_names_of_labels_are_safe_whatever_their_case(bert: PreTrainedModel) -> None:
+    """roberta-large-mnli numbers its labels the other way round than GLUE."""
+    config = copy.deepcopy(bert.config)
+    config.label2id = {"CONTRADICTION": 0, "NEUTRAL": 1, "ENTAILMENT": 2}
+    model = SimpleNamespace(config=config)
+    names = ["entailment", "neutral", "contradiction"]
+    assert class_labels([{"label": name} for name in names], model).tolist() == [2, 1, 0]
+    assert class_labels([{"label": number} for number in range(3)], model).tolist() == [0, 1, 2]  # as they are
+    features = datasets.Features(
+        {name: datasets.Value("string") for name in ("premise", "hypothesis")}
+        | {"label": datasets.ClassLabel(names=names)}
+    )
+    rows = datasets.Dataset.from_list(
+        [{"premise": "w5", "hypothesis": "w6", "label": number} for number in range(3)], features=features
+    )
+    model = copy.deepcopy(bert)
+    model.config = config
+    [batch] = make_batches(rows, TEXT, TOKENIZER, model, 3)
+    assert batch["labels"].tolist() == [2, 1, 0]
+
+
+def test_hidden_labels(bert: PreTrainedModel) -> None:
+    rows = [{"sentence": "w5", "label": -1, "__row__": 0}]
+    with pytest.raises(
+        DataError, match=r"in row 0\. -1 stands for a hidden label, as in GLUE's test splits: take a split"
+    ):
+        class_labels(rows, bert)
+
+
 # Texts
+
+
+def test_texts_without_a_token(bert: PreTrainedModel) -> None:
+    rows = [{"text": "w5", "__row__": 0}, {"text": "", "__row__": 1}]
+    with pytest.raises(DataError, match=r"the text of row 1 has no token, and 1 of 2 rows of its batch .*Drop rows"):
+        TEXT.encode(rows, TOKENIZER, bert)
+    assert TEXT.encode(rows, pair_tokenizer(), bert)["input_ids"][1].tolist() == [2, 3, 1]  # special tokens are enough
 
 
 @pytest.mark.parametrize("column", ["text", "sentence", "content", "review"])
@@ -138,6 +180,20 @@ def test_loading_a_text_model(tmp_path: Path) -> None:
 
 
 # Images
+
+
+def test_top_five(vit: PreTrainedModel) -> None:
+    logits = torch.randn(20, 8, generator=torch.Generator().manual_seed(0))
+    labels = [index % 8 for index in range(20)]
+    answers = RowAnswers(torch.zeros(20), torch.zeros(20), logits.argmax(-1).tolist(), labels, logits)
+    found = IMAGES.metrics(answers)
+    order = logits.argsort(-1, descending=True)[:, :5].tolist()
+    assert found == {
+        "accuracy": accuracy_score(labels, answers.predictions),
+        "top_5_accuracy": sum(label in best for label, best in zip(labels, order, strict=True)) / 20,
+    }
+    assert IMAGES.answer(image_rows(3), PROCESSOR, vit).logits.shape == (3, LABELS)
+    assert IMAGES.metrics(IMAGES.answer(image_rows(3), PROCESSOR, vit)).keys() == {"accuracy"}
 
 
 def test_pixel_values_are_those_of_the_processor(vit: PreTrainedModel) -> None:
@@ -217,9 +273,10 @@ def test_tasks_are_listed_under_their_names() -> None:
     assert all(name == task.name for name, task in TASKS.items())
 
 
-@pytest.mark.parametrize("task", TASKS.values(), ids=TASKS)
-def test_scores_of_examples_are_the_metric_row_by_row(task: Task) -> None:
+@pytest.mark.parametrize("task", [TEXT, IMAGES], ids=["text", "images"])
+def test_scores_of_examples_are_the_metric_row_by_row(task: Classification) -> None:
     predictions, labels = torch.tensor([0, 1, 2, 1]), torch.tensor([0, 1, 1, 1])
     scores = task.example_scores(predictions, labels)
     assert scores.tolist() == [1, 1, 0, 1]
-    assert scores.mean().item() == task.metric(predictions, labels)
+    answers = RowAnswers(torch.zeros(4), scores, predictions.tolist(), labels.tolist())
+    assert task.metrics(answers) == {"accuracy": scores.mean().item()}

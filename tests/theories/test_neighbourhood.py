@@ -16,7 +16,8 @@ from hf_lossless.calibration.perturbation import seeded_number
 from hf_lossless.calibration.statistics import calibrate
 from hf_lossless.errors import CalibrationError, ConfigurationError
 from hf_lossless.layers import find_layers
-from hf_lossless.report_neighbourhood import gap_tables, layer_table, plot_neighbourhood
+from hf_lossless.pictures.neighbourhood import neighbourhood_figure
+from hf_lossless.report_neighbourhood import gap_tables, layer_table
 from hf_lossless.theories.measurement import measured_change
 from hf_lossless.theories.neighbourhood import (
     ABSOLUTE_TOLERANCE,
@@ -356,8 +357,8 @@ def test_tables_and_plot(tmp_path):
     assert ["a", "weight", "1", "1e-01", "1e-01"] in rows
     assert ["b", "weight", "1", "< 1e-04", "< 1e-04"] in rows and ["", "input", "1", "1e-01", "1e-01"] in rows
     assert "…" not in said
-    plot_neighbourhood(found, tmp_path / "plot.png")
+    neighbourhood_figure(found).savefig(tmp_path / "plot.png")
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
     only_integers = Neighbourhood(found.layers[:1], 0.5, 7, 0)
     assert len(gap_tables(only_integers)) == 1
-    plot_neighbourhood(only_integers, tmp_path / "plot.png")
+    neighbourhood_figure(only_integers).savefig(tmp_path / "plot.png")

@@ -1,0 +1,118 @@
+"""Pieces of a card's text: tables in Markdown, what was not checked, how to load."""
+
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import transformers
+from transformers.modelcard import TASK_MAPPING
+
+from hf_lossless.config import LosslessCheckpointConfig
+from hf_lossless.errors import ConfigurationError
+from hf_lossless.plan import KEPT_BITS, CompressionPlan, LayerPlan
+from hf_lossless.record_of_compression import CompressionRecord
+from hf_lossless.report import layer_columns
+from hf_lossless.tasks.registry import task_of_class
+from hf_lossless.unchecked import unchecked
+
+_STORED_AS = {"grid": "codes", "low_rank": "two factors", "sum": "codes plus two factors"}
+
+_TRAINING = "The original's training: whether it has seen some of these rows is not known."
+_TAKEN_FOR_GRANTED = (
+    "Other tasks, other languages, and other kinds of text or images than those of these rows.",
+    "Robustness: noise, attacks, and data that drift.",
+    "Generated text, where the model generates any.",
+)
+
+PROCESSORS = {
+    "processor_config.json": "AutoProcessor",
+    "tokenizer_config.json": "AutoTokenizer",
+    "preprocessor_config.json": "AutoImageProcessor",
+}
+"""File names by which a folder shows what it holds beside the model, and the class that loads it."""
+
+
+def markdown_table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    r"""A table in Markdown; a bar in a cell does not end it.
+
+    Example:
+        >>> print(markdown_table(["a", "b"], [["1|2", "3"]]))
+        | a | b |
+        |---|---|
+        | 1\|2 | 3 |
+    """
+    lines = [headings, *rows]
+    first, *rest = ["| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines]
+    return "\n".join([first, "|" + "---|" * len(headings), *rest])
+
+
+def layers_table(plan: CompressionPlan) -> str:
+    """What `hf-lossless inspect` prints of the layers."""
+    columns = layer_columns(plan)
+    rows = [[name, *(cell(layer) for cell in columns.values())] for name, layer in plan.layers.items()]
+    return markdown_table(["layer", *columns], rows)
+
+
+def storage_table(plan: CompressionPlan) -> str:
+    """How many layers are stored in which way, with their bytes: the narrowest first, and everything else."""
+    count: dict[tuple[float, str], int] = defaultdict(int)
+    total_bytes: dict[tuple[float, str], int] = defaultdict(int)
+    for layer in plan.layers.values():
+        key = (0.0 if layer.coded is not None else layer.bits, _stored_as(layer))
+        count[key] += 1
+        total_bytes[key] += layer.cost_bytes
+    rows = [(f"{key[1]}", f"{count[key]:,}", f"{total_bytes[key]:,}") for key in sorted(count)]
+    return markdown_table(
+        ("stored as", "layers", "bytes"), [*rows, ("biases, norms and all else", "", f"{plan.other_bytes:,}")]
+    )
+
+
+def _stored_as(layer: LayerPlan) -> str:
+    if layer.kind == "kept":
+        return "kept as it came"
+    if layer.coded is not None:
+        return "codes at their entropy"
+    width = "floating point" if layer.bits == KEPT_BITS else f"{layer.bits} bits"
+    return f"{_STORED_AS.get(layer.kind, layer.kind)}, {width}"
+
+
+def not_checked(entry: LosslessCheckpointConfig, record: CompressionRecord | None) -> list[str]:
+    """What nobody should read out of the card: all that a report says, and what a stranger may take for granted."""
+    training = [] if entry.certificate is None else [_TRAINING]
+    return [*unchecked(entry, record), *training, *_TAKEN_FOR_GRANTED]
+
+
+def task_name(architecture: str) -> str | None:
+    """The Hub's name of the task that a model class does; None where it has none."""
+    try:
+        return task_of_class(architecture).name
+    except ConfigurationError:
+        tasks: dict[str, Any] = TASK_MAPPING
+        for name, classes in tasks.items():
+            if any(architecture in (known if isinstance(known, tuple) else (known,)) for known in classes.values()):
+                return name
+        return None
+
+
+def loading_code(name: str, architecture: str, files: Iterable[str]) -> str | None:
+    """The lines that load a checkpoint; None for a class that transformers does not have.
+
+    Args:
+        name: A repo id or a folder.
+        architecture: The class that was saved.
+        files: Names of the files beside config.json; they tell what else there is to load.
+    """
+    if not hasattr(transformers, architecture):
+        return None
+    there = set(files)
+    processor = next((kind for file, kind in PROCESSORS.items() if file in there), None)
+    lines = [
+        "import hf_lossless  # pip install hf-lossless; registers the plug-in with transformers",
+        f"from transformers import {', '.join(sorted(filter(None, (architecture, processor))))}",
+        "",
+        f'model = {architecture}.from_pretrained("{name}")',
+    ]
+    if processor is not None:
+        variable = "tokenizer" if processor == "AutoTokenizer" else "processor"
+        lines.append(f'{variable} = {processor}.from_pretrained("{name}")')
+    return "\n".join(lines)

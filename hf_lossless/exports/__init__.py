@@ -1,0 +1,1 @@
+"""Compressed checkpoints written in formats that stock transformers loads, without this package."""

@@ -1,0 +1,28 @@
+"""The format "dense": the compressed values as plain weights, which every architecture and every tool can load.
+
+A layer is saved as its weight `W`, rebuilt from codes or factors, in the dtype that it computes in. Nothing is left of
+the compression but the values. Where factors were multiplied one after the other, their product is rounded once more.
+"""
+
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from hf_lossless.exports.carrying import Stored, compressed_module
+from hf_lossless.modules.base import CompressedModule
+from hf_lossless.plan import LayerPlan
+
+
+def store(model: PreTrainedModel, name: str, layer_plan: LayerPlan) -> Stored:
+    """The weight of a layer; raises NotCarried where its input is quantised."""
+    return store_weight(compressed_module(model, name))
+
+
+def store_weight(module: CompressedModule) -> Stored:
+    """The weight in its original shape; its input, where it was quantised, will stay in floating point."""
+    return Stored({"weight": module.weight.detach().contiguous()})
+
+
+def quantization_config(model: PreTrainedModel, stored: dict[str, Stored]) -> dict[str, Any] | None:
+    """None: nothing needs to be said."""
+    return None

@@ -1,0 +1,244 @@
+"""A compressed checkpoint, written anew in a format that stock transformers loads.
+
+Each layer goes into the format as its file says, or is kept in floating point where that is allowed; all else is saved
+as it is. What was written is then loaded back as anybody would, before the folder takes its name: transformers does not
+complain of tensors that it finds no module for, and fills the module with random weights.
+"""
+
+import json
+import os
+import shutil
+from collections import defaultdict
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from hf_lossless.checkpoint import new_folder, read_entry, refuse_occupied, tensor_sizes
+from hf_lossless.errors import CheckpointError, ConfigurationError, reason
+from hf_lossless.exports import compressed_tensors, dense, gemma
+from hf_lossless.exports.carrying import NotCarried, Stored, model_dtype
+from hf_lossless.modules.base import CompressedModule, compressed_layers
+from hf_lossless.plan import LayerPlan, json_bytes
+
+
+@dataclass(frozen=True)
+class _Format:
+    """How a layer is stored (or NotCarried is raised), what config.json says, and what loading needs."""
+
+    store: Callable[[PreTrainedModel, str, LayerPlan], Stored]
+    quantization_config: Callable[[PreTrainedModel, dict[str, Stored]], dict[str, Any] | None]
+    package: str | None = None
+
+
+FORMATS: dict[str, _Format] = {
+    "dense": _Format(dense.store, dense.quantization_config),
+    "compressed-tensors": _Format(
+        compressed_tensors.store, compressed_tensors.quantization_config, compressed_tensors.PACKAGE
+    ),
+    "gemma": _Format(gemma.store, gemma.quantization_config),
+}
+_LEFT_BEHIND = (
+    *("*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json"),  # written anew
+    *("README.md", "*.html", "*.png", "*.svg"),  # model card, report and pictures of the compressed model
+    ".*",
+)
+_SUBFOLDER = "additional_chat_templates"
+
+
+@dataclass(frozen=True)
+class ExportResult:
+    """What became of a checkpoint.
+
+    Attributes:
+        format: Name of the format.
+        size_bytes: All tensors, and the entry "quantization_config" of config.json.
+        compressed_bytes: The same of the checkpoint it was made from.
+        carried: Names of the layers that the format carries.
+        dense: Why the other compressed layers are in floating point now, by their names.
+        dtype: That of the model.
+        rounded: Names of the layers whose scales had to be rounded to it (see `exports.carrying` for the bound).
+        float_inputs: Names of the layers whose inputs are quantised in the checkpoint, and are not any more.
+        certified: Whether the checkpoint has a certificate, which the export has not.
+    """
+
+    format: str
+    size_bytes: int
+    compressed_bytes: int
+    carried: tuple[str, ...]
+    dense: dict[str, str]
+    dtype: torch.dtype
+    rounded: tuple[str, ...]
+    float_inputs: tuple[str, ...]
+    certified: bool
+
+
+def export(
+    folder: str | os.PathLike[str], out: str | os.PathLike[str], format: str, *, allow_dense: bool = False
+) -> ExportResult:
+    """Writes a compressed checkpoint in another format, which needs no hf_lossless.
+
+    The files of a tokenizer or a processor come along; model card and certificate do not, for they speak of the
+    checkpoint as it was measured.
+
+    Args:
+        folder: A folder with a compressed checkpoint.
+        out: The folder to write; must not exist, or be empty. It is written whole or not at all.
+        format: "dense", "compressed-tensors" or "gemma".
+        allow_dense: Keep in floating point what the format cannot carry: weights, and the inputs of layers where they
+            are quantised.
+
+    Returns:
+        Sizes, and what became of each compressed layer.
+
+    Raises:
+        CheckpointError: `folder` holds no compressed checkpoint, or `out` cannot be written or lies inside it.
+        ConfigurationError: The format is unknown, needs a package that is not there, cannot carry some layers (they are
+            listed), or stock transformers does not load what it makes of this architecture.
+
+    Example:
+        >>> export("no-such-folder", "out", "dense")
+        Traceback (most recent call last):
+        hf_lossless.errors.CheckpointError: no-such-folder/config.json cannot be read: No such file or directory. \
+Give a folder written by hf_lossless.
+    """
+    folder, out = Path(folder), Path(out)
+    if format not in FORMATS:
+        raise ConfigurationError(f"the format {format!r} is unknown. Take one of {', '.join(FORMATS)}.")
+    chosen, entry = FORMATS[format], read_entry(folder)
+    _refuse_inside(folder, out)
+    refuse_occupied(out)
+    if chosen.package is not None and find_spec(chosen.package.replace("-", "_")) is None:
+        raise ConfigurationError(
+            f"the format {format} is loaded with the package {chosen.package}, which is not installed. "
+            f"Install it: pip install {chosen.package}"
+        )
+    model = _load(folder)
+    modules, plans = compressed_layers(model), entry.plan.layers
+    stored: dict[str, Stored] = {}
+    refused: dict[str, str] = {}
+    for name in modules:
+        try:
+            stored[name] = chosen.store(model, name, plans[name])
+        except NotCarried as error:
+            refused[name] = str(error)
+    pointless = not stored and format != "dense"
+    if pointless or (refused and not allow_dense):
+        raise ConfigurationError(_refusal(format, refused, len(modules), pointless))
+    settings, dtype = chosen.quantization_config(model, stored), model_dtype(model)
+    tensors = _tensors(model, modules, {**{name: dense.store_weight(modules[name]) for name in refused}, **stored})
+    with new_folder(out) as temporary:
+        _save(model, tensors, settings, temporary)
+        _carry_over(folder, temporary)
+        _refuse_unreadable(temporary, type(model), tensors, format)
+    tensor_bytes = sum(tensor_sizes(sorted(out.glob("*.safetensors"))).values())
+    return ExportResult(
+        format=format,
+        size_bytes=tensor_bytes + (0 if settings is None else json_bytes(settings)),
+        compressed_bytes=entry.size_bytes,
+        carried=tuple(stored),
+        dense=refused,
+        dtype=dtype,
+        rounded=tuple(name for name, layer in stored.items() if layer.rounded),
+        float_inputs=tuple(name for name, module in modules.items() if module.activation is not None),
+        certified=entry.certificate is not None,
+    )
+
+
+def by_reason(refused: Mapping[str, str]) -> dict[str, list[str]]:
+    """Names of layers by the reason why a format does not carry them."""
+    names = defaultdict(list)
+    for name, why in refused.items():
+        names[why].append(name)
+    return dict(names)
+
+
+def _refusal(format: str, refused: Mapping[str, str], total: int, pointless: bool) -> str:
+    remedy = "Keep these in floating point with allow_dense=True (--allow-dense), or take another format."
+    return "\n".join(
+        [
+            f"the format {format} cannot carry {len(refused)} of {total} compressed layers:",
+            *(f"  {why}: {', '.join(names)}" for why, names in by_reason(refused).items()),
+            "Take another format." if pointless else remedy,
+        ]
+    )
+
+
+def _refuse_inside(folder: Path, out: Path) -> None:
+    """A folder inside the checkpoint would be carried over into itself, and pass for a part of it."""
+    if Path(os.path.realpath(out)).is_relative_to(os.path.realpath(folder)):
+        raise CheckpointError(
+            f"the output folder {out} is the checkpoint {folder} or lies inside it. Name another one."
+        )
+
+
+def _load(folder: Path) -> PreTrainedModel:
+    """The compressed model, of the class that was saved."""
+    values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    architecture = next(iter(values.get("architectures") or ()), "")
+    model_class = getattr(transformers, architecture, None)
+    if model_class is None:
+        raise CheckpointError(
+            f"{folder} is of the class {architecture!r}, which transformers {transformers.__version__} does not have: "
+            "stock transformers could not load an export of it."
+        )
+    model: PreTrainedModel = model_class.from_pretrained(folder)
+    return model
+
+
+def _tensors(
+    model: PreTrainedModel, modules: Mapping[str, CompressedModule], stored: Mapping[str, Stored]
+) -> dict[str, Tensor]:
+    """All tensors to save: those of compressed layers replaced, but for their biases."""
+    gone = {f"{name}.{part}" for name, module in modules.items() for part in module.weight_tensors}
+    kept = {name: tensor for name, tensor in model.state_dict().items() if name not in gone}
+    replaced = {f"{name}.{part}": tensor for name, layer in stored.items() for part, tensor in layer.tensors.items()}
+    return {**kept, **replaced}
+
+
+def _save(model: PreTrainedModel, tensors: dict[str, Tensor], settings: dict[str, Any] | None, folder: Path) -> None:
+    """Saves tensors as this model's, without the plug-in: it is an original model to transformers from now on."""
+    del model.hf_quantizer, model.config.quantization_config, model._weight_conversions
+    # Only plain weights go back under the names, and into the shapes, that an architecture has on disk.
+    model.save_pretrained(folder, state_dict=dict(tensors), save_original_format=settings is None)
+    if settings is not None:
+        path = folder / "config.json"
+        values = {**json.loads(path.read_text(encoding="utf-8")), "quantization_config": settings}
+        path.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _carry_over(folder: Path, out: Path) -> None:
+    """Copies the files of a tokenizer or processor: all but those of the model, and what tells of its compression."""
+    for path in folder.iterdir():
+        if path.is_file() and not any(path.match(pattern) for pattern in _LEFT_BEHIND):
+            shutil.copy(path, out)
+    if (folder / _SUBFOLDER).is_dir():
+        shutil.copytree(folder / _SUBFOLDER, out / _SUBFOLDER)
+
+
+def _refuse_unreadable(
+    folder: Path, model_class: type[PreTrainedModel], tensors: Mapping[str, Tensor], format: str
+) -> None:
+    """Raises ConfigurationError where stock transformers does not load the very tensors that were saved."""
+    about = f"stock transformers {transformers.__version__} cannot load a {model_class.__name__} in the format {format}"
+    try:
+        loading: Any = model_class.from_pretrained(folder, output_loading_info=True)
+    except Exception as error:  # of whatever kind: it is raised in the depths of an architecture or of a format
+        raise ConfigurationError(f"{about}: {type(error).__name__}: {reason(error)}. Take another format.") from error
+    again, found = loading
+    loaded = again.state_dict()
+    astray = sorted(name for name, tensor in tensors.items() if not _same(loaded.get(name), tensor))
+    astray += [str(name) for names in found.values() for name in names]
+    if astray:
+        more = f" and {len(astray) - 1} more" if len(astray) > 1 else ""
+        raise ConfigurationError(f"{about}: the tensor {astray[0]!r}{more} is not what was saved. Take another format.")
+
+
+def _same(loaded: Tensor | None, saved: Tensor) -> bool:
+    return loaded is not None and loaded.dtype == saved.dtype and torch.equal(loaded, saved)

@@ -1,0 +1,73 @@
+"""The format "gemma", transformers' own for whole numbers: linear layers and embeddings, which stay packed at run time.
+
+    linear       weight                 uint8 [out, ceil(in * bits / 8)], or int8 [out, in] at 8 bits
+                 weight_scale           float32 [out, 1]
+                 input_activation_scale, output_activation_scale      float32 [], 0: activations stay in floating point
+    embedding    embedding_quantized    as weight
+                 embedding_scale        as weight_scale
+
+One scale for each output (compress with `--group-size 0`). It was made for the checkpoints of Gemma, needs no other
+package, and may change with transformers; a model loaded from it cannot be saved again.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.quantizers.quantizers_utils import should_convert_module
+
+from hf_lossless.exports.carrying import (
+    NotCarried,
+    Stored,
+    compressed_module,
+    model_dtype,
+    name_pattern,
+    pack_bytes,
+    whole_numbers,
+)
+from hf_lossless.plan import LayerPlan
+
+_OTHER_KINDS = {"conv2d": "it is a convolution", "conv1d": "it is a Conv1D"}
+
+
+def store(model: PreTrainedModel, name: str, layer_plan: LayerPlan) -> Stored:
+    """A layer's codes and scales.
+
+    Raises:
+        NotCarried: It is a convolution or a Conv1D, or its grid is none of the format's.
+    """
+    module = compressed_module(model, name)
+    if module.kind in _OTHER_KINDS:
+        raise NotCarried(_OTHER_KINDS[module.kind])
+    if not should_convert_module(name, list(model._keep_in_fp32_modules or ())):
+        raise NotCarried("transformers keeps it in float32")
+    numbers = whole_numbers(module, layer_plan, model_dtype(model))
+    if numbers.group_size is not None:
+        raise NotCarried(f"groups of {numbers.group_size} inputs have a scale each, and not all inputs together")
+    codes, scales = pack_numbers(numbers.codes, numbers.bits), numbers.scales.float()
+    if module.kind == "embedding":
+        tensors = {"embedding_quantized": codes, "embedding_scale": scales}
+    else:
+        unquantised = {f"{side}_activation_scale": torch.tensor(0.0) for side in ("input", "output")}
+        tensors = {"weight": codes, "weight_scale": scales, **unquantised}
+    return Stored(tensors, numbers.bits, None, numbers.rounded)
+
+
+def quantization_config(model: PreTrainedModel, stored: dict[str, Stored]) -> dict[str, Any]:
+    """The entry of config.json: which modules have which width, and that all others are left alone."""
+    widths = sorted({layer.bits for layer in stored.values() if layer.bits is not None})
+    names = {bits: [name for name, layer in stored.items() if layer.bits == bits] for bits in widths}
+    return {
+        "quant_method": "gemma",
+        "quantize_embeddings": True,
+        "module_quant_configs": {
+            f"^{name_pattern(names[bits], model.base_model_prefix)}": {"num_bits": bits} for bits in widths
+        },
+        "modules_to_not_convert": [f"(?!{name_pattern(list(stored), model.base_model_prefix)}).*$"],
+    }
+
+
+def pack_numbers(codes: Tensor, bits: int) -> Tensor:
+    """Codes q + 2^(bits-1), uint8 [out, in], in bytes; q itself, int8, at 8 bits."""
+    return (codes.to(torch.int16) - 128).to(torch.int8) if bits == 8 else pack_bytes(codes, bits)

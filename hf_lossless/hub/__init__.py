@@ -1,0 +1,1 @@
+"""The Hugging Face Hub: one commit with all of a compressed checkpoint."""

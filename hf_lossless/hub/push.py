@@ -1,0 +1,224 @@
+"""`push_to_hub`: a checked folder becomes one commit.
+
+create the repository -> look at what is there -> upload large files -> commit, if nothing changed meanwhile
+
+Large files are stored by their checksums before the commit, which is one request and so whole or not at all. What has
+arrived in a push that broke off is not sent again in the next one, and what is the same as on the Hub is left out.
+The commit names its parent: had somebody changed the card in between, the Hub would refuse it.
+"""
+
+import re
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
+from huggingface_hub.hf_api import ModelInfo
+from transformers import PreTrainedModel
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
+
+from hf_lossless.cards.details import CardDetails
+from hf_lossless.cards.folder import CARD, FolderCard, card_text, folder_card
+from hf_lossless.cards.model_card import base_of, record_of_model
+from hf_lossless.cards.seal import own_text, reconciled
+from hf_lossless.checkpoint import check_folder
+from hf_lossless.config import LosslessCheckpointConfig
+from hf_lossless.errors import HubError
+from hf_lossless.hub.refusals import hub_errors, refuse_bad_repo_id, token_for_pushing
+from hf_lossless.record_of_compression import write_record
+
+_WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors")
+
+CardOutcome = Literal["written", "kept"]
+
+
+@dataclass(frozen=True)
+class PushResult:
+    """What a push did.
+
+    Attributes:
+        repo_id: With its owner.
+        commit_url: The commit; the last one that was there already where nothing had changed.
+        commit_oid: Its hash.
+        changed: Whether there was anything to commit.
+        pull_request_url: None unless one was asked for.
+        card: "kept": README.md on the Hub was written or changed by hand, and stays as it is, though it may speak of
+            an earlier model. "written": it is the one that was pushed.
+    """
+
+    repo_id: str
+    commit_url: str
+    commit_oid: str
+    changed: bool
+    pull_request_url: str | None
+    card: CardOutcome
+
+
+def push_to_hub(
+    model: PreTrainedModel | str | Path,
+    repo_id: str,
+    *,
+    processor: Any = None,
+    details: CardDetails | None = None,
+    private: bool | None = None,
+    revision: str | None = None,
+    create_pr: bool = False,
+    commit_message: str | None = None,
+    token: str | None = None,
+) -> PushResult:
+    """Pushes a compressed checkpoint with its card, in one commit.
+
+    Args:
+        model: A folder with a compressed checkpoint, of which all files that are not hidden are pushed; or a
+            compressed model.
+        repo_id: NAME or OWNER/NAME; it is created where it is not there.
+        processor: The tokenizer or image processor that goes with a model. A folder has its own.
+        details: What the card is to say beyond the checkpoint (see `CardDetails`).
+        private: Whether the repository must be private, or must not; None: as it is, or as its owner's default is.
+        revision: The branch, made where it is not there; None: main.
+        create_pr: Propose the commit as a pull request.
+        commit_message: Its first line.
+        token: One that may write; None: that of the person who is logged in, or HF_TOKEN.
+
+    Returns:
+        What was done. README.md on the Hub is replaced where it is a generated one; what a person wrote below its seal
+        is kept, and a card that a person wrote or changed stays as it is. Weights of an earlier model that this one
+        has not are removed, for they would be loaded in its place.
+
+    Raises:
+        CheckpointError: The folder or the model is not compressed by this package, or the folder is not complete.
+        ConfigurationError: `repo_id` is not a name, or the details cannot be used.
+        HubError: There is no token, the Hub refuses, or it cannot be reached. Nothing was committed then, or all.
+
+    Example::
+
+        push_to_hub("my-model-small", "my-name/my-model-small", private=True)
+    """
+    refuse_bad_repo_id(repo_id)
+    token = token_for_pushing(token)
+    details = details or CardDetails()
+    if isinstance(model, PreTrainedModel):
+        details = details.filled_from(CardDetails(base_model=base_of(model)))
+    with _folder_of(model, processor) as folder:
+        entry = check_folder(folder)
+        api = HfApi(token=token, library_name="hf-lossless")
+        with hub_errors(repo_id, revision):
+            present = _repository(api, repo_id, private, revision, create_pr)
+            there = _card_there(api, present)
+        ours = _card(folder, details, present.id, token)
+        card = reconciled(ours.text, there)
+        additions = _additions(folder, card, ours.pictures)
+        with hub_errors(present.id, revision):
+            _upload_shards(api, additions, present.id, revision, create_pr)
+            commit = api.create_commit(
+                present.id,
+                [*additions, *_deletions(folder, present)],
+                commit_message=commit_message or _message(entry),
+                revision=revision,
+                create_pr=create_pr,
+                parent_commit=present.sha,
+            )
+    return PushResult(
+        repo_id=present.id,
+        commit_url=commit.commit_url,
+        commit_oid=commit.oid,
+        changed=commit.oid != present.sha,
+        pull_request_url=commit.pr_url,
+        card="kept" if card is None else "written",
+    )
+
+
+@contextmanager
+def _folder_of(model: PreTrainedModel | str | Path, processor: Any) -> Iterator[Path]:
+    """A folder as it is; a model's files in a temporary one."""
+    if not isinstance(model, PreTrainedModel):
+        yield Path(model)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        if (record := record_of_model(model)) is not None:
+            write_record(folder, record)
+        if processor is not None:
+            processor.save_pretrained(folder)
+        yield Path(folder)
+
+
+def _repository(api: HfApi, repo_id: str, private: bool | None, revision: str | None, create_pr: bool) -> ModelInfo:
+    """The repository as it is before the push, on its branch; both are made where they are not there."""
+    # The answer has the owner's name too, where only the model's was given.
+    repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+    if revision is not None and not create_pr and not revision.startswith("refs/"):
+        api.create_branch(repo_id, branch=revision, exist_ok=True)
+    present = api.model_info(repo_id, revision=revision)
+    if private is not None and bool(present.private) != private:
+        is_now, asked = ("private", "public") if present.private else ("public", "private")
+        raise HubError(
+            f"{repo_id} is there already and is {is_now}, but {asked} was asked for. Nothing was pushed: change it in "
+            "the repository's settings, or push to another name."
+        )
+    return present
+
+
+def _card(folder: Path, details: CardDetails, repo_id: str, token: str) -> FolderCard:
+    """The folder's card under the name it has on the Hub; one that a person wrote or changed, as it is."""
+    local = card_text(folder)
+    if local is not None and own_text(local) is None:
+        return FolderCard(local, {})
+    card = folder_card(folder, details, present=local, repo_id=repo_id, token=token)
+    text = reconciled(card.text, local)
+    assert text is not None
+    return FolderCard(text, card.pictures)
+
+
+def _card_there(api: HfApi, present: ModelInfo) -> str | None:
+    """The card that is on the Hub."""
+    if CARD not in _names(present):
+        return None
+    return card_text(Path(api.hf_hub_download(present.id, CARD, revision=present.sha)).parent)
+
+
+def _additions(folder: Path, card: str | None, pictures: Mapping[str, bytes]) -> list[CommitOperationAdd]:
+    """All files that are not hidden, and the card with its pictures, if it is not to stay as it is."""
+    made: dict[str, bytes] = {} if card is None else {**pictures, CARD: card.encode()}
+    paths = {path.relative_to(folder): path for path in sorted(folder.rglob("*")) if path.is_file()}
+    files = [
+        CommitOperationAdd(name.as_posix(), path)
+        for name, path in paths.items()
+        if name.as_posix() not in {CARD, *made} and not any(part.startswith(".") for part in name.parts)
+    ]
+    return [*files, *(CommitOperationAdd(name, content) for name, content in made.items())]
+
+
+def _upload_shards(
+    api: HfApi, additions: list[CommitOperationAdd], repo_id: str, revision: str | None, create_pr: bool
+) -> None:
+    """Sends the weights before the commit, one file after the other, where there are several.
+
+    hf_xet, which carries large files to the Hub, enters them there at the end of a call. In one call with all of them,
+    as `create_commit` makes it, a lost connection would lose those too that had arrived.
+    """
+    shards = [addition for addition in additions if _WEIGHTS.fullmatch(addition.path_in_repo)]
+    for shard in shards if len(shards) > 1 else ():
+        api.preupload_lfs_files(repo_id, [shard], revision=revision, create_pr=create_pr, free_memory=False)
+
+
+def _deletions(folder: Path, present: ModelInfo) -> list[CommitOperationDelete]:
+    """Weights of an earlier model that from_pretrained would take for a part of this one, or read in its place."""
+    return [
+        CommitOperationDelete(name)
+        for name in _names(present)
+        if (_WEIGHTS.fullmatch(name) or name == SAFE_WEIGHTS_INDEX_NAME) and not (folder / name).is_file()
+    ]
+
+
+def _names(present: ModelInfo) -> list[str]:
+    return [file.rfilename for file in present.siblings or ()]
+
+
+def _message(entry: LosslessCheckpointConfig) -> str:
+    ratio = entry.plan.original_bytes / entry.size_bytes
+    verdict = "without a certificate" if entry.certificate is None else entry.certificate.verdict.split(":")[0]
+    return f"Compressed {ratio:.2f} times by hf_lossless, {verdict}"

@@ -1,0 +1,67 @@
+"""A prediction beside what was measured on the calibration rows; these rows have had a hand in the plan."""
+
+import math
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from hf_lossless.plan import CompressionPlan
+from hf_lossless.records import Record
+
+Checked = Literal["layer", "plan", "model"]
+
+
+class LossCheck(Record):
+    """What a change of the mean loss was predicted to be, and what it was measured to be.
+
+    Attributes:
+        checked: "layer": one layer alone, stored as planned. "plan": all layers stored as planned. "model": the
+            finished model, whose biases and batch norms have followed the rounded weights.
+        layer: Name of the layer measured alone; None for the others.
+        tensor_bytes: Bytes of all tensors under the plan.
+        predicted_loss_change: What the theory predicted when the plan was made.
+        measured_loss_change: On the calibration rows; None: the loss was not finite.
+        standard_error: Of the measured change, as the mean over batches; None where there was one batch, or no finite
+            loss.
+    """
+
+    checked: Checked
+    layer: str | None = None
+    tensor_bytes: Annotated[int, Field(ge=0)]
+    predicted_loss_change: Annotated[float, Field(allow_inf_nan=False)]
+    measured_loss_change: Annotated[float, Field(allow_inf_nan=False)] | None
+    standard_error: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None
+
+
+def loss_check(
+    plan: CompressionPlan,
+    measured: tuple[float, float],
+    num_batches: int,
+    *,
+    checked: Checked = "plan",
+    layer: str | None = None,
+) -> LossCheck:
+    """The check of a plan, or of one layer of it.
+
+    Args:
+        plan: What was measured.
+        measured: Change of the mean loss, and its standard error.
+        num_batches: Batches that the error is taken over.
+        checked: What was measured of the plan.
+        layer: The layer that was measured alone.
+
+    Example:
+        >>> plan = CompressionPlan(theory="llc", layers={}, other_bytes=40, original_bytes=40)
+        >>> loss_check(plan, (0.25, 0.125), num_batches=4).measured_loss_change
+        0.25
+    """
+    mean, error = measured
+    is_finite = math.isfinite(mean)
+    return LossCheck(
+        checked=checked,
+        layer=layer,
+        tensor_bytes=plan.tensor_bytes,
+        predicted_loss_change=(plan if layer is None else plan.layers[layer]).predicted_loss_change,
+        measured_loss_change=mean if is_finite else None,
+        standard_error=error if is_finite and math.isfinite(error) and num_batches > 1 else None,
+    )

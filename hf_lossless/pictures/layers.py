@@ -1,0 +1,118 @@
+"""What became of each layer: bits and rank, in the model's own order."""
+
+from collections.abc import Sequence
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch
+
+from hf_lossless.pictures.style import BLUE, GREEN, GREY, ORANGE, PURPLE, VERMILION, new_figure, short
+from hf_lossless.plan import KEPT_BITS, CompressionPlan, LayerPlan
+
+_KINDS = {
+    "kept": (GREY, "kept in floating point"),
+    "grid": (BLUE, "codes on a grid"),
+    "low_rank": (ORANGE, "two factors"),
+    "sum": (GREEN, "codes plus two factors"),
+}
+_RANGES = {"static": ("s", VERMILION), "dynamic": ("o", PURPLE)}
+_FLOAT = 10
+"""Where floating point is drawn on an axis of bits that ends at 8."""
+
+_MAX_NAMES, _MAX_RANKS = 64, 45
+"""Names that fit beside the axis; ranks that fit beside their bars."""
+
+
+def layers_figure(plan: CompressionPlan) -> Figure:
+    """Draws the layers of a plan from the first at the top to the last, one bar each.
+
+    Left, the bits of a stored weight (the wider factor's, where there are only factors). Where there are factors,
+    beside it their rank, as a share of the largest rank that the layer could have; where inputs are quantised, their
+    bits.
+
+    Example:
+        >>> from hf_lossless.plan import Grid, LayerPlan
+        >>> layer = LayerPlan(kind="grid", grid=Grid(bits=3), cost_bytes=9, predicted_loss_change=0.0)
+        >>> plan = CompressionPlan(theory="llc", layers={"head": layer}, other_bytes=0, original_bytes=64)
+        >>> [axes.get_xlabel() for axes in layers_figure(plan).axes]
+        ['bits of a weight']
+    """
+    layers = list(plan.layers.values())
+    panels = [_draw_bits]
+    if any(layer.low_rank is not None for layer in layers):
+        panels.append(_draw_ranks)
+    if plan.activations == "quantised":
+        panels.append(_draw_inputs)
+    figure = new_figure(6 + len(panels), min(12.0, 1.6 + 0.17 * max(4, len(layers))))
+    columns = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+    for axes, draw in zip(columns, panels, strict=True):
+        draw(axes, layers)
+        axes.grid(axis="x", alpha=0.3)
+        axes.set_axisbelow(True)
+    _name_rows(columns[0], list(plan.layers))
+    present = [kind for kind in _KINDS if any(layer.kind == kind for layer in layers)]
+    handles: list[object] = [Patch(color=_KINDS[kind][0], label=_KINDS[kind][1]) for kind in present]
+    handles += [handle for axes in columns[1:] for handle in axes.get_legend_handles_labels()[0]]
+    figure.legend(handles=handles, loc="outside upper center", ncols=3)
+    return figure
+
+
+def _name_rows(axes: Axes, names: Sequence[str]) -> None:
+    """Names of the layers beside their bars, all of them or every second, third, ..; the first is on top."""
+    step = -(-len(names) // _MAX_NAMES) or 1
+    shared = _shared_prefix(names)
+    shown = range(0, len(names), step)
+    axes.set_yticks(shown, [short(names[row][shared:]) for row in shown], fontsize=7.5)
+    axes.set_ylim(len(names) - 0.4, -0.6)
+    of = "layer" if len(names) == 1 else "layers"
+    axes.set_ylabel(f"{len(names):,} {of}" + ("" if step == 1 else f", one in {step} named"))
+
+
+def _shared_prefix(names: Sequence[str]) -> int:
+    """Length of the parts that all names begin with; the last part is not among them."""
+    parts = [name.split(".")[:-1] for name in names]
+    depth = 0
+    while all(len(one) > depth and one[depth] == parts[0][depth] for one in parts) and parts:
+        depth += 1
+    return sum(len(part) + 1 for part in parts[0][:depth]) if parts else 0
+
+
+def _draw_bits(axes: Axes, layers: Sequence[LayerPlan]) -> None:
+    axes.barh(
+        range(len(layers)),
+        [_FLOAT if layer.bits == KEPT_BITS else layer.bits for layer in layers],
+        height=0.8,
+        color=[_KINDS[layer.kind][0] for layer in layers],
+    )
+    axes.set_xlim(0, _FLOAT + 0.5)
+    axes.set_xticks([0, 2, 4, 6, 8, _FLOAT], ["0", "2", "4", "6", "8", "float"])
+    axes.set_xlabel("bits of a weight")
+
+
+def _draw_ranks(axes: Axes, layers: Sequence[LayerPlan]) -> None:
+    rows = [(row, layer.low_rank) for row, layer in enumerate(layers) if layer.low_rank is not None]
+    shares = [100 * low_rank.rank / min(low_rank.shape) for _, low_rank in rows]
+    colours = [_KINDS[layers[row].kind][0] for row, _ in rows]
+    bars = axes.barh([row for row, _ in rows], shares, height=0.8, color=colours)
+    if len(layers) <= _MAX_RANKS:
+        axes.bar_label(bars, [str(low_rank.rank) for _, low_rank in rows], padding=2, fontsize=7.5)
+    axes.set_xlim(0, 118)
+    axes.set_xticks([0, 25, 50, 75, 100])
+    axes.set_xlabel("rank, % of the full one")
+
+
+def _draw_inputs(axes: Axes, layers: Sequence[LayerPlan]) -> None:
+    for name, (marker, colour) in _RANGES.items():
+        found = [
+            (layer.activation.bits, row)
+            for row, layer in enumerate(layers)
+            if layer.activation is not None and layer.activation.range == name
+        ]
+        if found:
+            axes.plot(*zip(*found, strict=True), marker, color=colour, markersize=4, label=f"input, {name} range")
+    floating = [row for row, layer in enumerate(layers) if layer.activation is None]
+    if floating:
+        axes.plot([_FLOAT] * len(floating), floating, "|", color=GREY, label="input in floating point")
+    axes.set_xlim(0, _FLOAT + 0.5)
+    axes.set_xticks([0, 2, 4, 6, 8, _FLOAT], ["0", "2", "4", "6", "8", "float"])
+    axes.set_xlabel("bits of an input")

@@ -1,0 +1,205 @@
+"""The report: all that a saved folder says of itself, for a browser, in one file that needs nothing else.
+
+Pictures are images inside the file, style and script too. Names and texts come from files that anyone may have edited:
+jinja2 escapes them all, and the page's own content security policy allows no script but the one whose digest it names,
+and no request at all.
+"""
+
+import base64
+import hashlib
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib import metadata, resources
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+from hf_lossless.certificate import CERTIFIED, LOSS_DECREASED, Certificate
+from hf_lossless.checkpoint import read_config, read_entry, refuse_other_bytes
+from hf_lossless.config import LosslessCheckpointConfig
+from hf_lossless.pictures.agreement import agreement_figure
+from hf_lossless.pictures.frontier import frontier_figure
+from hf_lossless.pictures.layers import layers_figure
+from hf_lossless.pictures.style import svg_data_uri
+from hf_lossless.plan import CompressionPlan, LayerPlan
+from hf_lossless.record_of_compression import CompressionRecord, plan_in_order, read_record_of
+from hf_lossless.report import layer_columns
+from hf_lossless.unchecked import unchecked
+
+GENERATOR = "hf-lossless report"
+"""What a report calls its maker, by which it is known again."""
+
+
+@dataclass(frozen=True)
+class _Picture:
+    """An image, what it says to those who do not see it, and what is written below it."""
+
+    uri: str
+    alt: str
+    caption: str
+
+
+@dataclass(frozen=True)
+class _Verdict:
+    """How the certificate came out: "good", "bad" or "none"; in a few words; and in full."""
+
+    tone: str
+    headline: str
+    texts: list[str]
+
+
+def html_report(folder: str | os.PathLike[str]) -> str:
+    """A saved folder as one HTML page that needs no other file, no script from elsewhere and no network.
+
+    Size and verdict, pictures, a table of the layers, what was not checked, and where it all comes from. What the
+    folder does not hold (a certificate, compression.json) is said to be missing.
+
+    Args:
+        folder: Written by `hf-lossless compress`, or by `save_pretrained` of a compressed model.
+
+    Raises:
+        CheckpointError: The folder holds no compressed model, or contradicts itself.
+        PlanError: Its plan is malformed.
+    """
+    folder = Path(folder)
+    config = read_entry(folder)
+    refuse_other_bytes(config.plan, sorted(folder.glob("*.safetensors")))
+    record = read_record_of(folder)
+    plan = plan_in_order(config.plan, record)
+    about = read_config(folder)
+    environment = Environment(
+        loader=PackageLoader("hf_lossless"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    script = _resource("report.js")
+    return environment.get_template("report.html.jinja").render(
+        generator=GENERATOR,
+        version=metadata.version("hf-lossless"),
+        style=Markup(_resource("report.css")),
+        script=Markup(script),
+        script_digest=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
+        name=folder.resolve().name,
+        architecture=_text(about.get("architectures")),
+        config=config,
+        ratio=plan.original_bytes / config.size_bytes,
+        plan=plan,
+        certificate=config.certificate,
+        verdict=_verdict(config.certificate, record),
+        record=record,
+        pictures=list(_pictures(plan, record)),
+        summary=_summary(plan),
+        columns=layer_columns(plan),
+        largest_bytes=max((layer.cost_bytes for layer in plan.layers.values()), default=0),
+        unchecked=unchecked(config, record),
+        provenance=_provenance(config, record, about),
+    )
+
+
+def _resource(name: str) -> str:
+    return resources.files("hf_lossless").joinpath("templates", name).read_text(encoding="utf-8")
+
+
+def _text(value: Any) -> str:
+    """What a config.json says, whatever it says."""
+    if value is None:
+        return "unknown"
+    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def _verdict(certificate: Certificate | None, record: CompressionRecord | None) -> _Verdict:
+    if certificate is None:
+        text = (
+            "Nothing is proven of rows that had no part in making this model. A compression with a tolerance as its "
+            "target is certified; a finished model can be tested with: hf-lossless certify."
+        )
+        return _Verdict("none", "Not certified: the folder has no certificate", [text])
+    seen = certificate.evidence
+    share = f"{100 * abs(seen.tolerance):.3g} % of the original's"
+    outcome = f"did not rise by more than {share}" if seen.tolerance > 0 else f"fell by more than {share}"
+    headlines = {CERTIFIED: f"Certified: the loss {outcome}", LOSS_DECREASED: "Certified: the loss fell"}
+    rows = f", on {seen.num_rows:,} held-out rows, at {100 * seen.confidence:.6g} % confidence"
+    headline = headlines.get(certificate.verdict)
+    not_smaller = [] if record is None or record.not_smaller is None else [f"Not smaller: {record.not_smaller}."]
+    return _Verdict(
+        "good" if certificate.passed else "bad",
+        "Not certified" if headline is None else headline + rows,
+        [certificate.paragraph(), *not_smaller],
+    )
+
+
+def _pictures(plan: CompressionPlan, record: CompressionRecord | None) -> Iterator[_Picture]:
+    if record is not None:
+        size, predicted = record.chosen
+        yield _Picture(
+            svg_data_uri(frontier_figure(record)),
+            f"The frontier: {record.frontier_plans:,} plans by size and predicted change of the loss. The chosen plan "
+            f"takes {size:,} bytes and is predicted to change the loss by {predicted:+.3g}.",
+            "The plans that no other beats in both size and predicted loss. Bars reach two standard errors to each "
+            "side. Around 0 the axis is linear: what lies there is too small to matter.",
+        )
+    order = "of the model" if record is not None else "of their names"
+    has_ranks = any(layer.low_rank is not None for layer in plan.layers.values())
+    yield _Picture(
+        svg_data_uri(layers_figure(plan)),
+        f"How each of {len(plan.layers):,} layers is stored: {'; '.join(_summary(plan))}.",
+        f"Layers in the order {order}."
+        + (" A rank stands as a number at the end of its bar where there is room." if has_ranks else ""),
+    )
+    if record is not None and record.checks:
+        yield _Picture(
+            svg_data_uri(agreement_figure(record)),
+            f"Predicted against measured: {len(record.checks):,} measurements on the calibration rows.",
+            "What was measured while the plan was made, on the calibration rows. Bars reach two standard errors to "
+            "each side.",
+        )
+
+
+def _summary(plan: CompressionPlan) -> list[str]:
+    """How many layers of which kind, and the bytes in them."""
+    kinds = {
+        "grid": "on a grid",
+        "low_rank": "as two factors",
+        "sum": "as codes plus two factors",
+        "kept": "kept as they were",
+    }
+    texts = []
+    for kind, words in kinds.items():
+        found: list[LayerPlan] = [layer for layer in plan.layers.values() if layer.kind == kind]
+        if found:
+            texts.append(f"{len(found):,} {words}, {sum(layer.cost_bytes for layer in found):,} bytes")
+    return texts
+
+
+def _provenance(
+    config: LosslessCheckpointConfig, record: CompressionRecord | None, about: dict[str, Any]
+) -> list[tuple[str, str]]:
+    """What is known of where the model comes from, line by line."""
+    lines = [
+        ("theory", config.plan.theory),
+        ("architecture", _text(about.get("architectures"))),
+        ("kind of model", _text(about.get("model_type"))),
+        ("format version", str(config.format_version)),
+        ("transformers that saved it", _text(about.get("transformers_version"))),
+    ]
+    if record is not None:
+        error = record.measured_loss_change_error
+        measured = "not finite" if record.measured_loss_change is None else f"{record.measured_loss_change:+.4g}"
+        exact = "" if record.resolution_bytes == 0 else f", sizes rounded up to {record.resolution_bytes:,} bytes"
+        lines += [
+            (
+                "calibration rows",
+                f"{record.calibration_rows:,}, mean loss of the original {record.calibration_loss:.4g}",
+            ),
+            ("predicted change of the loss", f"{record.chosen[1]:+.4g}"),
+            ("measured on the calibration rows", measured + ("" if error is None else f", standard error {error:.2g}")),
+            ("plans on the frontier", f"{record.frontier_plans:,}{exact}"),
+        ]
+    if record is not None and config.certificate is None:
+        lines.append(("versions", ", ".join(f"{name} {version}" for name, version in record.versions.items())))
+    return lines

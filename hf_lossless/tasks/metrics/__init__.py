@@ -1,0 +1,1 @@
+"""Metrics as `evaluate.Metric` classes that ship with the package: `evaluate.load` would need the network."""

@@ -1,0 +1,69 @@
+"""What the recipes share: their options, saving, and what is said at the end.
+
+python recipes/bert_squad.py --out small      compress the checkpoint from the Hub, with its data
+python recipes/bert_squad.py --smoke          the same on a tiny random model, offline, in seconds
+--model DIR, --data DATA [--split NAME]       another checkpoint of the family, other data (see README)
+"""
+
+import argparse
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import datasets
+from rich.console import Console
+from transformers import PreTrainedModel
+
+from hf_lossless.calibration.data import load_rows
+from hf_lossless.checkpoint import new_folder
+from hf_lossless.evaluation import evaluate
+from hf_lossless.report import certificate_texts, comparison_table, plan_table
+from hf_lossless.tasks.registry import task_of
+
+Compress = Callable[[str, datasets.Dataset], PreTrainedModel]
+"""A recipe: from a checkpoint's name and rows to the compressed model."""
+
+SmokeModel = Callable[[Path], tuple[str, datasets.Dataset]]
+"""Writes a tiny model into a folder, and gives its name and rows."""
+
+
+def main(compress: Compress, model: str, rows: Callable[[], datasets.Dataset], smoke: SmokeModel) -> None:
+    """Runs a recipe as its options say."""
+    parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--model", default=model, help="checkpoint: a folder or a Hub id")
+    parser.add_argument("--data", help="a file, a folder or a Hub id in place of the recipe's data")
+    parser.add_argument("--split", help="which split of --data")
+    parser.add_argument("--out", type=Path, help="folder to write; needed but for --smoke")
+    parser.add_argument("--smoke", action="store_true", help="a tiny random model instead, offline")
+    options = parser.parse_args()
+    if options.smoke:
+        with tempfile.TemporaryDirectory(prefix="hf-lossless-smoke-") as folder:
+            name, few_rows = smoke(Path(folder) / "model")
+            _run(compress, name, few_rows, options.out or Path(folder) / "small")
+        return
+    if options.out is None:
+        parser.error("--out is needed: the folder to write")
+    _run(compress, options.model, load_rows(options.data, options.split) if options.data else rows(), options.out)
+
+
+def _run(compress: Compress, name: str, rows: datasets.Dataset, out: Path) -> None:
+    console = Console()
+    with new_folder(out) as folder:
+        model: Any = compress(name, rows)
+        task = task_of(model)
+        processor = task.load_processor(name)
+        model.save_pretrained(folder)
+        processor.save_pretrained(folder)
+        result = model.hf_quantizer.result
+        console.print(plan_table(result.plan))
+        for text in certificate_texts(result):
+            console.print(text, soft_wrap=True, highlight=False)
+        again = task.load_model(str(folder))
+        some = rows.select(range(min(len(rows), 64)))
+        judged = {which: evaluate(one, some, task, processor) for which, one in (("saved", model), ("loaded", again))}
+    console.print(f"{out}: {result.ratio:.2f} times smaller. Loaded again, on {len(some)} of the rows:", soft_wrap=True)
+    sizes = {which: (evaluation, result.size_bytes) for which, evaluation in judged.items()}
+    console.print(comparison_table(sizes, result.plan.original_bytes))
+    if judged["saved"] != judged["loaded"]:
+        raise SystemExit("the loaded model is not the saved one: please report this")
