@@ -10,15 +10,19 @@ leaves the loss D and takes the bits
 
     D(theta) = sum min(theta, s_ki),      rate(theta) = sum max(0, 1/2 log2(s_ki / theta)).
 
-In which sense it is a bound: no code, of whatever length and complexity, stores weights that are independent and normal,
-of variance sigma^2 in every direction, in fewer bits at that loss. Normal weights are the hardest of their variance, so
-for the real ones the limit is at most this, and a plan may lie below it where a layer's weights have heavy tails or lie
-in few directions. The decoder is taken to know the eigenbases for nothing. The curvature is that of the calibration
-rows, undamped: a direction that they do not excite takes no bits. It so bounds what the rows that a plan was fitted to
-say of it; a prediction made on other rows, and the held-out loss, ask for more.
+In which sense it is a bound: no code, of whatever length and complexity, stores weights that are independent and
+normal, of variance sigma^2 in every direction, in fewer bits at that loss. Normal weights are the hardest of their
+variance, so for the real ones the limit is at most this, and a plan may lie below it where a layer's weights have heavy
+tails or lie in few directions. The decoder is taken to know the eigenbases for nothing.
+
+The curvature is that of the calibration rows. Undamped, a direction that they do not excite takes no bits, and the bound
+is that of the loss which the rows that a plan was fitted to say of it; a prediction made on other rows, and the held-out
+loss, ask for more. Damped as shaped grids are, it is the bound of what their rounding minimises, and says how much is
+lost between that metric and the bytes: at high rate, whole numbers coded at their entropy take 1/2 log2(pi e / 6), or
+0.25 bits, more than the bound for every weight (Gish & Pierce 1968).
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -26,7 +30,8 @@ from torch import Tensor
 
 from hf_lossless.calibration.curvature import KroneckerFactors
 from hf_lossless.calibration.statistics import LayerStatistics
-from hf_lossless.layers import Layer
+from hf_lossless.layers import Layer, LayerKind
+from hf_lossless.plan import Damping
 from hf_lossless.theories.problem import Problem
 
 _FINEST_BITS = 10
@@ -48,11 +53,12 @@ class Signals:
     columns: Tensor
 
     @classmethod
-    def of(cls, matrix: Tensor, curvature: KroneckerFactors) -> "Signals":
+    def of(cls, matrix: Tensor, curvature: KroneckerFactors, damping: Damping | None = None) -> "Signals":
         """Those of a layer's matrix [out, in]."""
         mean_square = matrix.detach().square().mean(dtype=torch.float64).item()
-        rows = eigenvalues(curvature.rows) * (0.5 * curvature.scale * mean_square)
-        return cls(rows, eigenvalues(curvature.columns).sort().values)
+        row_share, column_share = (0.0, 0.0) if damping is None else (damping.rows, damping.columns)
+        rows = _damped(eigenvalues(curvature.rows), row_share) * (0.5 * curvature.scale * mean_square)
+        return cls(rows, _damped(eigenvalues(curvature.columns), column_share).sort().values)
 
     @property
     def largest(self) -> float:
@@ -82,7 +88,10 @@ class Signals:
 
 
 def rate_distortion(
-    problem: Problem, other_bytes: int, thetas: Sequence[float] | None = None
+    problem: Problem,
+    other_bytes: int,
+    thetas: Sequence[float] | None = None,
+    damping: Callable[[LayerKind], Damping] | None = None,
 ) -> list[tuple[float, float]]:
     """The bound for a whole model: pairs of bytes and predicted rise of the mean loss, in nats.
 
@@ -91,6 +100,7 @@ def rate_distortion(
         other_bytes: Bytes of the tensors that are no layer's weight; they are counted as they are.
         thetas: Water levels, in nats for each component; None: a quarter of a bit apart, from the coarsest, where no
             weight is left.
+        damping: Of a layer's curvature, such as `candidates.coded.damping_of`; None: it is not damped.
 
     Returns:
         `(other_bytes + rate / 8, D)` for each level, in their order. A layer that no gradient reaches is counted as it
@@ -111,7 +121,8 @@ def rate_distortion(
         if curvature is None:
             num_bytes += layer.weight.nbytes
         else:
-            signals.append(Signals.of(layer.matrix, curvature))
+            share = None if damping is None else damping(layer.kind)
+            signals.append(Signals.of(layer.matrix, curvature, share))
     if not signals:
         return [(num_bytes, 0.0)]
     levels = torch.tensor(_usual_levels(signals) if thetas is None else thetas, dtype=torch.float64)
@@ -127,6 +138,11 @@ def eigenvalues(factor: Tensor) -> Tensor:
     found = torch.linalg.eigvalsh(factor.double().cpu())
     noise = len(found) * torch.finfo(factor.dtype).eps * found[-1]
     return torch.where(found > noise, found, 0.0)
+
+
+def _damped(values: Tensor, share: float) -> Tensor:
+    """Eigenvalues of a factor to which `share` of its mean diagonal is added."""
+    return values + share * values.mean()
 
 
 def _curvature_of(layer: Layer, statistics: LayerStatistics) -> KroneckerFactors | None:

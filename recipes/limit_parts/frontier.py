@@ -3,7 +3,7 @@
 import math
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from peers import scores
 
 from hf_lossless import LosslessCompressionConfig
 from hf_lossless.calibration.curvature import second_order_change
+from hf_lossless.candidates.coded import damping_of
 from hf_lossless.checkpoint import state_dict_with_guards
 from hf_lossless.config import LosslessCheckpointConfig
 from hf_lossless.errors import UnreachableTargetError
@@ -20,6 +21,9 @@ from hf_lossless.pipeline import analyse, realise
 from hf_lossless.planning import Planned, Planner
 from hf_lossless.theories.rate_distortion import rate_distortion
 from limit_parts.trial import Bench
+
+Points = list[tuple[float, float]]
+"""Bytes and loss."""
 
 STORAGES = ("fixed", "entropy")
 
@@ -59,12 +63,16 @@ def frontier(
             continue
         rows[f"{ratio:g}"] = row = _row(bench, original, planner, planned, ratio, keep)
         print(storage, ratio, row, flush=True)
-    return {"rows": rows, "bound": bound(bench, planner)}
+    return {"rows": rows, "bounds": bounds_of(bench, planner)}
 
 
-def bound(bench: Bench, planner: Planner) -> list[tuple[float, float]]:
-    """Bytes and loss of the rate-distortion bound."""
-    return rate_distortion(planner.problem, bench.other_bytes)
+def bounds_of(bench: Bench, planner: Planner) -> dict[str, Points]:
+    """The rate-distortion bound in the metric as it is, and in the damped one."""
+    problem, other_bytes = planner.problem, bench.other_bytes
+    return {
+        "undamped": rate_distortion(problem, other_bytes),
+        "damped": rate_distortion(problem, other_bytes, damping=damping_of),
+    }
 
 
 def _config(storage: str, ratio: float) -> LosslessCompressionConfig:
@@ -77,11 +85,6 @@ def _row(
     model = bench.problem.copy()
     measured = realise(model, planner.problem, planned)
     checkpoint = LosslessCheckpointConfig.of(planned.plan)
-    in_sample = 0.0
-    for layer in planner.problem.layers:
-        curvature = planner.problem.calibration.layers[layer.name].curvature
-        if planned.plan.layers[layer.name].kind != "kept" and curvature is not None:
-            in_sample += second_order_change(planned.error(layer), curvature)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         model.config.quantization_config = checkpoint
@@ -96,26 +99,44 @@ def _row(
         "tensor_bytes": planned.plan.tensor_bytes,
         **bench.judged(scores(logits_of(model), bench.test_batches)),
         "predicted": planned.plan.predicted_loss_change,
-        "in_sample": in_sample,
+        **_own_costs(planner, planned),
         "measured": measured,
         "kinds": _counted([one.kind for one in planned.plan.layers.values()]),
     }
+
+
+def _own_costs(planner: Planner, planned: Planned) -> dict[str, float]:
+    """What its own rows say that a plan costs, in the metric as it is and in the one that shapes grids."""
+    costs = {"in_sample": 0.0, "damped": 0.0}
+    for layer in planner.problem.layers:
+        curvature = planner.problem.calibration.layers[layer.name].curvature
+        if planned.plan.layers[layer.name].kind == "kept" or curvature is None:
+            continue
+        error, damping = planned.error(layer), damping_of(layer.kind)
+        rows, columns = curvature.damped(damping.rows).rows, curvature.damped(damping.columns).columns
+        costs["in_sample"] += second_order_change(error, curvature)
+        costs["damped"] += second_order_change(error, replace(curvature, rows=rows, columns=columns))
+    return costs
 
 
 def _counted(names: list[str]) -> dict[str, int]:
     return {name: names.count(name) for name in sorted(set(names))}
 
 
-def bits_above_bound(row: dict[str, Any], points: list[tuple[float, float]], num_weights: int) -> dict[str, float]:
-    """Bits per weight that a plan takes beyond the bound, at equal predicted loss (of other rows, and of its own)."""
+def bits_above_bound(row: dict[str, Any], bounds: dict[str, Points], num_weights: int) -> dict[str, float]:
+    """Bits per weight that a plan takes beyond the bound at equal loss.
+
+    The loss is what other rows predict, what those say that it was fitted to, and what these say in the damped metric,
+    with the bound of that metric.
+    """
     return {
-        quantity: 8 * (row["tensor_bytes"] - bytes_at(row[quantity], points)) / num_weights
-        for quantity in ("predicted", "in_sample")
+        quantity: 8 * (row["tensor_bytes"] - bytes_at(row[quantity], bounds[metric])) / num_weights
+        for quantity, metric in (("predicted", "undamped"), ("in_sample", "undamped"), ("damped", "damped"))
         if row[quantity] > 0
     }
 
 
-def bytes_at(loss: float, points: list[tuple[float, float]]) -> float:
+def bytes_at(loss: float, points: Points) -> float:
     """Bytes of the bound at a loss, between its points along the logarithm of the loss."""
     found = sorted((math.log(one), num_bytes) for num_bytes, one in points)
     return float(np.interp(math.log(loss), *zip(*found, strict=True)))

@@ -49,14 +49,19 @@ def test_plans_lie_above_the_bound_on_their_own_rows(name):
     for storage in model["storages"].values():
         for row in storage.values():
             if "kl" in row and row["in_sample"] > 0:
-                assert row["tensor_bytes"] > frontier.bytes_at(row["in_sample"], model["bound"])
+                assert row["bits_above_bound"]["in_sample"] > 0
+                assert row["bits_above_bound"]["damped"] > 0
 
 
 def test_bytes_of_the_bound_lie_between_its_points():
     points = [(100.0, 1e-2), (200.0, 1e-4)]
     assert frontier.bytes_at(1e-3, points) == pytest.approx(150)
-    row = {"tensor_bytes": 175, "predicted": 1e-3, "in_sample": 0.0}
-    assert frontier.bits_above_bound(row, points, 100) == {"predicted": pytest.approx(2.0)}
+    row = {"tensor_bytes": 175, "predicted": 1e-3, "in_sample": 0.0, "damped": 1e-2}
+    bounds = {"undamped": points, "damped": [(50.0, 1e-2), (70.0, 1e-4)]}
+    assert frontier.bits_above_bound(row, bounds, 100) == {
+        "predicted": pytest.approx(2.0),
+        "damped": pytest.approx(10.0),
+    }
 
 
 def test_the_gain_is_taken_where_the_divergence_is_the_same():

@@ -1,19 +1,23 @@
 """The rate-distortion bound of the quadratic model."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import nn
 
-from hf_lossless.calibration.curvature import KroneckerFactors
+from hf_lossless.calibration.curvature import KroneckerFactors, second_order_change
 from hf_lossless.calibration.loss import batch_loss
 from hf_lossless.calibration.statistics import calibrate
 from hf_lossless.candidates.coded import DAMPING
 from hf_lossless.candidates.settle_coded import settle_coded
+from hf_lossless.candidates.shaped import step_at
+from hf_lossless.candidates.sides import Sides
+from hf_lossless.candidates.two_sided import round_two_sided
 from hf_lossless.layers import find_layers
 from hf_lossless.pipeline import tensor_bytes
-from hf_lossless.plan import CodedGrid
+from hf_lossless.plan import CodedGrid, Damping
 from hf_lossless.theories.problem import Problem
 from hf_lossless.theories.rate_distortion import Signals, eigenvalues, rate_distortion
 
@@ -52,6 +56,43 @@ def test_white_spectra_have_the_closed_form():
     bits, losses = signals.at_levels(thetas)
     assert (bits / 24).tolist() == pytest.approx([0, 1, 3], abs=1e-6)
     assert losses.tolist() == pytest.approx([24 * s, 24 * s / 4, 24 * s / 64])
+
+
+def test_damping_is_that_of_shaped_grids():
+    """Eigenvalues of the damped factors."""
+    factors, W = _factors(5, 6, 4), torch.ones(6, 4)
+    signals = Signals.of(W, factors, Damping(rows=0.3, columns=0.1))
+    torch.testing.assert_close(signals.columns, eigenvalues(factors.damped(0.1).columns), rtol=1e-5, atol=0)
+    rows = 0.5 * factors.scale * eigenvalues(factors.damped(0.3).rows)
+    torch.testing.assert_close(signals.rows, rows, rtol=1e-5, atol=0)
+
+
+def test_uniform_steps_take_a_quarter_of_a_bit_more():
+    """At high rate, in the damped metric that shapes them: 1/2 log2(pi e / 6) bits for normal weights."""
+    generator = torch.Generator().manual_seed(6)
+    W, factors = torch.randn(256, 128, generator=generator), _factors(7, 256, 128)
+    sides = Sides.of(factors, DAMPING)
+    step = step_at(8.0, W, sides)
+    rows, columns = sides.row_steps(step), sides.column_steps
+    codes = round_two_sided(W[None], rows[None], columns[None], [sides.rows], [sides.columns])[0]
+    damped = replace(factors, rows=factors.damped(DAMPING.rows).rows, columns=factors.damped(DAMPING.columns).columns)
+    loss = second_order_change(codes * rows[:, None] * columns - W, damped)
+    theta = torch.tensor([loss / W.numel()], dtype=torch.float64)  # above the water everywhere
+    bits, bound = Signals.of(W, factors, DAMPING).at_levels(theta)
+    assert bound.item() == pytest.approx(loss, rel=1e-3)
+    spread = codes.abs().mean(0, keepdim=True) * codes.abs().mean(1, keepdim=True) / codes.abs().mean()
+    deviation = spread * math.sqrt(math.pi / 2)
+    entropy = _entropy_of_rounded_normal(deviation).mean().item()
+    assert entropy - bits.item() / W.numel() == pytest.approx(0.2546, abs=0.03)
+
+
+def _entropy_of_rounded_normal(deviation):
+    """Bits of a normal number rounded to whole ones."""
+    whole = torch.arange(-400, 401.0, dtype=torch.float64)[:, None, None]
+    normal = torch.distributions.Normal(0.0, 1.0)
+    deviation = deviation.double()
+    chance = normal.cdf((whole + 0.5) / deviation) - normal.cdf((whole - 0.5) / deviation)
+    return -torch.special.xlogy(chance, chance).sum(0) / math.log(2)
 
 
 def test_what_is_no_more_than_rounding_error_has_no_eigenvalue():
