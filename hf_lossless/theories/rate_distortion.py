@@ -15,8 +15,8 @@ normal, of variance sigma^2 in every direction, in fewer bits at that loss. Norm
 variance, so for the real ones the limit is at most this, and a plan may lie below it where a layer's weights have heavy
 tails or lie in few directions. The decoder is taken to know the eigenbases for nothing.
 
-The curvature is that of the calibration rows. Undamped, a direction that they do not excite takes no bits, and the bound
-is that of the loss which the rows that a plan was fitted to say of it; a prediction made on other rows, and the held-out
+The curvature is that of the calibration rows. Undamped, a direction that they do not excite takes no bits: the bound is
+that of the loss which the rows that a plan was fitted to say of it; a prediction made on other rows, and the held-out
 loss, ask for more. Damped as shaped grids are, it is the bound of what their rounding minimises, and says how much is
 lost between that metric and the bytes: at high rate, whole numbers coded at their entropy take 1/2 log2(pi e / 6), or
 0.25 bits, more than the bound for every weight (Gish & Pierce 1968).
