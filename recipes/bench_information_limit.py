@@ -78,7 +78,7 @@ def load(name: str, assets: Path, cache: Path) -> tuple[Bench, Path]:
     return Bench(*peers.load_folder(folder, assets, *peers.DATA["resnet-fashion-mnist"])), folder
 
 
-def bench_frontier(bench: Bench, folder: Path, parts: set[str]) -> dict[str, Any]:
+def bench_frontier(bench: Bench, folder: Path, parts: set[str], ratios: list[float]) -> dict[str, Any]:
     """Parts 1 to 3."""
     original = Original(folder)
     report: dict[str, Any] = {"storages": {}, "test_rows": len(bench.labels), "layers": len(bench.layers)}
@@ -100,7 +100,7 @@ def bench_frontier(bench: Bench, folder: Path, parts: set[str]) -> dict[str, Any
             report["loading"] = loading({"original": folder, "compressed": saved}, auto)
 
     for storage in STORAGES:
-        found = frontier(bench, original, storage, _RATIOS, keep)
+        found = frontier(bench, original, storage, ratios, keep)
         report["storages"][storage] = found["rows"]
         report["bounds"] = found["bounds"]
     for rows in report["storages"].values():
@@ -187,6 +187,7 @@ def main() -> None:
     parser.add_argument("--assets", type=Path, default=ASSETS)
     parser.add_argument("--models", nargs="*", choices=MODELS, default=list(MODELS))
     parser.add_argument("--parts", nargs="*", choices=PARTS, default=list(PARTS))
+    parser.add_argument("--ratios", nargs="*", type=float, default=_RATIOS)
     parser.add_argument("--cache", type=Path, default=Path(tempfile.gettempdir()) / "hf_lossless_models")
     parser.add_argument("--out", type=Path, default=_OUT)
     arguments = parser.parse_args()
@@ -212,7 +213,8 @@ def main() -> None:
             arguments.out.write_text(json.dumps(report, indent=1) + "\n")
 
         if parts - {"effects"}:
-            model |= bench_frontier(bench, folder, parts if name == "minilm-sst2" else parts - {"loading"})
+            chosen = parts if name == "minilm-sst2" else parts - {"loading"}
+            model |= bench_frontier(bench, folder, chosen, arguments.ratios)
             arguments.out.write_text(json.dumps(report, indent=1) + "\n")
         if "effects" in parts and name in EFFECTS:
             bench_effects(name, bench, arguments.assets, write)
