@@ -1,8 +1,8 @@
 """What the knapsack may choose for each layer: a candidate, its prediction, and the grid of the layer's input.
 
 The bytes of an entropy-coded grid are an estimate until the layer has been rounded on it, and so is what it costs. Once
-it has been, both are put right: the bytes by those found, the prediction, which other rows made, by what the rows that
-it was fitted to say now over what they were expected to say. The layer's other coded grids are put right in the same
+it has been, both are put right: the bytes by those found, the prediction by what the layer costs in its damped metric
+over what it was expected to cost in it. The layer's other coded grids are put right in the same
 proportion as the nearest that was rounded.
 """
 
@@ -37,7 +37,7 @@ Options = dict[str, list[Option]]
 
 @dataclass(frozen=True)
 class Found:
-    """What rounding a layer on a coded grid found: its bytes, and the cost on the rows that it was fitted to."""
+    """What rounding a layer on a coded grid found: its bytes, and the cost in its damped metric."""
 
     num_bytes: int
     cost: float

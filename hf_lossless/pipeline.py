@@ -14,6 +14,7 @@ from hf_lossless import knapsack
 from hf_lossless.apply import apply_plan
 from hf_lossless.batch_norms import batch_norms, follow, input_moments
 from hf_lossless.biases import bias_corrections, correct_biases
+from hf_lossless.calibration.fisher import drawn_batches, with_fisher
 from hf_lossless.calibration.loss import Batch, LossFunction, batch_loss
 from hf_lossless.calibration.perturbation import LossChange, loss_change
 from hf_lossless.calibration.processes import own_share, process_state, progress_bar, same_in_every_process
@@ -187,7 +188,9 @@ def analyse(
     layers = _layers_to_compress(model, config)
     present_bytes = tensor_bytes(model)
     ranks = ranks_by_layer(layers, config.ranks)
-    with progress_bar(len(own_share(batches)), "calibrating") as advance:
+    drawn = drawn_batches(model, batches, config.seed) if "entropy" in config.storage and loss is batch_loss else None
+    num_passes = len(own_share(batches)) + (len(own_share(drawn.batches)) if drawn else 0)
+    with progress_bar(num_passes, "calibrating") as advance:
         calibration = calibrate(
             model,
             batches,
@@ -195,9 +198,11 @@ def analyse(
             loss,
             advance,
             gradients=theory.gradients or (theory.gradients_for_ranks and bool(ranks)),
-            curvature=theory.curvature,
+            curvature=theory.curvature and drawn is None,
             activation_bits=config.activation_widths,
         )
+        if drawn is not None:
+            calibration = with_fisher(calibration, model, drawn, layers, advance)
     candidates = menu(layers, calibration, config, ranks, theory.truncation, by_derivatives=theory.by_derivatives)
     with progress_bar(sum(map(len, candidates.values())), "predicting") as advance:
         problem = Problem(

@@ -1,5 +1,6 @@
 """Curvature of the even and of the odd calibration batches: what is fitted to one half is judged by the other."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -17,16 +18,18 @@ class HalvedCurvature:
         now: Which of them the present batch belongs to.
     """
 
-    def __init__(self, model: nn.Module, layers: list[Layer], batches: list[Batch]) -> None:
+    def __init__(self, model: nn.Module, layers: list[Layer], batches: list[Batch], halves: Sequence[int]) -> None:
         """Zeros for these layers.
 
         Args:
             model: The model.
             layers: The layers whose curvature is wanted; there may be none.
             batches: All batches, the same in every process.
+            halves: Of each batch, 0 or 1.
         """
         sizes = [num_examples(batch) for batch in batches]
-        self.num_examples = sum(sizes[::2]), sum(sizes[1::2])
+        even, odd = (sum(size for size, own in zip(sizes, halves, strict=True) if own == half) for half in range(2))
+        self.num_examples = even, odd
         self.sums = {
             layer.name: tuple(CurvatureSums(layer, modules_of(model, layer), sum(sizes)) for _ in range(2))
             for layer in layers

@@ -167,6 +167,7 @@ def calibrate(
     gradients: bool = False,
     curvature: bool = False,
     activation_bits: Sequence[int] = (),
+    halves: Sequence[int] | None = None,
 ) -> Calibration:
     """One forward-backward pass; the model's weights, gradients and flags are as before afterwards.
 
@@ -181,6 +182,7 @@ def calibrate(
             long for the transformers it was measured on and 2.5 times for a ResNet, whose patches are nine times its
             input; and see `curvature.LARGEST_FACTOR` for the memory.
         activation_bits: Gather what rounding inputs to these widths would do to the loss; see `activations`.
+        halves: The half, 0 or 1, that each batch's curvature belongs to; None: they take turns.
 
     Returns:
         Statistics, the same in every process. Costs one forward and one backward pass, and the memory of one gradient
@@ -192,17 +194,18 @@ def calibrate(
     device = model_device(model)
     total_examples = sum(num_examples(batch) for batch in batches)
     sums = {layer.name: _Sums() for layer in layers}
-    halves = HalvedCurvature(model, layers if curvature else [], batches)
+    half_of = [index % 2 for index in range(len(batches))] if halves is None else halves
+    curvatures = HalvedCurvature(model, layers if curvature else [], batches, half_of)
     activations = {
         layer.name: ActivationSums(layer, activation_bits)
         for layer in layers
         if activation_bits and may_quantise_input(layer.kind, layer.tied)
     }
     batch_losses = torch.zeros(len(batches), dtype=torch.float64)
-    with torch.enable_grad(), _only_gradients_of(model, layers), _watched(model, layers, sums, halves, activations):
+    with torch.enable_grad(), _only_gradients_of(model, layers), _watched(model, layers, sums, curvatures, activations):
         with failing_together():
             for index, batch in own_share(batches):
-                halves.now = index % 2
+                curvatures.now = half_of[index]
                 value = loss(model, to_device(batch, device))
                 _check(value, index, len(batches))
                 share = num_examples(batch) / total_examples
@@ -222,8 +225,8 @@ def calibrate(
                 f"the gradient of layer {layer.name!r} is not finite, though the loss is. Load the model in another "
                 "dtype (float16 overflows where bfloat16 and float32 do not)."
             )
-        curvatures = halves.curvature_of(layer.name)
-        if curvatures and not curvatures["curvature"].is_finite:
+        factors = curvatures.curvature_of(layer.name)
+        if factors and not factors["curvature"].is_finite:
             raise CalibrationError(
                 f"the second moments of layer {layer.name!r} overflow: its inputs or gradients are too large. "
                 "Check the scale of the inputs and the loss, or keep this layer out with modules_to_not_convert."
@@ -231,7 +234,7 @@ def calibrate(
         statistics[layer.name] = replace(
             sums[layer.name].statistics(gradient),
             gradient=as_matrix(gradient, layer.kind).float() if gradients else None,
-            **curvatures,
+            **factors,
             activations=activations[layer.name].statistics(total_examples) if layer.name in activations else None,
         )
     losses = sum_over_processes(batch_losses).tolist()

@@ -27,7 +27,7 @@ class Candidate:
         low_rank: Rank and grids of the factors, where there are factors.
         factors: Their values, before they are put on their grids.
         coded: The shaped grid, for kind "coded"; its `cost_bytes` are estimated.
-        expected_cost: For kind "coded": what the rows that it is fitted to are expected to say that it costs, in nats.
+        expected_cost: For kind "coded": what it is expected to cost in the damped metric that shaped it, in nats.
     """
 
     grid: Grid | None

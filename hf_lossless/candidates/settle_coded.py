@@ -2,7 +2,7 @@
 
 from collections import defaultdict
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -30,7 +30,7 @@ class CodedLayer:
         grid: The grid.
         matrix: Codes and steps.
         stored: Their bytes, uint8.
-        cost: What the rows that it was fitted to say that it costs, in nats.
+        cost: What it costs in the damped metric that shaped it, in nats.
     """
 
     grid: CodedGrid
@@ -87,6 +87,7 @@ def settle_coded(
                     row_steps[member].cpu().numpy(),
                     column_steps[member].cpu().numpy(),
                 )
-                cost = second_order_change(errors[member], curvature)
+                rows, columns = curvature.damped(grid.damping.rows).rows, curvature.damped(grid.damping.columns).columns
+                cost = second_order_change(errors[member], replace(curvature, rows=rows, columns=columns))
                 settled[layer.name] = CodedLayer(grid, coded, encode(coded), cost)
     return settled

@@ -116,6 +116,15 @@ class Trial:
     codes: Tensor
     errors: Tensor
 
+    def cost(self, step: float, share: float) -> float:
+        """What a layer costs in its damped metric, in nats: `1/2 ||E||^2 = c^2 / 2 sum_ki e_ki^2`.
+
+        Args:
+            step: c.
+            share: Rows of the layer over sampled rows.
+        """
+        return 0.5 * step**2 * share * self.errors.square().sum(dtype=torch.float64).item()
+
 
 def try_step(step: float, sample: Sample, sides: Sides) -> Trial:
     """Rounds a sample of rows as feedback would.

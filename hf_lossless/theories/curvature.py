@@ -25,7 +25,7 @@ from hf_lossless.candidates.parallel import for_each_layer
 from hf_lossless.candidates.proposal import Candidate
 from hf_lossless.candidates.uniform import on_grid
 from hf_lossless.layers import Layer
-from hf_lossless.plan import Grid
+from hf_lossless.plan import CodedGrid, Grid
 from hf_lossless.theories.coded_rounding import coded_changes
 from hf_lossless.theories.fitted_rounding import feedback_changes
 from hf_lossless.theories.problem import Prediction, Problem
@@ -39,16 +39,20 @@ def predict(problem: Problem) -> dict[str, list[Prediction]]:
         problem: With curvature in its statistics. Model and data are not used.
     """
     by_feedback = feedback_changes(problem)
-    changes = for_each_layer(lambda layer: _changes(problem, layer, by_feedback.get(layer.name, {})), problem.layers)
+    of_coded = coded_changes(problem)
+    changes = for_each_layer(
+        lambda layer: _changes(problem, layer, by_feedback.get(layer.name, {}), of_coded[layer.name]), problem.layers
+    )
     return {name: [Prediction(change) for change in group] for name, group in changes.items()}
 
 
-def _changes(problem: Problem, layer: Layer, by_feedback: dict[Grid, float]) -> list[float]:
+def _changes(
+    problem: Problem, layer: Layer, by_feedback: dict[Grid, float], of_coded: dict[CodedGrid, float]
+) -> list[float]:
     statistics = problem.calibration.layers[layer.name]
     assert statistics.curvature is not None
     candidates = problem.candidates[layer.name]
     cross_fit = CrossFit(statistics)
-    changes_of_coded = coded_changes(layer, candidates, statistics, problem.seed)
     changes_of_rank = {
         base: cross_fit.changes(_left_by(layer, base), largest) for base, largest in _largest_ranks(candidates).items()
     }
@@ -57,7 +61,7 @@ def _changes(problem: Problem, layer: Layer, by_feedback: dict[Grid, float]) -> 
         if candidate.kind == "kept":
             changes.append(0.0)
         elif candidate.coded is not None:
-            changes.append(changes_of_coded[candidate.coded])
+            changes.append(of_coded[candidate.coded])
         elif candidate.kind == "grid" and candidate.grid in by_feedback:
             changes.append(by_feedback[candidate.grid])
         elif candidate.low_rank is None or candidate.factors is None:

@@ -1,0 +1,117 @@
+"""Labels drawn from the model's own predictions, for the true Fisher matrix.
+
+The curvature of a loss that is a negative log-likelihood is estimated by second moments of its gradient. With the
+data's labels that is the empirical Fisher matrix, small on rows that the model knows by heart; with labels drawn from
+its own predictions it is the Fisher matrix itself, which is also the second derivative of the divergence from the
+model's predictions (Kunstner et al. 2019, arXiv 1905.12558). Several draws for each row leave less noise, at a backward
+pass each: on a ViT four draws for 128 rows were worth as much as 2,048 rows with the data's labels.
+
+Drawn are the classes of rows or of tokens, and the two ends of an answer. Which scores a label belongs to (those of its
+own token or of the one before, as for causal language models) is seen from which of both gives the model's loss.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from hf_lossless.calibration.loss import Batch, batch_loss, model_device, to_device
+
+DRAWS = 4
+"""Labels that are drawn for each row."""
+
+_IGNORED = -100
+"""The label that losses leave out."""
+
+_ENDS = {"start_positions": "start_logits", "end_positions": "end_logits"}
+
+
+@dataclass(frozen=True)
+class _Labels:
+    """Some labels of a batch, and the scores that they belong to.
+
+    Attributes:
+        scores: [..., classes], float32.
+        labels: [...], as the batch has them.
+        skipped: Labels [:, :skipped] have no scores.
+        ignored: The label that the loss leaves out.
+    """
+
+    scores: Tensor
+    labels: Tensor
+    skipped: int = 0
+    ignored: int = _IGNORED
+
+    @property
+    def loss(self) -> Tensor:
+        """Their mean cross-entropy."""
+        labels = self.labels[:, self.skipped :] if self.skipped else self.labels
+        return F.cross_entropy(self.scores.flatten(0, -2), labels.flatten(), ignore_index=self.ignored)
+
+    def drawn(self, generator: torch.Generator) -> Tensor:
+        """Others in their place, but where the loss leaves them out."""
+        probabilities = self.scores.flatten(0, -2).softmax(-1).cpu()
+        new = torch.multinomial(probabilities, 1, generator=generator)[:, 0].to(self.labels)
+        drawn = self.labels.clone()
+        place = drawn[:, self.skipped :] if self.skipped else drawn
+        place.copy_(torch.where(place == self.ignored, place, new.view(place.shape)))
+        return drawn
+
+
+def with_drawn_labels(model: nn.Module, batch: Batch, generator: torch.Generator) -> list[Batch] | None:
+    """`DRAWS` copies of a batch, each with labels drawn from what the model predicts; one forward pass.
+
+    Args:
+        model: In evaluation mode.
+        batch: As for `batch_loss`.
+        generator: On the CPU.
+
+    Returns:
+        None where the model's loss is not a cross-entropy of scores that it returns.
+
+    Example:
+        >>> batch = torch.zeros(2, 3), torch.tensor([0, 1])
+        >>> certain = nn.Linear(3, 2).requires_grad_(False)
+        >>> _ = certain.bias.copy_(torch.tensor([100.0, 0.0]))
+        >>> with_drawn_labels(certain, batch, torch.Generator().manual_seed(0))[0][1]
+        tensor([0, 0])
+    """
+    batch = to_device(batch, model_device(model))
+    with torch.no_grad():
+        if isinstance(batch, Mapping):
+            outputs, loss = model(**batch), batch_loss(model, batch).float()
+            found = next((one for one in _candidates(outputs, batch) if _makes(one, loss)), None)
+            if found is None:
+                return None
+            return [{**batch, **{name: one.drawn(generator) for name, one in found.items()}} for _ in range(DRAWS)]
+        inputs, targets = batch
+        labels = _Labels(model(inputs).float(), targets)
+    return [(inputs, labels.drawn(generator)) for _ in range(DRAWS)]
+
+
+def _makes(candidate: dict[str, _Labels], loss: Tensor) -> bool:
+    """Whether the model's loss is the mean of their cross-entropies, to within what half precision loses."""
+    mean = torch.stack([one.loss for one in candidate.values()]).mean()
+    return bool(torch.isclose(mean, loss, rtol=0.02, atol=0.01))
+
+
+def _candidates(outputs: Any, batch: Mapping[str, Any]) -> Iterator[dict[str, _Labels]]:
+    """What may be the labels of a batch with their scores, by name."""
+    if all(name in batch and hasattr(outputs, scores) for name, scores in _ENDS.items()):
+        ends = {name: (getattr(outputs, scores).float(), batch[name]) for name, scores in _ENDS.items()}
+        # A position behind the last token is left out.
+        yield {
+            name: _Labels(scores, labels.clamp(0, scores.shape[1]), ignored=scores.shape[1])
+            for name, (scores, labels) in ends.items()
+        }
+        return
+    scores, labels = getattr(outputs, "logits", None), batch.get("labels")
+    if not isinstance(scores, Tensor) or not isinstance(labels, Tensor) or labels.is_floating_point():
+        return
+    if scores.shape[:-1] == labels.shape and scores.shape[-1] > 1:
+        yield {"labels": _Labels(scores.float(), labels)}
+        if labels.ndim == 2:
+            yield {"labels": _Labels(scores[:, :-1].float(), labels, skipped=1)}
