@@ -54,6 +54,7 @@ from hf_lossless import LosslessCompressionConfig
 from hf_lossless.calibration.data import calibration_batches
 from hf_lossless.calibration.loss import Batch
 from hf_lossless.planning import Planned
+from hf_lossless.tasks.text_classification import TextClassification
 
 _HERE = Path(__file__).resolve().parent
 _OUT = _HERE / "bench_information_limit.json"
@@ -78,13 +79,14 @@ def load(name: str, assets: Path, cache: Path) -> tuple[Bench, Path]:
     return Bench(*peers.load_folder(folder, assets, *peers.DATA["resnet-fashion-mnist"])), folder
 
 
-def bench_frontier(bench: Bench, folder: Path, parts: set[str], ratios: list[float]) -> dict[str, Any]:
-    """Parts 1 to 3."""
+def bench_frontier(
+    bench: Bench, folder: Path, parts: set[str], storages: list[str], ratios: list[float], report: dict[str, Any]
+) -> None:
+    """Parts 1 to 3, into the report of a model."""
     original = Original(folder)
-    report: dict[str, Any] = {"storages": {}, "test_rows": len(bench.labels), "layers": len(bench.layers)}
-    report["original"] = {**bench.judged(bench.original), "file_bytes": original.file_bytes}
     num_weights = sum(layer.weight.numel() for layer in bench.layers)
-    report["weights"] = num_weights
+    report |= {"test_rows": len(bench.labels), "layers": len(bench.layers), "weights": num_weights}
+    report["original"] = {**bench.judged(bench.original), "file_bytes": original.file_bytes}
 
     def keep(ratio: float, planned: Planned, saved: Path) -> None:
         if ratio != _SHOWN_RATIO or not planned.coded:
@@ -92,27 +94,21 @@ def bench_frontier(bench: Bench, folder: Path, parts: set[str], ratios: list[flo
         if "coder" in parts:
             report["coder"] = coder_figures(planned.coded.values())
         if "loading" in parts:
-            auto = (
-                "AutoModelForSequenceClassification"
-                if "Sequence" in type(bench.problem.model).__name__
-                else "AutoModelForImageClassification"
-            )
+            text = isinstance(bench.problem.task, TextClassification)
+            auto = "AutoModelForSequenceClassification" if text else "AutoModelForImageClassification"
             report["loading"] = loading({"original": folder, "compressed": saved}, auto)
 
-    for storage in STORAGES:
+    for storage in storages:
         found = frontier(bench, original, storage, ratios, keep)
-        report["storages"][storage] = found["rows"]
-        report["bounds"] = found["bounds"]
-    for rows in report["storages"].values():
-        for row in rows.values():
+        for row in found["rows"].values():
             if "kl" in row:
-                row["bits_above_bound"] = bits_above_bound(row, report["bounds"], num_weights)
-    fixed, entropy = (report["storages"][storage] for storage in STORAGES)
-    report["gain_at_equal_divergence"] = gain_at_equal_divergence(fixed, entropy)
-    report["within_one_error"] = {
-        storage: largest_within_one_error(rows) for storage, rows in report["storages"].items()
-    }
-    return report
+                row["bits_above_bound"] = bits_above_bound(row, found["bounds"], num_weights)
+        report.setdefault("storages", {})[storage] = found["rows"]
+        report.setdefault("bounds", {})[storage] = found["bounds"]
+    found = report["storages"]
+    report["within_one_error"] = {storage: largest_within_one_error(rows) for storage, rows in found.items()}
+    if set(found) == set(STORAGES):
+        report["gain_at_equal_divergence"] = gain_at_equal_divergence(*(found[storage] for storage in STORAGES))
 
 
 def bench_effects(name: str, bench: Bench, assets: Path, write: Callable[[dict[str, Any]], None]) -> None:
@@ -155,7 +151,7 @@ def draw(report: dict[str, Any], path: Path) -> None:
         above, below = column
         megabyte = 1e6
         for storage, rows in model["storages"].items():
-            reached = [row for row in rows.values() if "kl" in row]
+            reached = sorted((row for row in rows.values() if "kl" in row), key=lambda row: row["file_ratio"])
             if not reached:
                 continue
             above.plot([row["file_ratio"] for row in reached], [row["kl"] for row in reached], ".-", label=storage)
@@ -165,7 +161,7 @@ def draw(report: dict[str, Any], path: Path) -> None:
         losses = [row["in_sample"] for rows in model["storages"].values() for row in rows.values() if "kl" in row]
         bound = [
             (num_bytes / megabyte, loss)
-            for num_bytes, loss in model["bounds"]["undamped"]
+            for num_bytes, loss in model["bounds"]["entropy"]["undamped"]
             if loss > min(losses) / 10 and loss < 10 * max(losses)
         ]
         below.plot(*zip(*bound, strict=True), "k--", label="rate-distortion bound")
@@ -187,6 +183,7 @@ def main() -> None:
     parser.add_argument("--assets", type=Path, default=ASSETS)
     parser.add_argument("--models", nargs="*", choices=MODELS, default=list(MODELS))
     parser.add_argument("--parts", nargs="*", choices=PARTS, default=list(PARTS))
+    parser.add_argument("--storages", nargs="*", choices=STORAGES, default=list(STORAGES))
     parser.add_argument("--ratios", nargs="*", type=float, default=_RATIOS)
     parser.add_argument("--cache", type=Path, default=Path(tempfile.gettempdir()) / "hf_lossless_models")
     parser.add_argument("--out", type=Path, default=_OUT)
@@ -214,7 +211,7 @@ def main() -> None:
 
         if parts - {"effects"}:
             chosen = parts if name == "minilm-sst2" else parts - {"loading"}
-            model |= bench_frontier(bench, folder, chosen, arguments.ratios)
+            bench_frontier(bench, folder, chosen, arguments.storages, arguments.ratios, model)
             arguments.out.write_text(json.dumps(report, indent=1) + "\n")
         if "effects" in parts and name in EFFECTS:
             bench_effects(name, bench, arguments.assets, write)

@@ -19,7 +19,6 @@ from hf_lossless.calibration.curvature import KroneckerFactors
 from hf_lossless.calibration.loss import LossFunction, batch_loss
 from hf_lossless.calibration.perturbation import weight_noise
 from hf_lossless.calibration.statistics import Calibration, calibrate
-from hf_lossless.candidates.coded import damping_of
 from hf_lossless.candidates.settle_coded import CodedLayer, settle_coded
 from hf_lossless.candidates.shaped import step_at
 from hf_lossless.candidates.sides import Sides
@@ -32,11 +31,6 @@ _CLOSE = 0.005
 _ATTEMPTS = 6
 
 DampingOf = Callable[[Layer], Damping]
-
-
-def usual_damping(layer: Layer) -> Damping:
-    """That of the package."""
-    return damping_of(layer.kind)
 
 
 @dataclass
@@ -88,7 +82,7 @@ class Variant:
 
     bench: Bench
     calibration: Calibration
-    damping: DampingOf = usual_damping
+    damping: DampingOf
     _sizes: dict[float, int] = field(default_factory=dict)
     _is_first: bool = field(init=False)
 
