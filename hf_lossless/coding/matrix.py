@@ -22,6 +22,7 @@ import struct
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -198,10 +199,10 @@ def _decode_codes(spread: Spread, decoder: SegmentDecoder, models: Iterator[Freq
     for model in range(spread.num_models):
         places = list(blocks.of_model(model))
         shapes = [(rows.stop - rows.start, columns.stop - columns.start) for rows, columns in places]
-        sizes = [num_rows * num_columns for num_rows, num_columns in shapes]
-        symbols = decoder.decode(sum(sizes), next(models)).astype(np.int8)
-        for place, shape, part in zip(places, shapes, np.split(symbols, np.cumsum(sizes)[:-1]), strict=True):
-            ordered[place] = part.reshape(shape)
+        ends = np.cumsum([0, *(num_rows * num_columns for num_rows, num_columns in shapes)])
+        symbols = decoder.decode(int(ends[-1]), next(models)).astype(np.int8)
+        for place, shape, (start, stop) in zip(places, shapes, pairwise(ends), strict=True):
+            ordered[place] = symbols[start:stop].reshape(shape)
     return ordered[np.argsort(blocks.row_order)][:, np.argsort(blocks.column_order)]
 
 

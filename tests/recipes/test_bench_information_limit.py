@@ -50,7 +50,7 @@ def test_plans_lie_above_the_bound_on_their_own_rows(name):
         for row in storage.values():
             if "kl" in row and row["in_sample"] > 0:
                 assert row["bits_above_bound"]["in_sample"] > 0
-                assert row["bits_above_bound"]["damped"] > 0
+                assert min(row["bits_above_bound"].values()) > 0
 
 
 def test_bytes_of_the_bound_lie_between_its_points():
