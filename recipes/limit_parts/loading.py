@@ -28,7 +28,7 @@ print(json.dumps({"load": loaded, "first_forward": time.perf_counter() - start,
 """
 
 
-def loading(folders: dict[str, Path], auto_class: str, turns: int = 5) -> dict[str, Any]:
+def loading(folders: dict[str, Path], auto_class: str, turns: int = 3) -> dict[str, Any]:
     """Medians over some turns, and the ratio of the last folder to the first.
 
     Args:
