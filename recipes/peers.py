@@ -169,12 +169,18 @@ def _reason(error: Exception) -> str:
 
 def load(name: str, assets: Path) -> tuple[PeerProblem, list[Batch]]:
     """A model with its calibration rows, and the held-out rows that judge."""
-    calibration_file, test_file, num_test_rows = DATA[name]
-    text = name == "minilm-sst2"
+    return load_folder(assets / name, assets, *DATA[name])
+
+
+def load_folder(
+    folder: Path, assets: Path, calibration_file: str, test_file: str, num_test_rows: int | None
+) -> tuple[PeerProblem, list[Batch]]:
+    """The same of a model in any folder, with files of `assets`."""
+    text = test_file.endswith(".jsonl")
     auto = transformers.AutoModelForSequenceClassification if text else transformers.AutoModelForImageClassification
-    model = auto.from_pretrained(assets / name).eval()
+    model = auto.from_pretrained(folder).eval()
     task = task_of(model)
-    processor = task.load_processor(str(assets / name))
+    processor = task.load_processor(str(folder))
     config = LosslessCompressionConfig(dataset=str(assets / calibration_file), num_samples=ROWS, ratio=6)
     problem = PeerProblem(model, [dict(batch) for batch in calibration_batches(model, config)], task)
     rows = datasets.load_dataset("json" if text else "parquet", data_files=str(assets / test_file), split="train")
