@@ -153,6 +153,7 @@ def compress_certified(
         LosslessCheckpointConfig.of(chosen.plan, found.certificate).size_bytes,
         chosen.measured_loss_change,
         tuple(check for one in (*others, chosen) for check in one.checks),
+        planner.bound(),
         found.certificate,
         _not_smaller(found, proposals, measured),
     )

@@ -70,6 +70,8 @@ class CompressionResult:
         measured_loss_change: Change of the mean loss on the calibration rows, beside which the plan's
             `predicted_loss_change` can be judged. These rows have had a hand in the plan.
         checks: Everything that was measured beside its prediction, on the same rows; this model comes last.
+        bound: Bytes and predicted loss that no way to store the weights could beat (see `theories.rate_distortion`), by
+            ascending bytes; None where layers were not to be entropy-coded.
         certificate: What held-out rows said of the model; None where the target was a size or a budget.
         not_smaller: Why no smaller plan is certified; None without a certificate.
     """
@@ -81,6 +83,7 @@ class CompressionResult:
     size_bytes: int
     measured_loss_change: float
     checks: tuple[LossCheck, ...]
+    bound: tuple[tuple[int, float], ...] | None = None
     certificate: Certificate | None = None
     not_smaller: str | None = None
 
@@ -143,6 +146,7 @@ def compress(
         LosslessCheckpointConfig.of(planned.plan).size_bytes,
         measured.mean,
         checks_of(planner.problem, planned, measured),
+        planner.bound(),
     )
 
 

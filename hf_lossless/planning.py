@@ -43,6 +43,7 @@ from hf_lossless.plan import CodedGrid, CompressionPlan, activations_of
 from hf_lossless.target import choose_plan
 from hf_lossless.theories.activation_noise import activation_options
 from hf_lossless.theories.problem import Prediction, Problem
+from hf_lossless.theories.rate_distortion import rate_distortion
 
 STATED_FACTOR = 2.0
 """A prediction is stated to be right to within this factor."""
@@ -156,6 +157,28 @@ class Planner:
             if not self._as_stated(planned, measured) and process_state().is_main_process:
                 _logger.warning("the loss rises by more than predicted, also after %d new plans", REPLANS)
         return replace(planned, checks=tuple(checks))
+
+    def bound(self) -> tuple[tuple[int, float], ...] | None:
+        """The rate-distortion bound, by ascending bytes, in the metric and on the scale of what coded grids cost.
+
+        None where no layer can be entropy-coded.
+        """
+        coded = {
+            layer.kind: (candidate, prediction)
+            for layer in self.problem.layers
+            for candidate, prediction in zip(
+                self.problem.candidates[layer.name], self.predictions[layer.name], strict=True
+            )
+            if candidate.coded is not None
+        }
+        if not coded:
+            return None
+        candidate, prediction = next(iter(coded.values()))
+        factor = prediction.loss_change / candidate.expected_cost
+        dampings = {kind: one.coded.damping for kind, (one, _) in coded.items() if one.coded is not None}
+        points = rate_distortion(self.problem, self.other_bytes, damping=dampings.get)
+        losses = {round(num_bytes): factor * loss for num_bytes, loss in points}  # the finer level of two that coincide
+        return tuple(sorted(losses.items()))
 
     def _options(self, config: LosslessCompressionConfig) -> Options:
         """What the knapsack may choose from; which input goes with which weight is decided here, once for all plans."""

@@ -5,7 +5,6 @@ It lies beside config.json in a saved folder. Nothing that loads a model reads i
 
 import math
 import re
-from collections.abc import Sequence
 from itertools import pairwise
 from os import PathLike
 from pathlib import Path
@@ -95,12 +94,11 @@ class CompressionRecord(Record):
         return max(NEGLIGIBLE_SHARE * abs(self.calibration_loss), 1e-9)
 
 
-def record_of(result: CompressionResult, bound: Sequence[Point] | None = None) -> CompressionRecord:
+def record_of(result: CompressionResult) -> CompressionRecord:
     """What is worth keeping of a compression.
 
     Args:
         result: Of `compress`, or of a first load: `model.hf_quantizer.result`.
-        bound: What no way to store the weights could beat; None: not computed.
 
     Example:
         >>> import torch
@@ -123,7 +121,7 @@ def record_of(result: CompressionResult, bound: Sequence[Point] | None = None) -
         frontier=_thinned(result.frontier, plan.other_bytes, chosen),
         frontier_plans=len(result.frontier),
         resolution_bytes=result.frontier.resolution_bytes,
-        bound=None if bound is None else tuple(bound),
+        bound=result.bound,
         checks=result.checks,
         layer_order=tuple(plan.layers),
         calibration_rows=result.calibration.num_examples,

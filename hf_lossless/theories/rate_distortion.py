@@ -91,7 +91,7 @@ def rate_distortion(
     problem: Problem,
     other_bytes: int,
     thetas: Sequence[float] | None = None,
-    damping: Callable[[LayerKind], Damping] | None = None,
+    damping: Callable[[LayerKind], Damping | None] = lambda kind: None,
 ) -> list[tuple[float, float]]:
     """The bound for a whole model: pairs of bytes and predicted rise of the mean loss, in nats.
 
@@ -100,7 +100,7 @@ def rate_distortion(
         other_bytes: Bytes of the tensors that are no layer's weight; they are counted as they are.
         thetas: Water levels, in nats for each component; None: a quarter of a bit apart, from the coarsest, where no
             weight is left.
-        damping: Of a layer's curvature, such as `candidates.coded.damping_of`; None: it is not damped.
+        damping: Of the curvature of layers of a kind; None: it is not damped.
 
     Returns:
         `(other_bytes + rate / 8, D)` for each level, in their order. A layer that no gradient reaches is counted as it
@@ -121,8 +121,7 @@ def rate_distortion(
         if curvature is None:
             num_bytes += layer.weight.nbytes
         else:
-            share = None if damping is None else damping(layer.kind)
-            signals.append(Signals.of(layer.matrix, curvature, share))
+            signals.append(Signals.of(layer.matrix, curvature, damping(layer.kind)))
     if not signals:
         return [(num_bytes, 0.0)]
     levels = torch.tensor(_usual_levels(signals) if thetas is None else thetas, dtype=torch.float64)

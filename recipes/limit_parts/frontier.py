@@ -71,7 +71,7 @@ def bounds_of(bench: Bench, planner: Planner) -> dict[str, Points]:
     problem, other_bytes = planner.problem, bench.other_bytes
     return {
         "undamped": rate_distortion(problem, other_bytes),
-        "damped": rate_distortion(problem, other_bytes, damping=damping_of),
+        "damped": rate_distortion(problem, other_bytes, damping=lambda kind: damping_of(kind, 1.0)),
     }
 
 
