@@ -45,7 +45,7 @@ def loading(folders: dict[str, Path], auto_class: str, turns: int = 3) -> dict[s
         for name, folder in folders.items():
             start = time.perf_counter()
             output = subprocess.run(
-                [sys.executable, "-c", _PROGRAM, str(folder), auto_class], capture_output=True, text=True, check=True
+                [sys.executable, "-c", _PROGRAM, str(folder), auto_class], stdout=subprocess.PIPE, text=True, check=True
             ).stdout
             seconds = time.perf_counter() - start
             runs[name].append({**json.loads(output.splitlines()[-1]), "process": seconds})
