@@ -203,7 +203,8 @@ def _decode_codes(spread: Spread, decoder: SegmentDecoder, models: Iterator[Freq
         symbols = decoder.decode(int(ends[-1]), next(models)).astype(np.int8)
         for place, shape, (start, stop) in zip(places, shapes, pairwise(ends), strict=True):
             ordered[place] = symbols[start:stop].reshape(shape)
-    return ordered[np.argsort(blocks.row_order)][:, np.argsort(blocks.column_order)]
+    # Picking columns leaves another layout than rows one after the other, which far codes are placed by.
+    return np.ascontiguousarray(ordered[np.argsort(blocks.row_order)][:, np.argsort(blocks.column_order)])
 
 
 def _bytes_segment(symbols: NDArray[np.integer]) -> Segment:
