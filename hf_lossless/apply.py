@@ -117,6 +117,11 @@ def _coded(layer: Layer, layer_plan: LayerPlan, grid: CodedGrid, coded: CodedLay
             f"{list(shape)}: the plan was made for another model. Make one for this."
         )
     num_bytes = layer_plan.cost_bytes - (layer_plan.activation.stored_bytes if layer_plan.activation else 0)
+    if num_bytes < 0:
+        raise PlanError(
+            f"the plan gives layer {layer.name!r} {layer_plan.cost_bytes} bytes, fewer than its input's range takes. "
+            "Take config.json again from where the checkpoint came from."
+        )
     module = CODED[layer.kind](layer, num_bytes)
     if not layer.weight.is_meta:
         if coded is None or coded.grid != grid or len(coded.stored) != num_bytes:

@@ -79,9 +79,12 @@ def options_of(
             options.append(Option(layer_plan, candidate, None if activation is None else activation.static))
     if not options:
         widths = [candidate.grid.bits for candidate in candidates if candidate.grid is not None]
+        why = f"at each of {widths} bits the loss is not finite, or the theory refuses"
+        if not candidates:  # of a few weights only
+            why = "coded it would take no fewer bytes than it takes now"
         raise CalibrationError(
-            f"layer {layer.name!r} can be stored in no way: at each of {widths} bits the loss is not finite, or the "
-            "theory refuses. Add wider widths (16 keeps a layer), or keep this layer out with modules_to_not_convert."
+            f"layer {layer.name!r} can be stored in no way: {why}. Add wider widths (16 keeps a layer), or keep this "
+            "layer out with modules_to_not_convert."
         )
     return options
 

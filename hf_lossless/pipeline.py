@@ -30,6 +30,7 @@ from hf_lossless.modules.base import CompressedModule
 from hf_lossless.plan import CompressionPlan
 from hf_lossless.planning import Planned, Planner
 from hf_lossless.theories import cet, curvature, hawq, llc, lod
+from hf_lossless.theories.damping import chosen_scale
 from hf_lossless.theories.problem import Prediction, Problem
 
 _logger = logging.getLogger(__name__)
@@ -203,7 +204,16 @@ def analyse(
         )
         if drawn is not None:
             calibration = with_fisher(calibration, model, drawn, layers, advance)
-    candidates = menu(layers, calibration, config, ranks, theory.truncation, by_derivatives=theory.by_derivatives)
+    damping_scale = chosen_scale(model, batches, layers, calibration) if drawn is not None else 1.0
+    candidates = menu(
+        layers,
+        calibration,
+        config,
+        ranks,
+        theory.truncation,
+        by_derivatives=theory.by_derivatives,
+        damping_scale=damping_scale,
+    )
     with progress_bar(sum(map(len, candidates.values())), "predicting") as advance:
         problem = Problem(
             model,

@@ -274,6 +274,22 @@ def test_activation_bits(plan_with: Callable[..., CompressionPlan]) -> None:
     assert plain == plan_with("--ratio", 3, "--bits", "3", "--theory", "curvature") and plain.activations == "float"
 
 
+def test_storage(run: Run, text_folder: Path, text_file: Path, tmp_path: Path) -> None:
+    out = tmp_path / "small"
+    options = ("--storage", "fixed,entropy", "--ratio", 4)
+    said = run("compress", text_folder, "--data", text_file, "--out", out, *options)
+    assert f"{read_entry(out).size_bytes:,} bytes" in said
+    layers = json.loads(run("inspect", out, "--json"))["layers"]
+    coded = {name: layer for name, layer in layers.items() if layer["kind"] == "coded"}
+    assert coded and all(layer["group_size"] is None and 0 < layer["bits"] < 16 for layer in coded.values())
+    tensors = load_file(out / "model.safetensors")
+    assert all(tensors[f"{name}.coded"].nbytes == layer["cost_bytes"] for name, layer in coded.items())
+    shown = run("inspect", out)
+    assert all(f"{layer['bits']:.2f} coded" in shown for layer in coded.values())
+    evaluated = json.loads(run("evaluate", out, "--data", text_file, "--json"))
+    assert evaluated["ratio"] >= 4
+
+
 def test_samples(plan_with: Callable[..., CompressionPlan], monkeypatch: pytest.MonkeyPatch) -> None:
     make_batches, seen = calibration_data.make_batches, []
 

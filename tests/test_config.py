@@ -190,8 +190,52 @@ def test_widths_of_activations(bits, stored, widths):
     assert json.loads(json.dumps(config.to_dict()))["activation_bits"] == list(stored)
 
 
-@pytest.mark.parametrize("version", [1, 2, 3])
+@pytest.mark.parametrize("version", range(1, FORMAT_VERSION))
 def test_earlier_formats_are_still_read(version):
     plan = {"theory": "llc", "layers": {}, "other_bytes": 1, "original_bytes": 2, "activations": "float"}
     config = LosslessCheckpointConfig.from_dict({"quant_method": QUANT_METHOD, "format_version": version, "plan": plan})
     assert config.plan.other_bytes == 1 and LosslessCheckpointConfig.of(config.plan).format_version == FORMAT_VERSION
+
+
+@pytest.mark.parametrize(
+    ("given", "storage"),
+    [
+        ("fixed", ("fixed",)),
+        ("entropy", ("entropy",)),
+        (["entropy", "fixed", "entropy"], ("fixed", "entropy")),
+        (iter(["entropy"]), ("entropy",)),
+    ],
+    ids=str,
+)
+def test_storages(given, storage):
+    config = LosslessCompressionConfig(ratio=2, storage=given)
+    assert config.storage == storage and config.to_dict()["storage"] == list(storage)
+    assert LosslessCompressionConfig(ratio=2).storage == ("fixed",)
+    assert config.with_target(ratio=3).storage == storage
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ("zip", r"storage='zip' cannot be used because of \['zip'\]\. Choose of fixed, entropy, say storage=\("),
+        ("fixed,entropy", r"because of \['fixed,entropy'\]"),
+        (("fixed", 4), r"because of \[4\]"),
+        ((), r"storage=\(\) cannot be used\. Choose of fixed, entropy"),
+        (None, r"storage=None cannot be used because of \[None\]"),
+        (True, r"because of \[True\]"),
+    ],
+    ids=str,
+)
+def test_storages_that_cannot_be_used(given, message):
+    with pytest.raises(ConfigurationError, match=message):
+        LosslessCompressionConfig(ratio=2, storage=given)
+
+
+@pytest.mark.parametrize("theory", ["llc", "lod", "cet", "hawq"])
+def test_entropy_coding_is_for_the_curvature(theory):
+    message = (
+        rf"storage=\('fixed', 'entropy'\), but theory='{theory}' cannot say .* Take theory=\"curvature\", or leave"
+    )
+    with pytest.raises(ConfigurationError, match=message):
+        LosslessCompressionConfig(ratio=2, theory=theory, storage=("fixed", "entropy"))
+    assert LosslessCompressionConfig(ratio=2, theory=theory, storage="fixed").storage == ("fixed",)

@@ -38,6 +38,7 @@ from hf_lossless import (
     cli_models,
     compress,
 )
+from hf_lossless.config import FORMAT_VERSION
 
 ROWS = text_rows()
 BATCHES = [(torch.randn(4, 6), torch.tensor([0, 1, 0, 1]))]
@@ -599,9 +600,9 @@ EMPTY_PLAN = {"theory": "llc", "layers": {}, "other_bytes": 1, "original_bytes":
     ("entry", "error_class", "message"),
     [
         (
-            {"format_version": 5},
+            {"format_version": FORMAT_VERSION + 1},
             CheckpointError,
-            r"format version 5, this release .* up to 4\. Upgrade with: pip install",
+            rf"format version {FORMAT_VERSION + 1}, this release .* up to {FORMAT_VERSION}\. Upgrade with: pip install",
         ),
         (
             {"format_version": "1"},
@@ -666,13 +667,15 @@ def test_an_entry_of_config_json(
         AutoModelForSequenceClassification.from_pretrained(altered)
 
 
-@pytest.mark.parametrize("entry", [{"format_version": 5}, {"plan": None}], ids=["newer-format", "no-plan"])
+@pytest.mark.parametrize(
+    "entry", [{"format_version": FORMAT_VERSION + 1}, {"plan": None}], ids=["newer-format", "no-plan"]
+)
 def test_an_entry_of_config_json_on_the_command_line(
     altered: Path, text_file: Path, command: Callable[..., str], entry: dict[str, Any]
 ) -> None:
     alter_config(altered, entry)
     for arguments in (("inspect", altered), ("evaluate", altered, "--data", text_file)):
-        assert re.search(r"format version 5|malformed at its top", command(*arguments))
+        assert re.search(rf"format version {FORMAT_VERSION + 1}|malformed at its top", command(*arguments))
 
 
 def alter_config(folder: Path, entry: dict[str, Any]) -> None:
@@ -707,6 +710,15 @@ def alter_config(folder: Path, entry: dict[str, Any]) -> None:
         (
             ("--ratio", 2, "--theory", "llc", "--activation-bits", "8"),
             r"theory='llc' cannot say what quantised activations cost\. Take theory=\"curvature\"",
+        ),
+        (
+            ("--ratio", 2, "--storage", "zip"),
+            r"storage=\['zip'\] cannot be used because of \['zip'\]\. Choose of fixed",
+        ),
+        (("--ratio", 2, "--storage", "fixed,"), r"cannot be used because of \[''\]\. Choose of fixed, entropy"),
+        (
+            ("--ratio", 2, "--theory", "llc", "--storage", "entropy"),
+            r"theory='llc' cannot say what entropy-coded layers cost\. Take theory=\"curvature\"",
         ),
         (
             ("--ratio", 2, "--ranks", "classifier"),

@@ -798,3 +798,65 @@ def test_ranks_by_number_are_the_only_ones():
     plan = compress(Deficient(), deficient_batches(), config, loss=deficient_loss).plan
     assert {layer.low_rank.rank for layer in plan.layers.values() if layer.low_rank is not None} <= {3}
     assert not any(layer.kind == "sum" for layer in plan.layers.values())
+
+
+STORAGES = pytest.mark.parametrize("storage", [("entropy",), ("fixed", "entropy")], ids="+".join)
+
+
+@STORAGES
+@pytest.mark.parametrize("target", [{"ratio": 6}, {"loss_budget": 0.02}, {"max_bytes": 4000}], ids=str)
+def test_coded_models_meet_their_target(storage, target):
+    model = network()
+    original = tensor_bytes(model)
+    result = compress(model, batches_of(16, 16), LosslessCompressionConfig(storage=storage, **target))
+    kinds = {layer.kind for layer in result.plan.layers.values()}
+    assert result.model is model and ("coded" in kinds or storage != ("entropy",))
+    assert stored_bytes(model) == result.plan.tensor_bytes
+    assert result.size_bytes == LosslessCheckpointConfig.of(result.plan).size_bytes
+    if "ratio" in target:
+        assert result.ratio == original / result.size_bytes >= 6
+    if "max_bytes" in target:
+        assert result.size_bytes <= 4000
+    if "loss_budget" in target:
+        assert result.plan.predicted_loss_change <= 0.02
+
+
+@STORAGES
+@pytest.mark.parametrize("factor", [0.0, 1e-36, 1e-12, 1e3], ids=str)
+def test_layers_of_any_size_are_coded(storage, factor):
+    """Of zeros too, whose steps could be anything."""
+    model = network()
+    layers = [layer for layer in find_layers(model) if layer.kind == "linear"]
+    with torch.no_grad():
+        layers[-1].weight.mul_(factor)
+        layers[-1].module.bias.normal_()
+    weight = layers[-1].weight.detach().clone()
+    config = LosslessCompressionConfig(storage=storage, bits=(4,), loss_budget=1e30)
+    result = compress(model, batches_of(16, 16), config)
+    module = model.get_submodule(layers[-1].name)
+    assert isinstance(module, CompressedModule) and torch.isfinite(module.weight).all()
+    assert result.plan.layers[layers[-1].name].kind in ("coded", "grid")
+    if factor <= 1e-36:
+        assert not module.weight.any() or storage != ("entropy",)
+    else:  # on the coarsest steps there are
+        assert (module.weight - weight).norm() <= 3 * weight.norm()
+
+
+def test_a_layer_too_small_to_be_coded():
+    """A matrix of two weights, and no other way is allowed."""
+    model = nn.Sequential(nn.Linear(32, 2), nn.Linear(2, 1), nn.Linear(1, 3))
+    batches = [(torch.randn(8, 32), torch.randint(0, 3, (8,))) for _ in range(2)]
+    config = LosslessCompressionConfig(storage="entropy", bits=(4,), loss_budget=1.0)
+    with pytest.raises(
+        CalibrationError, match=r"layer '1' can be stored in no way: coded it would take no fewer bytes"
+    ):
+        compress(model, batches, config)
+    result = compress(model, batches, LosslessCompressionConfig(storage="entropy", loss_budget=1.0))
+    assert [layer.kind for layer in result.plan.layers.values()] == ["coded", "kept", "kept"]
+
+
+def test_a_coded_model_is_not_compressed_again():
+    model = network()
+    compress(model, batches_of(16, 16), LosslessCompressionConfig(storage="entropy", ratio=4))
+    with pytest.raises(ConfigurationError, match="is compressed already"):
+        compress(model, batches_of(16, 16), LosslessCompressionConfig(storage="entropy", ratio=4))

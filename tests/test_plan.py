@@ -12,7 +12,9 @@ from hf_lossless.errors import PlanError
 from hf_lossless.plan import (
     KEPT_BITS,
     ActivationGrid,
+    CodedGrid,
     CompressionPlan,
+    Damping,
     Grid,
     LayerPlan,
     LowRank,
@@ -46,6 +48,13 @@ LOW_RANKS = st.builds(
     right=st.none() | GRIDS,
 )
 ACTIVATIONS = st.builds(ActivationGrid, bits=st.integers(2, 8), range=st.sampled_from(["static", "dynamic"]))
+POSITIVE = st.floats(min_value=0, exclude_min=True, allow_infinity=False)
+CODED = st.builds(
+    CodedGrid,
+    step=POSITIVE,
+    damping=st.builds(Damping, rows=POSITIVE, columns=POSITIVE),
+    shape=st.tuples(st.integers(1, 10**6), st.integers(1, 10**6)),
+)
 UNTIED = {**COMMON, "tied": st.just(()), "activation": st.none() | ACTIVATIONS}
 LAYERS = st.one_of(
     st.builds(LayerPlan, kind=st.just("kept"), **COMMON),
@@ -53,6 +62,8 @@ LAYERS = st.one_of(
     st.builds(LayerPlan, kind=st.just("low_rank"), low_rank=LOW_RANKS, **COMMON),
     st.builds(LayerPlan, kind=st.just("sum"), grid=GRIDS, low_rank=LOW_RANKS, **COMMON),
     st.builds(LayerPlan, kind=st.just("low_rank"), low_rank=LOW_RANKS, **UNTIED),
+    st.builds(LayerPlan, kind=st.just("coded"), coded=CODED, **COMMON),
+    st.builds(LayerPlan, kind=st.just("coded"), coded=CODED, **UNTIED),
 )
 PLANS = st.dictionaries(st.text(max_size=12), LAYERS, max_size=4).flatmap(
     lambda layers: st.builds(
@@ -124,6 +135,7 @@ def changed(path: str, value: object) -> dict:
     return values
 
 
+STORED_CODED = {"step": 0.5, "damping": {"rows": 0.3, "columns": 0.1}, "shape": [8, 12]}
 GRID, LAYER = "layers/body.0/grid/", "layers/body.0/"
 
 
@@ -142,7 +154,7 @@ GRID, LAYER = "layers/body.0/grid/", "layers/body.0/"
         (GRID + "rounding", "sideways", r"rounding: .*'nearest', 'down', 'up' or 'feedback' \(got 'sideways'\)"),
         (GRID + "scale_dtype", "bfloat16", r"scale_dtype: .*'float16' or 'float32' \(got 'bfloat16'\)"),
         (GRID + "clip", 1, r"grid\.clip: Extra inputs are not permitted \(got 1\)"),
-        (LAYER + "kind", "sparse", r"at layers\.body\.0\.kind: .*'low_rank' or 'sum' \(got 'sparse'\)"),
+        (LAYER + "kind", "sparse", r"at layers\.body\.0\.kind: .*'low_rank', 'sum' or 'coded' \(got 'sparse'\)"),
         (LAYER + "kind", "kept", r"kind 'kept' does not go with its parts, which make the kind 'grid'"),
         (LAYER + "kind", "low_rank", r"kind 'low_rank' does not go with its parts"),
         (LAYER + "grid", None, r"kind 'grid' does not go with its parts, which make the kind 'kept'"),
@@ -150,6 +162,13 @@ GRID, LAYER = "layers/body.0/grid/", "layers/body.0/"
         (LAYER + "low_rank", {"rank": 9, "shape": [8, 12]}, r"rank 9 is above the sides \[8, 12\] of the matrix"),
         (LAYER + "low_rank", {"rank": 2, "shape": [8, 0]}, r"low_rank\.shape\.1: .*greater than or equal to 1"),
         (LAYER + "low_rank", {"rank": 2, "shape": [8, 8]}, r"kind 'grid' does not go with .* the kind 'sum'"),
+        (LAYER + "coded", STORED_CODED, r"kind 'grid' does not go with its parts, which go with no kind"),
+        (LAYER + "coded", {**STORED_CODED, "step": 0}, r"coded\.step: .*greater than 0 \(got 0\)"),
+        (LAYER + "coded", {**STORED_CODED, "step": float("inf")}, r"coded\.step: .*finite number"),
+        (LAYER + "coded", {**STORED_CODED, "shape": [8]}, r"coded\.shape\.1: Field required"),
+        (LAYER + "coded", {**STORED_CODED, "shape": [0, 8]}, r"coded\.shape\.0: .*greater than or equal to 1"),
+        (LAYER + "coded", {**STORED_CODED, "damping": {"rows": 1}}, r"coded\.damping\.columns: Field required"),
+        (LAYER + "coded", {**STORED_CODED, "bits": 3}, r"coded\.bits: Extra inputs are not permitted"),
         (LAYER + "regime", {"snr": -1, "verdict": "analytic"}, r"regime\.snr: .*greater than or equal to 0"),
         (LAYER + "regime", {"snr": 1, "verdict": "sure"}, r"regime\.verdict: .*'analytic' or 'measured'"),
         (LAYER + "cost_bytes", -1, r"cost_bytes: .*greater than or equal to 0 \(got -1\)"),
@@ -221,21 +240,52 @@ def test_factors_are_read():
 
 
 SMALL = LowRank(rank=2, shape=(8, 12))
+SHAPED = CodedGrid(step=0.5, damping=Damping(rows=0.3, columns=0.1), shape=(8, 12))
 
 
 @pytest.mark.parametrize(
-    ("grid", "low_rank", "kind"),
-    [(None, None, "kept"), (Grid(bits=3), None, "grid"), (None, SMALL, "low_rank"), (Grid(bits=3), SMALL, "sum")],
+    ("grid", "low_rank", "coded", "kind"),
+    [
+        (None, None, None, "kept"),
+        (Grid(bits=3), None, None, "grid"),
+        (None, SMALL, None, "low_rank"),
+        (Grid(bits=3), SMALL, None, "sum"),
+        (None, None, SHAPED, "coded"),
+        (Grid(bits=3), None, SHAPED, None),
+        (None, SMALL, SHAPED, None),
+        (Grid(bits=3), SMALL, SHAPED, None),
+    ],
 )
-def test_kinds_and_their_parts(grid, low_rank, kind):
-    assert kind_of_parts(grid, low_rank) == kind
-    for other in ("kept", "grid", "low_rank", "sum"):
-        fields = {"grid": grid, "low_rank": low_rank, "cost_bytes": 1, "predicted_loss_change": 0.0}
+def test_kinds_and_their_parts(grid, low_rank, coded, kind):
+    assert kind_of_parts(grid, low_rank, coded) == kind
+    what = "go with no kind" if kind is None else f"make the kind '{kind}'"
+    for other in ("kept", "grid", "low_rank", "sum", "coded"):
+        fields = {
+            "grid": grid,
+            "low_rank": low_rank,
+            "coded": coded,
+            "cost_bytes": 1,
+            "predicted_loss_change": 0.0,
+        }
         if other == kind:
             assert LayerPlan(kind=other, **fields).kind == kind
         else:
-            with pytest.raises(ValidationError, match=f"kind '{other}' does not go with its parts, .* kind '{kind}'"):
+            with pytest.raises(ValidationError, match=f"kind '{other}' does not go with its parts, which {what}"):
                 LayerPlan(kind=other, **fields)
+
+
+def test_bits_of_a_coded_layer_are_those_it_takes():
+    layer = LayerPlan(kind="coded", coded=SHAPED, cost_bytes=30, predicted_loss_change=0.0)
+    assert layer.bits == 8 * 30 / (8 * 12) and layer.multiplications_share == 1.0
+
+
+def test_coded_layers_are_read():
+    values = changed(LAYER + "kind", "coded")
+    del values["layers"]["body.0"]["grid"]
+    values["layers"]["body.0"]["coded"] = STORED_CODED
+    plan = CompressionPlan.from_dict(values)
+    assert plan.layers["body.0"].coded == SHAPED
+    assert plan.to_dict() == values
 
 
 @pytest.mark.parametrize(
@@ -253,7 +303,7 @@ def test_kinds_and_their_parts(grid, low_rank, kind):
 def test_bits_of_factors(left, right, grid, bits):
     grids = [None if width is None else Grid(bits=width) for width in (left, right, grid)]
     low_rank = LowRank(rank=2, shape=(8, 12), left=grids[0], right=grids[1])
-    kind = kind_of_parts(grids[2], low_rank)
+    kind = kind_of_parts(grids[2], low_rank, None)
     layer = LayerPlan(kind=kind, grid=grids[2], low_rank=low_rank, cost_bytes=1, predicted_loss_change=0.0)
     assert layer.bits == bits
 

@@ -2,8 +2,10 @@
 
 import copy
 import dataclasses
+import functools
 import logging
 import math
+import re
 
 import pytest
 import torch
@@ -13,8 +15,8 @@ from hf_lossless import LosslessCompressionConfig, compress, pipeline, planning
 from hf_lossless.apply import apply_plan
 from hf_lossless.calibration.loss import batch_loss
 from hf_lossless.calibration.perturbation import LossChange
-from hf_lossless.config import THEORIES
-from hf_lossless.errors import UnreachableTargetError
+from hf_lossless.config import THEORIES, LosslessCheckpointConfig
+from hf_lossless.errors import PlanError, UnreachableTargetError
 from hf_lossless.pipeline import analyse
 from hf_lossless.planning import Planned, Planner
 from hf_lossless.theories import curvature
@@ -285,7 +287,7 @@ def test_inputs_are_measured_with_the_weights():
     planned = first_plan(planner, config)
     assert any(layer.activation is not None for layer in planned.plan.layers.values())
     twin = copy.deepcopy(planner.problem.model)
-    apply_plan(twin, planned.plan.layers, planned.factors, planned.quantised, planned.static_grids)
+    apply_plan(twin, planned.plan.layers, planned.factors, planned.quantised, static_grids=planned.static_grids)
     change = sum((batch_loss(twin, batch) - batch_loss(planner.problem.model, batch)).item() for batch in BATCHES)
     measured = planner._measured(planned, planner.problem.layers)
     assert measured.mean == pytest.approx(change / len(BATCHES), abs=1e-5) and abs(measured.mean) > 1e-3
@@ -413,3 +415,129 @@ def test_errors_are_those_of_what_is_stored():
             seen.add((plan.kind, plan.grid and plan.grid.rounding))
     assert {"kept", "grid"} <= {kind for kind, _ in seen}
     assert ("grid", "feedback") in seen
+
+
+def coded_config(**settings) -> LosslessCompressionConfig:
+    return config_of(**{"storage": ("fixed", "entropy"), **settings})
+
+
+def coded_planner(**settings) -> Planner:
+    return analyse(network(), BATCHES, coded_config(ratio=2, **settings))
+
+
+@functools.cache
+def shared_planner(storage: tuple[str, ...]) -> Planner:
+    """One that many tests ask for plans; what it has rounded before is no part of its promise."""
+    return coded_planner(storage=storage)
+
+
+def is_rounded(planned: Planned) -> None:
+    """Every coded layer is there, on its grid, and the plan has the bytes that it takes."""
+    coded = {name: layer for name, layer in planned.plan.layers.items() if layer.coded is not None}
+    assert planned.coded.keys() == coded.keys()
+    for name, layer in coded.items():
+        assert planned.coded[name].grid == layer.coded
+        activation = 0 if layer.activation is None else layer.activation.stored_bytes
+        assert layer.cost_bytes == len(planned.coded[name].stored) + activation
+
+
+TARGETS = [{"ratio": 3}, {"ratio": 9}, {"loss_budget": 0.01}, {"loss_budget": 1e9}, {"max_bytes": 5000}]
+
+
+@pytest.mark.parametrize("storage", [("entropy",), ("fixed", "entropy")], ids="+".join)
+@pytest.mark.parametrize("target", TARGETS, ids=str)
+def test_coded_plans_have_the_bytes_on_disk(storage, target):
+    config = coded_config(storage=storage, **target)
+    planner = shared_planner(storage)
+    planned = planner.plan(config)
+    is_rounded(planned)
+    assert planned.coded or "fixed" in storage
+    size_bytes = LosslessCheckpointConfig.of(planned.plan).size_bytes
+    if "ratio" in target:
+        assert planner.original_bytes / size_bytes >= target["ratio"]
+    if "max_bytes" in target:
+        assert size_bytes <= 5000
+    if "loss_budget" in target:
+        assert planned.plan.predicted_loss_change <= target["loss_budget"]
+
+
+def test_one_analysis_serves_many_coded_plans():
+    planner = coded_planner()
+    configs = [coded_config(**target) for target in (*TARGETS, TARGETS[0])]
+    plans = []
+    for config in configs:
+        planned = planner.plan(config)
+        is_rounded(planned)
+        assert planner._coded.keys() == planned.coded.keys()  # what is not planned is let go
+        plans.append(planned)
+    for planned in plans:
+        is_rounded(planned)  # and what was planned first keeps its codes
+    assert plans[0].plan.tensor_bytes > plans[1].plan.tensor_bytes
+    assert LosslessCheckpointConfig.of(plans[-1].plan).size_bytes <= planner.original_bytes / 3
+
+
+def test_a_layer_is_rounded_once_on_a_grid(monkeypatch):
+    rounded: list[tuple] = []
+
+    def counted(layers, grids, calibration, settle_coded=planning.settle_coded):
+        rounded.extend(grids.items())
+        return settle_coded(layers, grids, calibration)
+
+    monkeypatch.setattr(planning, "settle_coded", counted)
+    planner = coded_planner()
+    planned = planner.plan(coded_config(ratio=8))
+    assert len(rounded) == len(set(rounded)) <= (planning.SETTLINGS + 1) * len(planner.problem.layers)
+    again = planner.plan(coded_config(ratio=8))
+    assert again.plan == planned.plan and again.coded.keys() == planned.coded.keys()
+    for name, one in planned.coded.items():
+        assert again.coded[name].stored.tobytes() == one.stored.tobytes()
+
+
+@pytest.mark.parametrize("settlings", [1, 2])
+def test_planning_ends_with_what_was_rounded(settlings, monkeypatch):
+    """However few rounds there are, and however wrong the estimates of bytes."""
+    monkeypatch.setattr(planning, "SETTLINGS", settlings)
+    planner = coded_planner(storage=("entropy",))
+    for group in planner.problem.candidates.values():
+        for place, candidate in enumerate(group):
+            if candidate.coded is not None:
+                wrong = max(1, candidate.cost_bytes * (place % 3 + 1) // 2)
+                group[place] = dataclasses.replace(candidate, cost_bytes=wrong)
+    is_rounded(planner.plan(coded_config(storage=("entropy",), loss_budget=0.01)))
+
+
+def test_the_ratio_named_in_an_error_can_be_reached():
+    planner = shared_planner(("entropy",))
+    with pytest.raises(UnreachableTargetError, match=r"a ratio of \d") as caught:
+        planner.plan(coded_config(storage=("entropy",), ratio=1000))
+    best = float(re.search(r"a ratio of ([0-9.]+)\.", str(caught.value))[1])
+    planned = planner.plan(coded_config(storage=("entropy",), ratio=0.9 * best))
+    is_rounded(planned)
+
+
+def test_errors_of_coded_layers_are_those_of_what_is_stored():
+    planner = shared_planner(("entropy",))
+    planned = planner.plan(coded_config(storage=("entropy",), ratio=8))
+    twin = copy.deepcopy(planner.problem.model)
+    apply_plan(twin, planned.plan.layers, coded=planned.coded)
+    for layer in planner.problem.layers:
+        assert planned.plan.layers[layer.name].kind == "coded"
+        error = planned.error(layer)
+        stored = twin.get_submodule(layer.name).matrix()
+        torch.testing.assert_close(error, (stored - layer.matrix).detach(), rtol=0, atol=1e-6)
+        assert error.abs().max() > 0
+    change = sum((batch_loss(twin, batch) - batch_loss(planner.problem.model, batch)).item() for batch in BATCHES)
+    measured = planner._measured(planned, planner.problem.layers)
+    assert measured.mean == pytest.approx(change / len(BATCHES), abs=1e-5)
+
+
+def test_codes_that_do_not_fit_the_plan():
+    planner = shared_planner(("entropy",))
+    first = planner.plan(coded_config(storage=("entropy",), ratio=4))
+    second = planner.plan(coded_config(storage=("entropy",), ratio=10))
+    model = network()
+    with pytest.raises(PlanError, match=r"codes layer '0' on .*, but its codes were not given\. Give them: apply_plan"):
+        apply_plan(model, first.plan.layers)
+    with pytest.raises(PlanError, match=r"codes layer '0' on .* bytes, but its codes are on .*, of \d+ bytes\. Give"):
+        apply_plan(model, first.plan.layers, coded=second.coded)
+    assert all(type(model[place]) is nn.Linear for place in (0, 3, 5))  # nothing was replaced

@@ -30,7 +30,7 @@ _ENDS = {"start_positions": "start_logits", "end_positions": "end_logits"}
 
 
 @dataclass(frozen=True)
-class _Labels:
+class ScoredLabels:
     """Some labels of a batch, and the scores that they belong to.
 
     Attributes:
@@ -48,8 +48,16 @@ class _Labels:
     @property
     def loss(self) -> Tensor:
         """Their mean cross-entropy."""
-        labels = self.labels[:, self.skipped :] if self.skipped else self.labels
-        return F.cross_entropy(self.scores.flatten(0, -2), labels.flatten(), ignore_index=self.ignored)
+        return F.cross_entropy(self.scores.flatten(0, -2), self._scored.flatten(), ignore_index=self.ignored)
+
+    @property
+    def used_scores(self) -> Tensor:
+        """The scores of the labels that the loss does not leave out, [labels, classes]."""
+        return self.scores.flatten(0, -2)[self._scored.flatten() != self.ignored]
+
+    @property
+    def _scored(self) -> Tensor:
+        return self.labels[:, self.skipped :] if self.skipped else self.labels
 
     def drawn(self, generator: torch.Generator) -> Tensor:
         """Others in their place, but where the loss leaves them out."""
@@ -79,32 +87,46 @@ def with_drawn_labels(model: nn.Module, batch: Batch, generator: torch.Generator
         >>> with_drawn_labels(certain, batch, torch.Generator().manual_seed(0))[0][1]
         tensor([0, 0])
     """
+    labels = scored_labels(model, batch)
+    if labels is None:
+        return None
+    if isinstance(batch, Mapping):
+        return [{**batch, **{name: one.drawn(generator) for name, one in labels.items()}} for _ in range(DRAWS)]
+    return [(batch[0], labels["targets"].drawn(generator)) for _ in range(DRAWS)]
+
+
+def scored_labels(model: nn.Module, batch: Batch) -> dict[str, ScoredLabels] | None:
+    """The labels of a batch with the scores that they belong to, by name ("targets" of a pair); one forward pass.
+
+    Args:
+        model: In evaluation mode.
+        batch: As for `batch_loss`.
+
+    Returns:
+        None where the model's loss is not a cross-entropy of scores that it returns.
+    """
     batch = to_device(batch, model_device(model))
     with torch.no_grad():
         if isinstance(batch, Mapping):
             outputs, loss = model(**batch), batch_loss(model, batch).float()
-            found = next((one for one in _candidates(outputs, batch) if _makes(one, loss)), None)
-            if found is None:
-                return None
-            return [{**batch, **{name: one.drawn(generator) for name, one in found.items()}} for _ in range(DRAWS)]
+            return next((one for one in _candidates(outputs, batch) if _makes(one, loss)), None)
         inputs, targets = batch
-        labels = _Labels(model(inputs).float(), targets)
-    return [(inputs, labels.drawn(generator)) for _ in range(DRAWS)]
+        return {"targets": ScoredLabels(model(inputs).float(), targets)}
 
 
-def _makes(candidate: dict[str, _Labels], loss: Tensor) -> bool:
+def _makes(candidate: dict[str, ScoredLabels], loss: Tensor) -> bool:
     """Whether the model's loss is the mean of their cross-entropies, to within what half precision loses."""
     mean = torch.stack([one.loss for one in candidate.values()]).mean()
     return bool(torch.isclose(mean, loss, rtol=0.02, atol=0.01))
 
 
-def _candidates(outputs: Any, batch: Mapping[str, Any]) -> Iterator[dict[str, _Labels]]:
+def _candidates(outputs: Any, batch: Mapping[str, Any]) -> Iterator[dict[str, ScoredLabels]]:
     """What may be the labels of a batch with their scores, by name."""
     if all(name in batch and hasattr(outputs, scores) for name, scores in _ENDS.items()):
         ends = {name: (getattr(outputs, scores).float(), batch[name]) for name, scores in _ENDS.items()}
         # A position behind the last token is left out.
         yield {
-            name: _Labels(scores, labels.clamp(0, scores.shape[1]), ignored=scores.shape[1])
+            name: ScoredLabels(scores, labels.clamp(0, scores.shape[1]), ignored=scores.shape[1])
             for name, (scores, labels) in ends.items()
         }
         return
@@ -112,6 +134,6 @@ def _candidates(outputs: Any, batch: Mapping[str, Any]) -> Iterator[dict[str, _L
     if not isinstance(scores, Tensor) or not isinstance(labels, Tensor) or labels.is_floating_point():
         return
     if scores.shape[:-1] == labels.shape and scores.shape[-1] > 1:
-        yield {"labels": _Labels(scores.float(), labels)}
+        yield {"labels": ScoredLabels(scores.float(), labels)}
         if labels.ndim == 2:
-            yield {"labels": _Labels(scores[:, :-1].float(), labels, skipped=1)}
+            yield {"labels": ScoredLabels(scores[:, :-1].float(), labels, skipped=1)}

@@ -22,23 +22,25 @@ EMBEDDING_DAMPING = Damping(rows=1.0, columns=0.3)
 calibration rows do not have: none counts for less than the mean."""
 
 
-def damping_of(kind: LayerKind) -> Damping:
-    """The damping of the metric that shapes a layer's steps."""
-    return EMBEDDING_DAMPING if kind == "embedding" else DAMPING
+def damping_of(kind: LayerKind, scale: float) -> Damping:
+    """The damping of the metric that shapes a layer's steps: so many times the default."""
+    default = EMBEDDING_DAMPING if kind == "embedding" else DAMPING
+    return Damping(rows=scale * default.rows, columns=scale * default.columns)
 
 
-def propose_coded(layer: Layer, statistics: LayerStatistics, seed: int) -> list[Candidate]:
+def propose_coded(layer: Layer, statistics: LayerStatistics, seed: int, damping_scale: float) -> list[Candidate]:
     """The shaped grids of a layer, the finest first; only those that take fewer bytes than the weight as it is.
 
     Args:
         layer: The layer, with real weights.
         statistics: Its statistics, with curvature; without a positive one there are none.
         seed: Of the noise that stands for feedback.
+        damping_scale: What dampings are multiplied by, see `theories.damping`.
     """
     curvature = statistics.curvature
     if curvature is None or not curvature.scale > 0 or not curvature.is_finite:
         return []
-    damping = damping_of(layer.kind)
+    damping = damping_of(layer.kind, damping_scale)
     sides = Sides.of(curvature, damping)
     matrix = layer.matrix.detach().float()
     sample = Sample.of(matrix, sides, torch.Generator().manual_seed(seed))

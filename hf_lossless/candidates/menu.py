@@ -28,6 +28,7 @@ def menu(
     truncation: Truncation,
     *,
     by_derivatives: bool = False,
+    damping_scale: float = 1.0,
 ) -> dict[str, list[Candidate]]:
     """The candidates of every layer, several layers at a time.
 
@@ -39,6 +40,7 @@ def menu(
         truncation: How a matrix is cut to a rank.
         by_derivatives: Whether the theory judges by derivatives alone. A layer without any (behind a rounding, an
             argmax or `no_grad`) can then only be kept: a change of it is not seen, and may be anything.
+        damping_scale: What the dampings of entropy-coded grids are multiplied by.
 
     Returns:
         For each layer its widths, for "metric" each rounded to nearest and by feedback, its shaped grids, ranks and
@@ -59,7 +61,7 @@ def menu(
         widths = propose(layer, statistics, bits, config.group_size, config.symmetric)
         candidates = [*widths, *_with_feedback(widths)] if truncation == "metric" else widths
         if "entropy" in config.storage:
-            candidates = [*candidates, *propose_coded(layer, statistics, config.seed)]
+            candidates = [*candidates, *propose_coded(layer, statistics, config.seed, damping_scale)]
         tried = ranks.get(layer.name)
         if tried is None or not statistics.calls:
             return candidates

@@ -38,9 +38,6 @@ _RESOLUTIONS = 2.0**6, 2.0**-3
 _SMALLEST = 1e-30
 """Stands for the size of a matrix of zeros."""
 
-_RATIO = 2.0**0.5
-"""From one c to the next: a quarter of a bit, or so, for every weight."""
-
 _BYTES_PER_FAR_CODE = 8
 
 _ROUNDS = 8
@@ -53,12 +50,14 @@ _SETTLED = 0.02
 def ladder(matrix: Tensor, sides: Sides) -> list[float]:
     """The numbers c for a layer, from the finest up: powers of `sqrt(2)`, common to all layers.
 
+    At high rate each takes half a bit a weight less than the one before.
+
     Args:
         matrix: W [out, in].
         sides: Its metric.
     """
-    first, last = (math.ceil(math.log(step_at(resolution, matrix, sides), _RATIO)) for resolution in _RESOLUTIONS)
-    return [_RATIO**exponent for exponent in range(first, last)]
+    first, last = (math.ceil(2 * math.log2(step_at(resolution, matrix, sides))) for resolution in _RESOLUTIONS)
+    return [2.0 ** (half_octaves / 2) for half_octaves in range(first, last)]
 
 
 def step_at(resolution: float, matrix: Tensor, sides: Sides) -> float:
@@ -82,6 +81,7 @@ class Sample:
         weights: [sampled, in], float32.
         noise: Standard normal numbers, the same for every c, [sampled, in].
         share: Rows of the layer over sampled rows.
+        stand_ins: For each row of the layer the place in the sample of the one that stands for it, [out].
     """
 
     rows: Tensor
@@ -143,7 +143,8 @@ def try_step(step: float, sample: Sample, sides: Sides) -> Trial:
     for _ in range(_ROUNDS):
         before = trial.errors
         squares = trial.errors.square()
-        shares, row_shares = squares.mean(0), (squares.mean(1) / squares.mean()).index_select(0, sample.stand_ins)
+        mean = squares.mean().clamp(min=torch.finfo(torch.float32).tiny)  # zero where the weights are on their levels
+        shares, row_shares = squares.mean(0), (squares.mean(1) / mean).index_select(0, sample.stand_ins)
         row_variance = sides.rows.carried(row_shares) + sides.rows.spreads.square() * row_shares
         column_variance = sides.columns.carried(shares) + sides.columns.spreads.square() * shares
         both = row_variance[sample.rows, None] * column_variance

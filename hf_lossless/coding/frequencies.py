@@ -49,8 +49,12 @@ class Frequencies:
         if not len(present):
             return cls(0, counts[:0])
         first, counts = first + int(present[0]), counts[present[0] : present[-1] + 1]
-        weights = np.where(counts > 0, np.maximum(1, np.rint(counts * (TOTAL / counts.sum()))), 0).astype(np.int64)
-        weights[weights.argmax()] += TOTAL - weights.sum()
+        shares = counts * (TOTAL / counts.sum())
+        weights = np.where(counts > 0, np.maximum(1, np.floor(shares)), 0).astype(np.int64)
+        missing = TOTAL - int(weights.sum())
+        weights[np.argsort(weights - shares, kind="stable")[: max(0, missing)]] += 1  # those that lost most
+        for _ in range(-missing):
+            weights[weights.argmax()] -= 1
         return cls(first, weights)
 
     def to_bytes(self) -> bytes:

@@ -22,7 +22,6 @@ import struct
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -32,7 +31,7 @@ from hf_lossless.coding.coder import Segment, SegmentDecoder, encode_segments
 from hf_lossless.coding.frequencies import Frequencies, read_frequencies
 from hf_lossless.coding.malformed import MalformedCode
 from hf_lossless.coding.spread import LARGEST_LEVEL, Blocks, Spread, best_spread, model_counts
-from hf_lossless.coding.steps import decode_steps, encode_steps
+from hf_lossless.coding.steps import LARGEST_BASE, decode_steps, encode_steps
 
 LARGEST_NEAR = 127
 """The largest |code| that a byte holds."""
@@ -137,6 +136,8 @@ def decode(stored: NDArray[np.uint8], shape: tuple[int, int]) -> CodedMatrix:
     far_codes = np.frombuffer(body, "<i4", header.num_far, 4 * header.num_far).astype(np.int32)
     if header.num_far and far_positions.max() >= shape[0] * shape[1]:
         raise MalformedCode(f"a code has the place {far_positions.max()} in a matrix {list(shape)}")
+    if (np.diff(far_positions) <= 0).any():
+        raise MalformedCode("the places of its far codes do not rise")
     models = _read_models(body[far_end : far_end + header.model_bytes])
     decoder = SegmentDecoder(body[far_end + header.model_bytes :])
     rows, columns, row_levels, column_levels = (decoder.decode(size, next(models)) for size in (*shape, *shape))
@@ -178,6 +179,8 @@ def _checked(content: bytes, shape: tuple[int, int]) -> tuple[_Header, bytes]:
         raise MalformedCode(f"it is a matrix {[header.num_rows, header.num_columns]}, and not {list(shape)}")
     if 8 * header.num_far + header.model_bytes > len(body):
         raise MalformedCode("it is shorter than its header says")
+    if max(header.row_base, header.column_base) > LARGEST_BASE:
+        raise MalformedCode("it has a step beyond all numbers of float32")
     return header, body
 
 
@@ -199,12 +202,12 @@ def _decode_codes(spread: Spread, decoder: SegmentDecoder, models: Iterator[Freq
     for model in range(spread.num_models):
         places = list(blocks.of_model(model))
         shapes = [(rows.stop - rows.start, columns.stop - columns.start) for rows, columns in places]
-        ends = np.cumsum([0, *(num_rows * num_columns for num_rows, num_columns in shapes)])
-        symbols = decoder.decode(int(ends[-1]), next(models)).astype(np.int8)
-        for place, shape, (start, stop) in zip(places, shapes, pairwise(ends), strict=True):
-            ordered[place] = symbols[start:stop].reshape(shape)
-    # Picking columns leaves another layout than rows one after the other, which far codes are placed by.
-    return np.ascontiguousarray(ordered[np.argsort(blocks.row_order)][:, np.argsort(blocks.column_order)])
+        sizes = [num_rows * num_columns for num_rows, num_columns in shapes]
+        symbols = decoder.decode(sum(sizes), next(models)).astype(np.int8)
+        for place, shape, part in zip(places, shapes, np.split(symbols, np.cumsum(sizes))[:-1], strict=True):
+            ordered[place] = part.reshape(shape)
+    # `take` leaves the rows one after the other in memory, as indices in brackets would not.
+    return ordered.take(np.argsort(blocks.row_order), 0).take(np.argsort(blocks.column_order), 1)
 
 
 def _bytes_segment(symbols: NDArray[np.integer]) -> Segment:

@@ -12,12 +12,19 @@ from numpy.typing import NDArray
 
 _EXPONENTS = 32
 
+_SMALLEST_BASE = -128
+"""The base is stored in a byte."""
+
+LARGEST_BASE = 96
+"""Beyond it the largest step would not be finite in float32."""
+
 
 def encode_steps(steps: NDArray[np.float32]) -> tuple[NDArray[np.uint8], int]:
     """The nearest bytes, and the base.
 
     Args:
-        steps: Positive and finite. One more than 32 octaves below the largest is stored as the smallest there is.
+        steps: Positive and finite. One more than 32 octaves below the largest, or below 2^-128, is stored as the
+            smallest there is.
 
     Example:
         >>> encode_steps(np.array([1.0, 1.5, 0.26], dtype=np.float32))
@@ -25,7 +32,7 @@ def encode_steps(steps: NDArray[np.float32]) -> tuple[NDArray[np.uint8], int]:
     """
     mantissas, exponents = np.frexp(steps.astype(np.float64))  # steps = mantissa 2^exponent, mantissa in [1/2, 1)
     positions = (exponents - 1) * 8 + np.rint((2 * mantissas - 1) * 8).astype(np.int64)
-    base = int(positions.max()) // 8 - (_EXPONENTS - 1)
+    base = min(max(int(positions.max()) // 8 - (_EXPONENTS - 1), _SMALLEST_BASE), LARGEST_BASE)
     return np.clip(positions - 8 * base, 0, 8 * _EXPONENTS - 1).astype(np.uint8), base
 
 

@@ -12,6 +12,8 @@ def keeping_dtype(fn: Callable[[Tensor], Tensor], held: Iterable[Tensor | None])
 
     def apply(tensor: Tensor) -> Tensor:
         if any(tensor is one for one in held):  # a cast leaves whole numbers alone, so they pass as bytes
+            if not tensor.numel():  # an empty one may have a stride that bytes cannot have
+                return fn(tensor).to(tensor.dtype)
             return fn(tensor.view(torch.uint8)).view(tensor.dtype)
         return fn(tensor)
 

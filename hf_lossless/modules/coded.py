@@ -91,12 +91,12 @@ class CodedModule(CompressedModule):
         self.far_positions = torch.from_numpy(matrix.far_positions).to(device)
         self.far_codes = torch.from_numpy(matrix.far_codes).to(device, torch.float32)
 
-    def levels(self) -> Tensor:
-        """The codes Z [out, in], those beyond a byte included, in the module's dtype."""
+    def levels(self, dtype: torch.dtype) -> Tensor:
+        """The codes Z [out, in], those beyond a byte included."""
         assert self.codes is not None and self.far_positions is not None and self.far_codes is not None
-        levels = self.codes.to(self.dtype)
+        levels = self.codes.to(dtype)
         if len(self.far_positions):
-            levels.view(-1)[self.far_positions] = self.far_codes.to(self.dtype)
+            levels.view(-1)[self.far_positions] = self.far_codes.to(dtype)
         return levels
 
     def steps(self) -> tuple[Tensor, Tensor]:
@@ -105,16 +105,21 @@ class CodedModule(CompressedModule):
         return self.row_steps, self.column_steps
 
     def matrix(self) -> Tensor:
-        """The weight `W [out, in]` in the module's dtype, made now."""
+        """The weight `W [out, in]` in the module's dtype, made now; on meta as long as nothing has been decoded."""
+        if self.codes is None:  # some models look at their weights to initialise them, before `decode` can have run
+            return torch.empty(self.matrix_shape, dtype=self.dtype, device="meta")
         row_steps, column_steps = self.steps()
-        return (self.levels().float().mul_(column_steps).mul_(row_steps[:, None])).to(self.dtype)
+        return self.levels(torch.float32).mul_(column_steps).mul_(row_steps[:, None]).to(self.dtype)
 
     def linear(self, input: Tensor, bias: Tensor | None) -> Tensor:
         """Computes y = row_steps (Z (column_steps x)) + b."""
-        if self.dtype is torch.float16:  # Z (column_steps x) may be beyond its range where y is not
+        device = input.device.type
+        autocast = torch.is_autocast_enabled(device)
+        if (torch.get_autocast_dtype(device) if autocast else self.dtype) is torch.float16:
+            # Z, and Z (column_steps x), may be beyond its range where y is not.
             return F.linear(input, self.matrix(), bias)
         row_steps, column_steps = self.steps()
-        output = F.linear(input * column_steps.to(input.dtype), self.levels())
+        output = F.linear(input * column_steps.to(input.dtype), self.levels(self.dtype))
         output = output * row_steps.to(output.dtype)
         return output if bias is None else output + bias.to(output.dtype)  # autocast
 
@@ -132,7 +137,7 @@ class CodedModule(CompressedModule):
             fars = torch.arange(len(places), device=flat.device) + (first - counts.cumsum(0) + counts)[places]
             rows[places, far_columns[fars]] = self.far_codes[fars]
         rows = rows.mul_(column_steps).mul_(row_steps.index_select(0, flat)[:, None]).to(self.dtype)
-        return rows.view(*indices.shape, -1)
+        return rows.view(*indices.shape, rows.shape[1])
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Moves as any module does, but a change of dtype leaves the steps alone and only sets `self.dtype`."""

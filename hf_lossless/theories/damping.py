@@ -1,0 +1,97 @@
+"""How much damping the metrics of coded layers need, chosen on rows that the metrics were not made from.
+
+With too little damping steps get large, and feedback brings large errors, where other rows object; with too much the
+steps are all alike. The quadratic prediction cannot tell, for the errors that go wrong are not small. So some layers,
+spread over the model, are rounded together in the metrics of the even batches, with one damping after the other, and
+the divergence of the model's predictions is measured on the odd batches. As a bit less for every weight quadruples it,
+
+    log(divergence) + 2 log(2) bits
+
+is what counts, with the bits that the codes take. Rows and columns go together on one ladder, in the ratio of the
+default.
+"""
+
+import logging
+import math
+from contextlib import ExitStack
+from dataclasses import replace
+
+from torch import nn
+
+from hf_lossless.calibration.divergence import divergence, log_probabilities
+from hf_lossless.calibration.loss import Batch
+from hf_lossless.calibration.perturbation import weight_noise
+from hf_lossless.calibration.statistics import Calibration
+from hf_lossless.candidates.coded import damping_of
+from hf_lossless.candidates.settle_coded import settle_coded
+from hf_lossless.candidates.shaped import step_at
+from hf_lossless.candidates.sides import Sides
+from hf_lossless.layers import Layer
+from hf_lossless.plan import CodedGrid
+
+LADDER = (0.3, 1.0, 3.0)
+"""Times the default damping."""
+
+RESOLUTION = 1.0
+"""Root mean square of the weights over the geometric mean of the steps."""
+
+MOST_LAYERS = 8
+
+_logger = logging.getLogger(__name__)
+
+
+def chosen_scale(model: nn.Module, batches: list[Batch], layers: list[Layer], calibration: Calibration) -> float:
+    """The number of the ladder that dampings are multiplied by; 1 where there are no other rows to tell by.
+
+    Args:
+        model: In evaluation mode; left as it was.
+        batches: All calibration batches.
+        layers: All layers.
+        calibration: With curvature and its halves.
+    """
+    tried = _spread([layer for layer in layers if _has_halves(layer, calibration)])
+    before = log_probabilities(model, batches[1::2]) if tried else None
+    if not before:
+        return 1.0
+    even = {
+        layer.name: replace(statistics, curvature=statistics.halves[0])
+        for layer in tried
+        if (statistics := calibration.layers[layer.name]).halves is not None
+    }
+    fitted = replace(calibration, layers=even)
+    costs = {}
+    for scale in LADDER:
+        rounded = settle_coded(tried, {layer.name: _grid(layer, fitted, scale) for layer in tried}, fitted)
+        bits = 8 * sum(len(one.stored) for one in rounded.values()) / sum(layer.matrix.numel() for layer in tried)
+        with ExitStack() as stack:
+            for layer in tried:
+                stack.enter_context(
+                    weight_noise(
+                        layer, rounded[layer.name].dense.to(layer.weight.device) - layer.matrix.detach().float()
+                    )
+                )
+            after = log_probabilities(model, batches[1::2])
+        moved = math.inf if after is None else divergence(before, after)
+        costs[scale] = math.log(max(moved, 1e-30)) + 2 * math.log(2) * bits if math.isfinite(moved) else math.inf
+        _logger.info("damping x %g: divergence %.3g at %.2f bits", scale, moved, bits)
+    return min(costs, key=lambda scale: costs[scale])
+
+
+def _spread(layers: list[Layer]) -> list[Layer]:
+    return layers[:: math.ceil(len(layers) / MOST_LAYERS)] if layers else []
+
+
+def _has_halves(layer: Layer, calibration: Calibration) -> bool:
+    statistics = calibration.layers[layer.name]
+    return (
+        statistics.has_derivatives and statistics.halves is not None and all(one.scale > 0 for one in statistics.halves)
+    )
+
+
+def _grid(layer: Layer, calibration: Calibration, scale: float) -> CodedGrid:
+    curvature = calibration.layers[layer.name].curvature
+    assert curvature is not None
+    damping = damping_of(layer.kind, scale)
+    out_features, in_features = layer.matrix.shape
+    step = step_at(RESOLUTION, layer.matrix, Sides.of(curvature, damping))
+    return CodedGrid(step=step, damping=damping, shape=(out_features, in_features))

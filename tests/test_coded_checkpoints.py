@@ -1,0 +1,392 @@
+"""Entropy-coded models from end to end: what is saved is what comes back, in its very bytes."""
+
+import copy
+import json
+import math
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+import transformers as hf
+from safetensors.torch import load_file, save_file
+from tiny_checkpoints import text_rows
+from tiny_models import TINY_MODELS, TinyModel
+from torch import Tensor
+
+from hf_lossless import CheckpointError, ConfigurationError, LosslessCompressionConfig, PlanError
+from hf_lossless.checkpoint import read_entry
+from hf_lossless.modules.coded import CodedModule
+from hf_lossless.pipeline import tensor_bytes
+
+SETTINGS = {
+    "both": {"storage": ("fixed", "entropy"), "ratio": 4},
+    "entropy": {"storage": "entropy", "loss_budget": 0.05},
+    "all": {"storage": "entropy", "bits": (4,), "loss_budget": 1e9},
+    "inputs": {"storage": "entropy", "bits": (4,), "loss_budget": 1e9, "activation_bits": (8,)},
+}
+ARCHITECTURES = ["bert", "bert-mlm", "vit", "resnet", "convnext", "gpt2", "llama-tied", "t5", "nomic-bert"]
+
+
+@dataclass(frozen=True)
+class RoundTrip:
+    """A model as compressed, the folder it was saved to, and the model that this folder gives."""
+
+    tiny: TinyModel
+    original: Path
+    model: hf.PreTrainedModel
+    folder: Path
+    again: hf.PreTrainedModel
+    loading_info: dict
+    dtype: torch.dtype
+
+    @property
+    def inputs(self) -> dict[str, Tensor]:
+        return self.tiny.inputs(dtype=self.dtype)
+
+    @property
+    def plan(self):
+        return self.again.config.quantization_config.plan
+
+
+@pytest.fixture(scope="module")
+def round_trip(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., RoundTrip]:
+    """Makes each round trip once. Tests must leave its models as they are."""
+    made: dict[tuple, RoundTrip] = {}
+
+    def make(name: str, setting: str = "both", dtype: torch.dtype = torch.float32) -> RoundTrip:
+        if (name, setting, dtype) not in made:
+            tiny, root = TINY_MODELS[name], tmp_path_factory.mktemp(f"{name}-{setting}")
+            original, folder = root / "original", root / "compressed"
+            tiny.build().to(dtype).save_pretrained(original)
+            model = compress(tiny, original, setting, dtype)
+            model.save_pretrained(folder)
+            again, info = tiny.auto_class.from_pretrained(folder, output_loading_info=True)
+            made[name, setting, dtype] = RoundTrip(tiny, original, model, folder, again, info, dtype)
+        return made[name, setting, dtype]
+
+    return make
+
+
+def compress(tiny: TinyModel, original: Path, setting: str, dtype: torch.dtype = torch.float32, **arguments):
+    batches = [tiny.batch(seed=seed, dtype=dtype) for seed in range(2)]
+    config = LosslessCompressionConfig(dataset=batches, **SETTINGS[setting])
+    return tiny.auto_class.from_pretrained(original, dtype=dtype, quantization_config=config, **arguments)
+
+
+def logits(model: hf.PreTrainedModel, inputs: dict[str, Tensor]) -> Tensor:
+    with torch.no_grad():
+        return model(**inputs).logits
+
+
+def coded_modules(model: torch.nn.Module) -> dict[str, CodedModule]:
+    return {name: module for name, module in model.named_modules() if isinstance(module, CodedModule)}
+
+
+def saved_tensors(folder: Path) -> dict[str, Tensor]:
+    return {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
+
+
+def planned(trip: RoundTrip) -> set[str]:
+    return {name for name, layer_plan in trip.plan.layers.items() if layer_plan.kind == "coded"}
+
+
+@pytest.mark.parametrize(
+    ("name", "setting", "dtype"),
+    [
+        *((name, "all", torch.float32) for name in ARCHITECTURES),
+        ("bert", "both", torch.float32),
+        ("resnet", "entropy", torch.float32),
+        ("bert", "all", torch.bfloat16),
+        ("bert", "inputs", torch.float32),
+    ],
+    ids=str,
+)
+def test_reload_is_the_compressed_model(round_trip, name: str, setting: str, dtype: torch.dtype):
+    trip = round_trip(name, setting, dtype)
+    expected = logits(trip.model, trip.inputs)
+    assert torch.isfinite(expected).all() and expected.dtype == dtype
+    assert torch.equal(logits(trip.again, trip.inputs), expected)
+    assert not any(trip.loading_info.values()), trip.loading_info
+
+    twin = copy.deepcopy(trip.again)
+    twin.tie_weights()
+    assert torch.equal(logits(twin, trip.inputs), expected)
+
+    # What is stored is what is planned, and its bytes are those that are said.
+    stored = saved_tensors(trip.folder)
+    names = planned(trip)
+    assert names == coded_modules(trip.again).keys() and names
+    for layer_name in names:
+        assert stored[f"{layer_name}.coded"].dtype == torch.uint8 and stored[f"{layer_name}.weight"].shape == (0,)
+        assert {key for key in stored if key.startswith(f"{layer_name}.")} <= {
+            f"{layer_name}.{part}" for part in ("coded", "weight", "bias", "activation.scale", "activation.zero")
+        }
+    assert trip.plan == trip.model.config.quantization_config.plan == trip.model.hf_quantizer.result.plan
+    assert sum(tensor.nbytes for tensor in stored.values()) == trip.plan.tensor_bytes == tensor_bytes(trip.again)
+    for layer_name, layer_plan in trip.plan.layers.items():
+        own = [stored[key].nbytes for key in stored if key.startswith(f"{layer_name}.") and key[-4:] != "bias"]
+        assert sum(own) == layer_plan.cost_bytes
+    text = (trip.folder / "config.json").read_text()
+    values = json.loads(text)
+    del values["quantization_config"]
+    entry_bytes = len(text) - len(json.dumps(values, indent=2, sort_keys=True) + "\n")
+    result = trip.model.hf_quantizer.result
+    assert result.size_bytes == trip.plan.tensor_bytes + entry_bytes == read_entry(trip.folder).size_bytes
+    if setting == "both":
+        assert result.ratio >= 4
+    if setting == "entropy":
+        assert trip.plan.predicted_loss_change <= 0.05
+
+
+@pytest.mark.parametrize(("name", "setting"), [("bert", "both"), ("gpt2", "all")])
+def test_saving_what_was_reloaded_writes_the_same_bytes(round_trip, tmp_path: Path, name: str, setting: str):
+    trip = round_trip(name, setting)
+    trip.again.save_pretrained(tmp_path)
+    for file in ("model.safetensors", "config.json"):
+        assert (tmp_path / file).read_bytes() == (trip.folder / file).read_bytes()
+
+
+def test_the_same_data_give_the_same_files(round_trip, tmp_path: Path):
+    trip = round_trip("resnet", "entropy")
+    compress(trip.tiny, trip.original, "entropy").save_pretrained(tmp_path)
+    for file in ("model.safetensors", "config.json"):
+        assert (tmp_path / file).read_bytes() == (trip.folder / file).read_bytes()
+
+
+def test_a_new_process_has_the_same_model(round_trip, tmp_path: Path):
+    trips = [round_trip("bert"), round_trip("gpt2", "all")]
+    code = (
+        "import sys, torch, transformers, hf_lossless\n"
+        "for place in sys.argv[1:]:\n"
+        "    inputs = torch.load(f'{place}/inputs.pt')\n"
+        "    auto = getattr(transformers, inputs.pop('class'))\n"
+        "    with torch.no_grad():\n"
+        "        torch.save(auto.from_pretrained(f'{place}/model')(**inputs).logits, f'{place}/logits.pt')\n"
+    )
+    places = []
+    for index, trip in enumerate(trips):
+        place = tmp_path / str(index)
+        place.mkdir()
+        (place / "model").symlink_to(trip.folder)
+        torch.save({**trip.inputs, "class": trip.tiny.auto_class.__name__}, place / "inputs.pt")
+        places.append(place)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code, *map(str, places)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env=environment,
+    )
+    assert done.returncode == 0, done.stderr
+    for trip, place in zip(trips, places, strict=True):
+        assert torch.equal(torch.load(place / "logits.pt"), logits(trip.model, trip.inputs))
+
+
+@pytest.mark.parametrize("name", ["bert", "llama-tied"])
+def test_shards(round_trip, tmp_path: Path, name: str):
+    trip = round_trip(name, "all")
+    trip.model.save_pretrained(tmp_path, max_shard_size="1KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 2
+    again, info = trip.tiny.auto_class.from_pretrained(tmp_path, output_loading_info=True)
+    assert torch.equal(logits(again, trip.inputs), logits(trip.model, trip.inputs))
+    assert not any(info.values()), info
+
+
+def test_device_map_auto(round_trip, tmp_path: Path):
+    trip = round_trip("gpt2", "all")
+    model = compress(trip.tiny, trip.original, "all", device_map="auto")
+    assert torch.equal(logits(model, trip.inputs), logits(trip.model, trip.inputs))
+    model.save_pretrained(tmp_path)
+    again = trip.tiny.auto_class.from_pretrained(tmp_path, device_map="auto")
+    assert torch.equal(logits(again, trip.inputs), logits(trip.model, trip.inputs))
+
+
+@pytest.mark.parametrize("name", ["bert", "vit", "gpt2"])
+def test_base_model_of_a_checkpoint_with_a_head(round_trip, tmp_path: Path, name: str):
+    trip = round_trip(name, "all")
+
+    def hidden(model: hf.PreTrainedModel) -> Tensor:
+        with torch.no_grad():
+            return model(**trip.inputs).last_hidden_state
+
+    expected = hidden(trip.again.base_model)
+    base = hf.AutoModel.from_pretrained(trip.folder)
+    assert torch.equal(hidden(base), expected)
+    base.save_pretrained(tmp_path)
+    entry = read_entry(tmp_path)
+    assert entry.plan.tensor_bytes == sum(tensor.nbytes for tensor in saved_tensors(tmp_path).values())
+    assert entry.plan.original_bytes == tensor_bytes(type(base).from_pretrained(trip.original))
+    again, info = hf.AutoModel.from_pretrained(tmp_path, output_loading_info=True)
+    assert torch.equal(hidden(again), expected) and not any(info.values()), info
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama-tied", "t5"])
+def test_generate_gives_the_same_tokens(round_trip, name: str):
+    trip = round_trip(name, "all")
+    inputs = {"input_ids": trip.inputs["input_ids"]}
+    settings = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0}
+    expected = trip.model.generate(**inputs, **settings)
+    assert torch.equal(trip.again.generate(**inputs, **settings), expected)
+
+
+@pytest.mark.parametrize("name", ["bert", "resnet", "gpt2"])
+def test_reload_in_another_dtype(round_trip, tmp_path: Path, name: str):
+    trip = round_trip(name, "all")
+    again = trip.tiny.auto_class.from_pretrained(trip.folder, dtype=torch.bfloat16)
+    expected = copy.deepcopy(trip.again).to(torch.bfloat16)
+    inputs = trip.tiny.inputs(dtype=torch.bfloat16)
+    assert torch.equal(logits(again, inputs), logits(expected, inputs))
+    again.save_pretrained(tmp_path)
+    entry = read_entry(tmp_path)
+    assert entry.plan.tensor_bytes == sum(tensor.nbytes for tensor in saved_tensors(tmp_path).values())
+    assert entry.plan.layers == trip.plan.layers  # coded layers are of no dtype
+
+
+@pytest.mark.parametrize("name", ["bert", "bert-mlm"])
+def test_state_dict_round_trip(round_trip, name: str):
+    trip = round_trip(name, "all")
+    state = copy.deepcopy(trip.again.state_dict())
+    twin = copy.deepcopy(trip.again)
+    for parameter in twin.parameters():
+        parameter.data.zero_()
+    assert not any(twin.load_state_dict(state))
+    assert torch.equal(logits(twin, trip.inputs), logits(trip.again, trip.inputs))
+
+
+def test_a_tolerance_is_certified_or_not_on_the_decoded_model(text_folder: Path, tmp_path: Path):
+    config = LosslessCompressionConfig(text_rows(60), tolerance=0.5, storage="entropy")
+    model = hf.AutoModelForSequenceClassification.from_pretrained(text_folder, quantization_config=config)
+    result = model.hf_quantizer.result
+    assert result.certificate is not None and coded_modules(model)
+    model.save_pretrained(tmp_path)
+    again = hf.AutoModelForSequenceClassification.from_pretrained(tmp_path)
+    assert again.config.quantization_config.certificate == result.certificate
+    inputs = TINY_MODELS["bert"].inputs()
+    assert torch.equal(logits(again, inputs), logits(model, inputs))
+
+
+# What is refused
+
+QUERY = "bert.encoder.layer.0.attention.self.query"
+
+
+@pytest.fixture
+def altered(round_trip, tmp_path: Path) -> Callable[..., Path]:
+    """A copy of the folder with its tensor `query.coded` changed."""
+
+    def alter(change: Callable[[Tensor], Tensor]) -> Path:
+        trip = round_trip("bert", "all")
+        trip.again.save_pretrained(tmp_path)
+        file = tmp_path / "model.safetensors"
+        tensors = load_file(file)
+        tensors[f"{QUERY}.coded"] = change(tensors[f"{QUERY}.coded"])
+        save_file(tensors, file, {"format": "pt"})
+        return tmp_path
+
+    return alter
+
+
+def flipped(place: float) -> Callable[[Tensor], Tensor]:
+    def flip(content: Tensor) -> Tensor:
+        content = content.clone()
+        content[int(place * (len(content) - 1))] ^= 1
+        return content
+
+    return flip
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (flipped(0.0), rf"the tensor '{QUERY}\.coded' cannot be decoded: it is no coded matrix"),
+        (flipped(0.5), rf"the tensor '{QUERY}\.coded' cannot be decoded: its checksum does not match"),
+        (flipped(1.0), rf"the tensor '{QUERY}\.coded' cannot be decoded: its checksum does not match"),
+        (lambda content: content[:-4].clone(), rf"the tensor '{QUERY}\.coded' in .* has shape \[\d+\], the plan needs"),
+        (lambda content: content.view(torch.int8), rf"the tensor '{QUERY}\.coded' in .* is of type I8, the plan needs"),
+        (torch.zeros_like, rf"the tensor '{QUERY}\.coded' cannot be decoded: it is no coded matrix"),
+    ],
+    ids=["first-byte", "middle", "last-byte", "cut", "another-type", "zeros"],
+)
+def test_a_tensor_that_was_changed(altered, change, message: str):
+    folder = altered(change)
+    with pytest.raises(CheckpointError, match=rf"{message}.*Take the folder again from where it came from"):
+        hf.AutoModelForSequenceClassification.from_pretrained(folder)
+
+
+def test_a_tensor_that_was_changed_in_a_part_of_the_model(altered):
+    name = QUERY.removeprefix("bert.")  # as this model has it
+    with pytest.raises(CheckpointError, match=rf"the tensor '{name}\.coded' cannot be decoded: its checksum"):
+        hf.AutoModel.from_pretrained(altered(flipped(0.5)))
+
+
+def test_a_layer_of_another_one_of_the_same_length(round_trip, tmp_path: Path):
+    """Its own checksum is right; its shape is not."""
+    trip = round_trip("bert", "all")
+    trip.again.save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    tensors = load_file(file)
+    name, other = QUERY, "bert.encoder.layer.0.intermediate.dense"
+    tensors[f"{name}.coded"], tensors[f"{other}.coded"] = tensors[f"{other}.coded"], tensors[f"{name}.coded"]
+    save_file(tensors, file, {"format": "pt"})
+    config = tmp_path / "config.json"
+    values = json.loads(config.read_text())
+    layers = values["quantization_config"]["plan"]["layers"]
+    layers[name]["cost_bytes"], layers[other]["cost_bytes"] = layers[other]["cost_bytes"], layers[name]["cost_bytes"]
+    config.write_text(json.dumps(values))
+    with pytest.raises(CheckpointError, match=r"is a matrix \[48, 32\], and not \[32, 32\]"):
+        trip.tiny.auto_class.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"shape": [32, 31]}, PlanError, r"as a matrix \[32, 31\], but its weight is a matrix \[32, 32\]"),
+        ({"step": -1}, PlanError, r"coded\.step: .*greater than 0"),
+    ],
+    ids=["shape", "step"],
+)
+def test_a_plan_that_was_changed(round_trip, tmp_path: Path, changes: dict, error: type, message: str):
+    trip = round_trip("bert", "all")
+    trip.again.save_pretrained(tmp_path)
+    config = tmp_path / "config.json"
+    values = json.loads(config.read_text())
+    values["quantization_config"]["plan"]["layers"][QUERY]["coded"] |= changes
+    config.write_text(json.dumps(values))
+    with pytest.raises(error, match=message):
+        trip.tiny.auto_class.from_pretrained(tmp_path)
+
+
+def test_fewer_bytes_than_an_input_takes(round_trip, tmp_path: Path):
+    trip = round_trip("bert", "inputs")
+    trip.again.save_pretrained(tmp_path)
+    config = tmp_path / "config.json"
+    values = json.loads(config.read_text())
+    layers = values["quantization_config"]["plan"]["layers"]
+    name = next(name for name, layer in layers.items() if (layer.get("activation") or {}).get("range") == "static")
+    layers[name]["cost_bytes"] = 3
+    config.write_text(json.dumps(values))
+    with pytest.raises(PlanError, match=rf"gives layer '{name}' 3 bytes, fewer than its input's range takes"):
+        trip.tiny.auto_class.from_pretrained(tmp_path)
+
+
+def test_without_the_library(round_trip, monkeypatch):
+    trip = round_trip("bert", "all")
+    monkeypatch.setitem(sys.modules, "constriction", None)
+    message = r"constriction, which is not installed\. Install it with: pip install 'hf-lossless\[entropy\]'"
+    with pytest.raises(ConfigurationError, match=message):
+        trip.tiny.auto_class.from_pretrained(trip.folder)
+    with pytest.raises(ConfigurationError, match=message):
+        LosslessCompressionConfig(ratio=2, storage="entropy")
+    assert LosslessCompressionConfig(ratio=2).storage == ("fixed",)  # all else does without
+
+
+def test_bits_of_coded_layers_are_a_part_of_the_fixed_ones(round_trip):
+    trip = round_trip("bert", "all")
+    bits = [layer.bits for layer in trip.plan.layers.values() if layer.kind == "coded"]
+    assert all(math.isfinite(one) and 0 < one < 16 for one in bits)
