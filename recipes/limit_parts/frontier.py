@@ -101,7 +101,7 @@ def _row(
         **bench.judged(scores(logits_of(model), bench.test_batches)),
         "predicted": planned.plan.predicted_loss_change,
         **_own_costs(planner, planned),
-        "measured": measured,
+        "measured": measured.mean,
         "kinds": _counted([one.kind for one in planned.plan.layers.values()]),
     }
 
