@@ -147,7 +147,8 @@ def draw(report: dict[str, Any], path: Path) -> None:
     models = {name: model for name, model in report["models"].items() if "storages" in model}
     figure = Figure(figsize=(4.5 * len(models), 8), layout="constrained")
     FigureCanvasAgg(figure)
-    for column, (name, model) in zip(figure.subplots(2, len(models), squeeze=False).T, models.items(), strict=True):
+    grid = figure.subplots(2, len(models), squeeze=False)
+    for column, (name, model) in zip(grid.T, models.items(), strict=True):
         above, below = column
         megabyte = 1e6
         for storage, rows in model["storages"].items():
@@ -171,9 +172,9 @@ def draw(report: dict[str, Any], path: Path) -> None:
         for axes in column:
             axes.set_yscale("log")
             axes.grid(alpha=0.3)
-    figure.axes[0].set_ylabel("held-out KL divergence from the original, nats")
-    figure.axes[1].set_ylabel("predicted rise of the loss, nats")
-    for axes in figure.axes[:2]:
+    grid[0, 0].set_ylabel("held-out KL divergence from the original, nats")
+    grid[1, 0].set_ylabel("predicted rise of the loss, nats")
+    for axes in grid[:, 0]:
         axes.legend(fontsize=7)
     figure.savefig(path, dpi=90)
 

@@ -14,10 +14,14 @@ _KINDS = {
     "grid": (BLUE, "codes on a grid"),
     "low_rank": (ORANGE, "two factors"),
     "sum": (GREEN, "codes plus two factors"),
+    "coded": (PURPLE, "codes at their entropy"),
 }
 _RANGES = {"static": ("s", VERMILION), "dynamic": ("o", PURPLE)}
 _FLOAT = 10
 """Where floating point is drawn on an axis of bits that ends at 8."""
+
+_MOST_BITS = 9
+"""Tiny layers may take more, for what goes with their codes."""
 
 _MAX_NAMES, _MAX_RANKS = 64, 45
 """Names that fit beside the axis; ranks that fit beside their bars."""
@@ -80,7 +84,7 @@ def _shared_prefix(names: Sequence[str]) -> int:
 def _draw_bits(axes: Axes, layers: Sequence[LayerPlan]) -> None:
     axes.barh(
         range(len(layers)),
-        [_FLOAT if layer.bits == KEPT_BITS else layer.bits for layer in layers],
+        [_FLOAT if layer.bits == KEPT_BITS else min(layer.bits, _MOST_BITS) for layer in layers],
         height=0.8,
         color=[_KINDS[layer.kind][0] for layer in layers],
     )

@@ -17,6 +17,7 @@ from hf_lossless.candidates.coded import damping_of
 from hf_lossless.checkpoint import state_dict_with_guards
 from hf_lossless.config import LosslessCheckpointConfig
 from hf_lossless.errors import UnreachableTargetError
+from hf_lossless.hf_plan import with_present_bytes
 from hf_lossless.pipeline import analyse, realise
 from hf_lossless.planning import Planned, Planner
 from hf_lossless.theories.rate_distortion import rate_distortion
@@ -84,7 +85,7 @@ def _row(
 ) -> dict[str, Any]:
     model = bench.problem.copy()
     measured = realise(model, planner.problem, planned)
-    checkpoint = LosslessCheckpointConfig.of(planned.plan)
+    checkpoint = LosslessCheckpointConfig.of(with_present_bytes(model, planned.plan))
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         model.config.quantization_config = checkpoint
@@ -96,11 +97,11 @@ def _row(
         "ratio": bench.problem.original_bytes / checkpoint.size_bytes,
         "file_bytes": file_bytes,
         "file_ratio": original.file_bytes / file_bytes,
-        "tensor_bytes": planned.plan.tensor_bytes,
+        "tensor_bytes": checkpoint.plan.tensor_bytes,
         **bench.judged(scores(logits_of(model), bench.test_batches)),
         "predicted": planned.plan.predicted_loss_change,
         **_own_costs(planner, planned),
-        "measured": measured,
+        "measured": measured.mean,
         "kinds": _counted([one.kind for one in planned.plan.layers.values()]),
     }
 
