@@ -10,6 +10,7 @@ Drawn are the classes of rows or of tokens, and the two ends of an answer. Which
 own token or of the one before, as for causal language models) is seen from which of both gives the model's loss.
 """
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -107,17 +108,29 @@ def scored_labels(model: nn.Module, batch: Batch) -> dict[str, ScoredLabels] | N
     """
     batch = to_device(batch, model_device(model))
     with torch.no_grad():
-        if isinstance(batch, Mapping):
-            outputs, loss = model(**batch), batch_loss(model, batch).float()
-            return next((one for one in _candidates(outputs, batch) if _makes(one, loss)), None)
-        inputs, targets = batch
-        return {"targets": ScoredLabels(model(inputs).float(), targets)}
+        if not isinstance(batch, Mapping):
+            return _of_pair(model, batch)
+        outputs, loss = model(**batch), batch_loss(model, batch).float()
+        found = [(one, _mean_loss(one)) for one in _candidates(outputs, batch)]
+        # Where a model can tell nothing, the scores of its own token and those of the one before give much the same.
+        labels, mean = min(found, key=lambda one: abs(one[1] - loss).nan_to_num(math.inf), default=(None, loss))
+        # To within what half precision loses.
+        return labels if bool(mean.isfinite()) and torch.isclose(mean, loss, rtol=0.02, atol=0.01) else None
 
 
-def _makes(candidate: dict[str, ScoredLabels], loss: Tensor) -> bool:
-    """Whether the model's loss is the mean of their cross-entropies, to within what half precision loses."""
-    mean = torch.stack([one.loss for one in candidate.values()]).mean()
-    return bool(torch.isclose(mean, loss, rtol=0.02, atol=0.01))
+def _of_pair(model: nn.Module, batch: Batch) -> dict[str, ScoredLabels] | None:
+    """The targets of a pair with their scores, the classes in the outputs' second dimension; None for other batches."""
+    if not isinstance(batch, tuple) or len(batch) != 2:
+        return None
+    outputs, targets = model(batch[0]), batch[1]
+    if not isinstance(outputs, Tensor) or outputs.ndim < 2 or outputs.shape[1] < 2 or targets.is_floating_point():
+        return None
+    labels = ScoredLabels(outputs.float().movedim(1, -1), targets)
+    return {"targets": labels} if labels.loss.isfinite() else None
+
+
+def _mean_loss(candidate: dict[str, ScoredLabels]) -> Tensor:
+    return torch.stack([one.loss for one in candidate.values()]).mean()
 
 
 def _candidates(outputs: Any, batch: Mapping[str, Any]) -> Iterator[dict[str, ScoredLabels]]:

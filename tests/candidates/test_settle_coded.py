@@ -22,7 +22,7 @@ NAMES = ["embedding", "conv", "first", "second", "head"]
 
 def grid_of(layer: Layer, calibration: Calibration, resolution: float = 6.0) -> CodedGrid:
     out_features, in_features = layer.matrix.shape
-    damping = damping_of(layer.kind)
+    damping = damping_of(layer.kind, 1.0)
     step = step_at(resolution, layer.matrix, Sides.of(calibration.layers[layer.name].curvature, damping))
     return CodedGrid(step=step, damping=damping, shape=(out_features, in_features))
 
@@ -88,7 +88,7 @@ def test_far_codes_are_kept_exactly_up_to_the_largest():
 def test_what_is_proposed_is_near_what_it_becomes():
     layers, calibration = prepared()
     for name in NAMES:
-        candidates = propose_coded(layers[name], calibration.layers[name], seed=0)
+        candidates = propose_coded(layers[name], calibration.layers[name], seed=0, damping_scale=1.0)
         costs = [one.cost_bytes for one in candidates]
         assert costs[0] == max(costs) < layers[name].weight.nbytes
         assert [one.kind for one in candidates] == ["coded"] * len(costs)
@@ -103,10 +103,20 @@ def test_what_is_proposed_is_near_what_it_becomes():
 
 def test_the_same_seed_proposes_the_same():
     layers, calibration = prepared()
-    first, again = (propose_coded(layers["second"], calibration.layers["second"], seed=3) for _ in range(2))
+    first, again = (
+        propose_coded(layers["second"], calibration.layers["second"], seed=3, damping_scale=1.0) for _ in range(2)
+    )
     assert first == again
 
 
 def test_nothing_is_proposed_for_a_layer_that_no_gradient_reaches():
     layers, calibration = prepared()
-    assert propose_coded(layers["idle"], calibration.layers["idle"], seed=0) == []
+    assert propose_coded(layers["idle"], calibration.layers["idle"], seed=0, damping_scale=1.0) == []
+
+
+def test_dampings_are_multiplied_by_the_scale():
+    layers, calibration = prepared()
+    for name, default in {"first": DAMPING, "embedding": EMBEDDING_DAMPING}.items():
+        [one, *_] = propose_coded(layers[name], calibration.layers[name], seed=0, damping_scale=3.0)
+        assert one.coded.damping == damping_of(layers[name].kind, 3.0)
+        assert one.coded.damping.rows == 3 * default.rows and one.coded.damping.columns == 3 * default.columns

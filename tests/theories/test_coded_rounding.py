@@ -45,7 +45,10 @@ def statistics(halves=None) -> LayerStatistics:
 def problem(of_layers: dict[str, LayerStatistics], seed: int = 5) -> SimpleNamespace:
     """As much of a `Problem` as is looked at."""
     candidates = {
-        layer.name: [Candidate(None, layer.weight.nbytes), *propose_coded(layer, of_layers[layer.name], seed=0)]
+        layer.name: [
+            Candidate(None, layer.weight.nbytes),
+            *propose_coded(layer, of_layers[layer.name], seed=0, damping_scale=1.0),
+        ]
         for layer in layers()
     }
     calibration = SimpleNamespace(layers=of_layers)
@@ -118,6 +121,8 @@ def test_layers_of_zeros_cost_nothing():
         for layer in asked.layers:
             layer.weight.zero_()
     for layer in asked.layers:
-        asked.candidates[layer.name] = propose_coded(layer, asked.calibration.layers[layer.name], seed=0)
+        asked.candidates[layer.name] = propose_coded(
+            layer, asked.calibration.layers[layer.name], seed=0, damping_scale=1.0
+        )
     for changes in coded_changes(asked).values():
         assert changes and not any(changes.values())
