@@ -174,7 +174,7 @@ class Planner:
         if not coded:
             return None
         candidate, prediction = next(iter(coded.values()))
-        factor = prediction.loss_change / candidate.expected_cost
+        factor = prediction.loss_change / max(candidate.expected_cost, 1e-300)
         dampings = {kind: one.coded.damping for kind, (one, _) in coded.items() if one.coded is not None}
         points = rate_distortion(self.problem, self.other_bytes, damping=dampings.get)
         losses = {round(num_bytes): factor * loss for num_bytes, loss in points}  # the finer level of two that coincide

@@ -18,7 +18,7 @@ resnet-fashion-mnist most taps of the last convolutions see padding only, and co
    on fewer test rows: feedback from both sides, rate-aware rounding, damping, calibration rows, the labels of the
    Fisher matrix, damping of embeddings.
 
-What is run replaces what the present JSON says of it; all else stays.
+What is run replaces what the present JSON says of it; all else stays. The summary goes into the README as well.
 """
 
 import argparse
@@ -43,6 +43,7 @@ from limit_parts.frontier import (
     largest_within_one_error,
 )
 from limit_parts.loading import loading
+from limit_parts.summary import write_summary
 from limit_parts.trial import Bench
 from live_resnet import live_resnet
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -217,6 +218,8 @@ def main() -> None:
         if "effects" in parts and name in EFFECTS:
             bench_effects(name, bench, arguments.assets, write)
     draw(report, arguments.out.with_suffix(".png"))
+    if arguments.out == _OUT:
+        write_summary(report, _HERE.parent / "README.md")
 
 
 if __name__ == "__main__":

@@ -72,8 +72,8 @@ def test_modules(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_shell_commands(workplace: Path) -> None:
-    [compress], [export] = blocks("cli"), blocks("export")
-    commands = compress + export
+    [compress], [export], [entropy] = blocks("cli"), blocks("export"), blocks("entropy")
+    commands = compress + export + entropy
     scripts = str(Path(sys.executable).parent)  # where hf-lossless is installed
     environment = {**os.environ, "PATH": os.pathsep.join([scripts, os.environ["PATH"]])}
     result = subprocess.run(["bash", "-euc", commands], env=environment, capture_output=True, text=True)
@@ -90,7 +90,7 @@ def test_shell_commands(workplace: Path) -> None:
         "the certificate stays with my-model-small",
     ):
         assert word in result.stdout
-    for folder in ("my-model-small", "my-model-dense"):
+    for folder in ("my-model-small", "my-model-dense", "my-model-coded"):
         assert AutoModelForSequenceClassification.from_pretrained(workplace / folder) is not None
     assert "certificate" in (workplace / "my-model-small/config.json").read_text()
     assert "certificate" not in (workplace / "my-model-dense/config.json").read_text()

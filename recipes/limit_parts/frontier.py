@@ -18,7 +18,9 @@ from hf_lossless.checkpoint import state_dict_with_guards
 from hf_lossless.config import LosslessCheckpointConfig
 from hf_lossless.errors import UnreachableTargetError
 from hf_lossless.hf_plan import with_present_bytes
+from hf_lossless.layers import LayerKind
 from hf_lossless.pipeline import analyse, realise
+from hf_lossless.plan import Damping
 from hf_lossless.planning import Planned, Planner
 from hf_lossless.theories.rate_distortion import rate_distortion
 from limit_parts.trial import Bench
@@ -72,7 +74,7 @@ def bounds_of(bench: Bench, planner: Planner) -> dict[str, Points]:
     problem, other_bytes = planner.problem, bench.other_bytes
     return {
         "undamped": rate_distortion(problem, other_bytes),
-        "damped": rate_distortion(problem, other_bytes, damping=lambda kind: damping_of(kind, 1.0)),
+        "damped": rate_distortion(problem, other_bytes, damping=_damping(planner)),
     }
 
 
@@ -109,15 +111,28 @@ def _row(
 def _own_costs(planner: Planner, planned: Planned) -> dict[str, float]:
     """What its own rows say that a plan costs, in the metric as it is and in the one that shapes grids."""
     costs = {"in_sample": 0.0, "damped": 0.0}
+    damping_of_kind = _damping(planner)
     for layer in planner.problem.layers:
         curvature = planner.problem.calibration.layers[layer.name].curvature
         if planned.plan.layers[layer.name].kind == "kept" or curvature is None:
             continue
-        error, damping = planned.error(layer), damping_of(layer.kind)
+        error, damping = planned.error(layer), damping_of_kind(layer.kind)
         rows, columns = curvature.damped(damping.rows).rows, curvature.damped(damping.columns).columns
         costs["in_sample"] += second_order_change(error, curvature)
         costs["damped"] += second_order_change(error, replace(curvature, rows=rows, columns=columns))
     return costs
+
+
+def _damping(planner: Planner) -> Callable[[LayerKind], Damping]:
+    """The damping of coded grids of a kind of layer; the default where there are none."""
+    candidates = planner.problem.candidates
+    chosen = {
+        layer.kind: candidate.coded.damping
+        for layer in planner.problem.layers
+        for candidate in candidates[layer.name]
+        if candidate.coded is not None
+    }
+    return lambda kind: chosen.get(kind, damping_of(kind, 1.0))
 
 
 def _counted(names: list[str]) -> dict[str, int]:
