@@ -10,7 +10,7 @@ from hf_lossless.calibration.model_labels import scored_labels
 
 
 def log_probabilities(model: nn.Module, batches: Iterable[Batch]) -> list[Tensor] | None:
-    """What a model predicts for every label of some batches, float32 [labels, classes] each; one forward pass.
+    """What a model predicts for every label of some batches, float32 [labels, classes] each.
 
     Args:
         model: In evaluation mode.

@@ -10,7 +10,6 @@ Drawn are the classes of rows or of tokens, and the two ends of an answer. Which
 own token or of the one before, as for causal language models) is seen from which of both gives the model's loss.
 """
 
-import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -71,7 +70,7 @@ class ScoredLabels:
 
 
 def with_drawn_labels(model: nn.Module, batch: Batch, generator: torch.Generator) -> list[Batch] | None:
-    """`DRAWS` copies of a batch, each with labels drawn from what the model predicts; one forward pass.
+    """`DRAWS` copies of a batch, each with labels drawn from what the model predicts; see `scored_labels`.
 
     Args:
         model: In evaluation mode.
@@ -97,7 +96,9 @@ def with_drawn_labels(model: nn.Module, batch: Batch, generator: torch.Generator
 
 
 def scored_labels(model: nn.Module, batch: Batch) -> dict[str, ScoredLabels] | None:
-    """The labels of a batch with the scores that they belong to, by name ("targets" of a pair); one forward pass.
+    """The labels of a batch with the scores that they belong to, by name ("targets" of a pair).
+
+    Costs one forward pass for a pair, and two for a mapping, whose loss is the model's own.
 
     Args:
         model: In evaluation mode.
@@ -113,7 +114,7 @@ def scored_labels(model: nn.Module, batch: Batch) -> dict[str, ScoredLabels] | N
         outputs, loss = model(**batch), batch_loss(model, batch).float()
         found = [(one, _mean_loss(one)) for one in _candidates(outputs, batch)]
         # Where a model can tell nothing, the scores of its own token and those of the one before give much the same.
-        labels, mean = min(found, key=lambda one: abs(one[1] - loss).nan_to_num(math.inf), default=(None, loss))
+        labels, mean = min(found, key=lambda one: abs(one[1] - loss), default=(None, loss))
         # To within what half precision loses.
         return labels if bool(mean.isfinite()) and torch.isclose(mean, loss, rtol=0.02, atol=0.01) else None
 

@@ -41,7 +41,7 @@ _logger = logging.getLogger(__name__)
 
 
 def chosen_scale(model: nn.Module, batches: list[Batch], layers: list[Layer], calibration: Calibration) -> float:
-    """The number of the ladder that dampings are multiplied by; 1 where there are no other rows to tell by.
+    """The number of the ladder that dampings are multiplied by; 1 where no other rows can tell.
 
     Args:
         model: In evaluation mode; left as it was.
@@ -72,9 +72,10 @@ def chosen_scale(model: nn.Module, batches: list[Batch], layers: list[Layer], ca
                 )
             after = log_probabilities(model, batches[1::2])
         moved = math.inf if after is None else divergence(before, after)
-        costs[scale] = math.log(max(moved, 1e-30)) + 2 * math.log(2) * bits if math.isfinite(moved) else math.inf
+        if math.isfinite(moved):
+            costs[scale] = math.log(max(moved, 1e-30)) + 2 * math.log(2) * bits
         _logger.info("damping x %g: divergence %.3g at %.2f bits", scale, moved, bits)
-    return min(costs, key=lambda scale: costs[scale])
+    return min(costs, key=lambda scale: costs[scale], default=1.0)
 
 
 def _spread(layers: list[Layer]) -> list[Layer]:
