@@ -29,6 +29,7 @@ from hf_lossless.errors import CheckpointError
 from hf_lossless.layers import Layer, LayerKind
 from hf_lossless.modules.base import CompressedModule
 from hf_lossless.modules.casting import keeping_dtype
+from hf_lossless.modules.whole import WholeConv2d, WholeEmbedding, WholeLinear
 
 _DECODED = ("codes", "row_steps", "column_steps", "far_positions", "far_codes")
 
@@ -159,34 +160,16 @@ class CodedModule(CompressedModule):
         return f"{out_features}x{in_features}, bits={bits:.2f}, bias={self.bias is not None}"
 
 
-class CodedLinear(CodedModule):
+class CodedLinear(WholeLinear, CodedModule):
     """nn.Linear, or transformers' Conv1D, whose weight is [in, out]."""
 
-    def forward(self, input: Tensor) -> Tensor:
-        """Computes y = x W' + b."""
-        return self.linear(self.quantised(input), self.bias)
 
-
-class CodedConv2d(CodedModule):
+class CodedConv2d(WholeConv2d, CodedModule):
     """nn.Conv2d, grouped and depthwise too."""
 
-    stride: tuple[int, int]
-    padding: tuple[int, int] | str
-    dilation: tuple[int, int]
-    groups: int
 
-    def forward(self, input: Tensor) -> Tensor:
-        """The convolution with the kernel made now."""
-        input, kernel = self.quantised(input), self.matrix().view(self.weight_shape)
-        return F.conv2d(input, kernel, self.bias, self.stride, self.padding, self.dilation, self.groups)
-
-
-class CodedEmbedding(CodedModule):
+class CodedEmbedding(WholeEmbedding, CodedModule):
     """nn.Embedding; makes only the rows that it looks up."""
-
-    def forward(self, input: Tensor) -> Tensor:
-        """Rows of the weight at `input`."""
-        return self.embedding(input)
 
 
 CODED: dict[LayerKind, type[CodedModule]] = {

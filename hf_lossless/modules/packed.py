@@ -20,6 +20,7 @@ from hf_lossless.candidates.uniform import QuantisedMatrix, dequantise
 from hf_lossless.layers import Layer, LayerKind
 from hf_lossless.modules.base import CompressedModule
 from hf_lossless.modules.casting import keeping_dtype
+from hf_lossless.modules.whole import WholeConv2d, WholeEmbedding, WholeLinear
 from hf_lossless.packing import pack, packed_width, unpack
 from hf_lossless.plan import Grid
 
@@ -84,34 +85,16 @@ class PackedModule(CompressedModule):
         return f"{out_features}x{in_features}, bits={self.grid.bits}, group_size={group}, bias={self.bias is not None}"
 
 
-class PackedLinear(PackedModule):
+class PackedLinear(WholeLinear, PackedModule):
     """nn.Linear, or transformers' Conv1D, whose weight is [in, out]."""
 
-    def forward(self, input: Tensor) -> Tensor:
-        """Computes y = x W' + b."""
-        return self.linear(self.quantised(input), self.bias)
 
-
-class PackedConv2d(PackedModule):
+class PackedConv2d(WholeConv2d, PackedModule):
     """nn.Conv2d, grouped and depthwise too."""
 
-    stride: tuple[int, int]
-    padding: tuple[int, int] | str
-    dilation: tuple[int, int]
-    groups: int
 
-    def forward(self, input: Tensor) -> Tensor:
-        """The convolution with the unpacked kernel."""
-        input, kernel = self.quantised(input), self.matrix().view(self.weight_shape)
-        return F.conv2d(input, kernel, self.bias, self.stride, self.padding, self.dilation, self.groups)
-
-
-class PackedEmbedding(PackedModule):
+class PackedEmbedding(WholeEmbedding, PackedModule):
     """nn.Embedding; looks up packed rows and unpacks only those."""
-
-    def forward(self, input: Tensor) -> Tensor:
-        """Rows of the weight at `input`."""
-        return self.embedding(input)
 
     def embedding(self, indices: Tensor) -> Tensor:
         """Rows of the weight, only these unpacked."""
