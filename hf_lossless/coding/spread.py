@@ -19,7 +19,7 @@ _COARSER = (1, 2, 4, 64)
 """Merged levels that are tried; 64 leaves one."""
 
 LARGEST_LEVEL = 31
-"""Of rows and of columns; what spreads less than that many levels below the widest counts with it."""
+"""Of rows and of columns; what lies more levels above the narrowest counts as this one."""
 
 _NEGLIGIBLE = 2.0**-8
 """A mean |code| below it counts as it."""
