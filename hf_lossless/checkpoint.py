@@ -259,9 +259,8 @@ def write_file(path: Path, text: str) -> None:
                 file.write(text)
             os.chmod(temporary, 0o644)
             os.replace(temporary, path)
-        except BaseException:
-            os.unlink(temporary)
-            raise
+        finally:
+            Path(temporary).unlink(missing_ok=True)  # it is still there only where something went wrong
     except OSError as error:
         raise CheckpointError(f"{path} cannot be written: {error.strerror}. Name another file.") from error
 

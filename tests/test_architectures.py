@@ -8,13 +8,13 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
 import transformers as hf
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module
+from round_trips import RoundTrip
 from safetensors import safe_open
 from safetensors.torch import load_file
 from tiny_models import TINY_MODELS, TinyModel
@@ -52,27 +52,6 @@ SETTINGS = {
     "asymmetric": {"bits": (4,), "symmetric": False, "group_size": 8, "loss_budget": ANY_LOSS},
     "kept": {"bits": (16,), "loss_budget": ANY_LOSS},
 }
-
-
-@dataclass(frozen=True)
-class RoundTrip:
-    """A model as compressed, the folder it was saved to, and the model that this folder gives."""
-
-    tiny: TinyModel
-    original: Path
-    model: hf.PreTrainedModel
-    folder: Path
-    again: hf.PreTrainedModel
-    loading_info: dict
-    dtype: torch.dtype
-
-    @property
-    def inputs(self) -> dict[str, Tensor]:
-        return self.tiny.inputs(dtype=self.dtype)
-
-    @property
-    def plan(self):
-        return self.again.config.quantization_config.plan
 
 
 MakeRoundTrip = Callable[..., RoundTrip]

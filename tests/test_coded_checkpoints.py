@@ -7,12 +7,12 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
 import transformers as hf
+from round_trips import RoundTrip
 from safetensors.torch import load_file, save_file
 from tiny_checkpoints import text_rows
 from tiny_models import TINY_MODELS, TinyModel
@@ -30,27 +30,6 @@ SETTINGS = {
     "inputs": {"storage": "entropy", "bits": (4,), "loss_budget": 1e9, "activation_bits": (8,)},
 }
 ARCHITECTURES = ["bert", "bert-mlm", "vit", "resnet", "convnext", "gpt2", "llama-tied", "t5", "nomic-bert"]
-
-
-@dataclass(frozen=True)
-class RoundTrip:
-    """A model as compressed, the folder it was saved to, and the model that this folder gives."""
-
-    tiny: TinyModel
-    original: Path
-    model: hf.PreTrainedModel
-    folder: Path
-    again: hf.PreTrainedModel
-    loading_info: dict
-    dtype: torch.dtype
-
-    @property
-    def inputs(self) -> dict[str, Tensor]:
-        return self.tiny.inputs(dtype=self.dtype)
-
-    @property
-    def plan(self):
-        return self.again.config.quantization_config.plan
 
 
 @pytest.fixture(scope="module")

@@ -30,22 +30,35 @@ def batch_loss(model: nn.Module, batch: Batch) -> Tensor:
         CalibrationError: The model returns no loss.
     """
     if isinstance(batch, Mapping):
-        outputs = model(**batch)
-        loss: Tensor | None = getattr(outputs, "loss", None)
-        if loss is None:
-            loss = _loss_of_classes(outputs, batch.get("labels"))
-        if loss is None:
-            raise CalibrationError(
-                f"{type(model).__name__} returned no loss for a batch with the keys {sorted(batch)}. "
-                'Add "labels" to the batches, load the model with a task head, or pass loss= to compress().'
-            )
-        return _in_float32(loss, outputs, batch.get("labels"))
+        return loss_of_outputs(model, model(**batch), batch)
     if isinstance(batch, tuple | list) and len(batch) == 2:
         return _cross_entropy(model, *batch)
     raise DataError(
         f"a batch is a mapping of the model's arguments or a pair (inputs, targets), got {type(batch).__name__}. "
         "Give batches of one of these forms, or pass loss= to compress()."
     )
+
+
+def loss_of_outputs(model: nn.Module, outputs: Any, batch: Mapping[str, Any]) -> Tensor:
+    """Mean loss of a batch from what the model gave for it, a scalar.
+
+    Args:
+        model: The model.
+        outputs: What it returned.
+        batch: Its keyword arguments.
+
+    Raises:
+        CalibrationError: There is no loss among the outputs, nor scores that it could be made of.
+    """
+    loss: Tensor | None = getattr(outputs, "loss", None)
+    if loss is None:
+        loss = _loss_of_classes(outputs, batch.get("labels"))
+    if loss is None:
+        raise CalibrationError(
+            f"{type(model).__name__} returned no loss for a batch with the keys {sorted(batch)}. "
+            'Add "labels" to the batches, load the model with a task head, or pass loss= to compress().'
+        )
+    return _in_float32(loss, outputs, batch.get("labels"))
 
 
 def _cross_entropy(model: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from hf_lossless.calibration.loss import Batch, batch_loss, model_device, to_device
+from hf_lossless.calibration.loss import Batch, loss_of_outputs, model_device, to_device
 
 DRAWS = 4
 """Labels that are drawn for each row."""
@@ -96,9 +96,7 @@ def with_drawn_labels(model: nn.Module, batch: Batch, generator: torch.Generator
 
 
 def scored_labels(model: nn.Module, batch: Batch) -> dict[str, ScoredLabels] | None:
-    """The labels of a batch with the scores that they belong to, by name ("targets" of a pair).
-
-    Costs one forward pass for a pair, and two for a mapping, whose loss is the model's own.
+    """The labels of a batch with the scores that they belong to, by name ("targets" of a pair); one forward pass.
 
     Args:
         model: In evaluation mode.
@@ -111,7 +109,8 @@ def scored_labels(model: nn.Module, batch: Batch) -> dict[str, ScoredLabels] | N
     with torch.no_grad():
         if not isinstance(batch, Mapping):
             return _of_pair(model, batch)
-        outputs, loss = model(**batch), batch_loss(model, batch).float()
+        outputs = model(**batch)
+        loss = loss_of_outputs(model, outputs, batch).float()
         found = [(one, _mean_loss(one)) for one in _candidates(outputs, batch)]
         # Where a model can tell nothing, the scores of its own token and those of the one before give much the same.
         labels, mean = min(found, key=lambda one: abs(one[1] - loss), default=(None, loss))
