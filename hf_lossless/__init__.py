@@ -4,7 +4,6 @@ Importing the package registers it with transformers, so that `from_pretrained` 
 `LosslessCompressionConfig` and loads what was compressed.
 """
 
-from hf_lossless.apply import apply_plan
 from hf_lossless.cards.details import CardDetails
 from hf_lossless.cards.model_card import model_card
 from hf_lossless.config import LosslessCheckpointConfig, LosslessCompressionConfig
@@ -22,8 +21,9 @@ from hf_lossless.exports.export import ExportResult, export
 from hf_lossless.hf_quantizer import LosslessHfQuantizer
 from hf_lossless.hub.push import PushResult, push_to_hub
 from hf_lossless.pipeline import CompressionResult, compress
-from hf_lossless.plan import CompressionPlan, Grid, LayerPlan
 from hf_lossless.report_html import html_report
+from hf_lossless.storage.apply import apply_plan
+from hf_lossless.storage.plan import CompressionPlan, Grid, LayerPlan
 
 __version__ = "0.1.0"
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_lossless.calibration.statistics import Calibration, LayerStatistics
-from hf_lossless.layers import Layer, modules_of
+from hf_lossless.storage.layers import Layer, modules_of
 
 
 def bias_corrections(

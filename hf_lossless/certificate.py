@@ -19,7 +19,7 @@ from typing import Annotated, Any
 from pydantic import Field, model_validator
 
 from hf_lossless.errors import CheckpointError
-from hf_lossless.records import Record, read_record
+from hf_lossless.storage.records import Record, read_record
 
 CERTIFIED, LOSS_DECREASED = "certified", "loss decreased"
 

@@ -44,11 +44,11 @@ from hf_lossless.errors import CalibrationError, DataError, UnreachableTargetErr
 from hf_lossless.evaluation import answers
 from hf_lossless.knapsack import Frontier
 from hf_lossless.loss_check import LossCheck
-from hf_lossless.modules.base import CompressedModule
-from hf_lossless.modules.tied import Tied
 from hf_lossless.pipeline import CompressionResult, analyse, checks_of, evaluation_mode, no_rows_to_hold_back, realise
-from hf_lossless.plan import CompressionPlan
 from hf_lossless.planning import Planner
+from hf_lossless.storage.modules.base import CompressedModule
+from hf_lossless.storage.modules.tied import Tied
+from hf_lossless.storage.plan import CompressionPlan
 from hf_lossless.tasks.base import Task
 from hf_lossless.tasks.registry import task_of
 

@@ -23,11 +23,11 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from hf_lossless.config import QUANT_METHOD, LosslessCheckpointConfig
 from hf_lossless.errors import CheckpointError
-from hf_lossless.modules.activations import QuantisedInput
-from hf_lossless.modules.base import compressed_layers
-from hf_lossless.modules.coded import CodedModule
-from hf_lossless.modules.packed import PackedModule
-from hf_lossless.plan import CompressionPlan
+from hf_lossless.storage.modules.activations import QuantisedInput
+from hf_lossless.storage.modules.base import compressed_layers
+from hf_lossless.storage.modules.coded import CodedModule
+from hf_lossless.storage.modules.packed import PackedModule
+from hf_lossless.storage.plan import CompressionPlan
 
 _DTYPES = {
     torch.uint8: "U8",

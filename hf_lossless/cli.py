@@ -35,7 +35,6 @@ from hf_lossless.config import (
 from hf_lossless.demo import run_demo
 from hf_lossless.errors import CheckpointError, LosslessError
 from hf_lossless.evaluation import Evaluation
-from hf_lossless.layers import find_layers
 from hf_lossless.pictures.neighbourhood import neighbourhood_figure
 from hf_lossless.record_of_compression import record_of, write_record
 from hf_lossless.report import (
@@ -47,6 +46,7 @@ from hf_lossless.report import (
     plan_table,
 )
 from hf_lossless.report_neighbourhood import gap_tables, layer_table
+from hf_lossless.storage.layers import find_layers
 from hf_lossless.tasks.registry import TASKS
 from hf_lossless.theories.neighbourhood import MAX_LAYERS, named_layers, neighbourhood, spread_layers
 

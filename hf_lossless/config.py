@@ -15,9 +15,9 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, regis
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from hf_lossless.certificate import Certificate
-from hf_lossless.coding.coder import require_coder
 from hf_lossless.errors import CheckpointError, ConfigurationError
-from hf_lossless.plan import KEPT_BITS, CompressionPlan, json_bytes
+from hf_lossless.storage.entropy.coder import require_coder
+from hf_lossless.storage.plan import KEPT_BITS, CompressionPlan, json_bytes
 
 QUANT_METHOD = "lossless"
 FORMAT_VERSION = 5

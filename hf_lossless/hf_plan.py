@@ -3,9 +3,9 @@
 from transformers import PreTrainedModel
 
 from hf_lossless.errors import PlanError
-from hf_lossless.modules.base import CompressedModule
 from hf_lossless.pipeline import tensor_bytes
-from hf_lossless.plan import CompressionPlan, LayerPlan, activations_of
+from hf_lossless.storage.modules.base import CompressedModule
+from hf_lossless.storage.plan import CompressionPlan, LayerPlan, activations_of
 
 
 def plans_for(model: PreTrainedModel, layer_plans: dict[str, LayerPlan]) -> dict[str, LayerPlan]:

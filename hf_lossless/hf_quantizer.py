@@ -14,7 +14,6 @@ from transformers import PreTrainedModel
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING, register_quantizer
 from transformers.quantizers.base import HfQuantizer
 
-from hf_lossless.apply import apply_plan
 from hf_lossless.calibration.data import calibration_batches
 from hf_lossless.certificate import Certificate
 from hf_lossless.certified import compress_certified
@@ -35,9 +34,10 @@ from hf_lossless.hf_weights import (
     name_in_model,
     restore_scales,
 )
-from hf_lossless.modules.base import compressed_layers
 from hf_lossless.pipeline import CompressionResult, compress
-from hf_lossless.plan import CompressionPlan
+from hf_lossless.storage.apply import apply_plan
+from hf_lossless.storage.modules.base import compressed_layers
+from hf_lossless.storage.plan import CompressionPlan
 
 
 class LosslessHfQuantizer(HfQuantizer):

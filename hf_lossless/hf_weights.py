@@ -7,17 +7,17 @@ from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, build_glob_alternation, rename_source_key
 
-from hf_lossless.modules.base import CompressedModule, compressed_layers
-from hf_lossless.modules.coded import CodedModule
-from hf_lossless.modules.packed import PackedModule
-from hf_lossless.modules.tied import Tied
+from hf_lossless.storage.modules.base import CompressedModule, compressed_layers
+from hf_lossless.storage.modules.coded import CodedModule
+from hf_lossless.storage.modules.packed import PackedModule
+from hf_lossless.storage.modules.tied import Tied
 
 
 def forget_compressed_ties(model: PreTrainedModel) -> None:
     """Takes what is compressed out of the model's lists of tied weights.
 
     Transformers ties by parameter name, and a compressed module has no parameter of that name; the sharing is done by
-    `modules.tied` now. The class attribute is shadowed on the instance, so that a later `tie_weights()` keeps to it.
+    `storage.modules.tied` now. The class attribute is shadowed on the instance, so that a later `tie_weights()` keeps to it.
     """
     tied = (name for name, module in model.named_modules() if isinstance(module, Tied))
     gone = {f"{name}.weight" for name in (*compressed_layers(model), *tied)}

@@ -5,8 +5,8 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from hf_lossless.plan import CompressionPlan
-from hf_lossless.records import Record
+from hf_lossless.storage.plan import CompressionPlan
+from hf_lossless.storage.records import Record
 
 Checked = Literal["layer", "plan", "model"]
 

@@ -13,8 +13,8 @@ from dataclasses import dataclass, replace
 from hf_lossless.candidates.activation_ranges import StaticGrid
 from hf_lossless.candidates.proposal import Candidate
 from hf_lossless.errors import CalibrationError
-from hf_lossless.layers import Layer
-from hf_lossless.plan import CodedGrid, LayerPlan
+from hf_lossless.storage.layers import Layer
+from hf_lossless.storage.plan import CodedGrid, LayerPlan
 from hf_lossless.theories.activation_noise import ActivationOption, choose_activation
 from hf_lossless.theories.problem import Prediction
 

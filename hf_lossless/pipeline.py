@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from hf_lossless import knapsack
-from hf_lossless.apply import apply_plan
 from hf_lossless.batch_norms import batch_norms, follow, input_moments
 from hf_lossless.biases import bias_corrections, correct_biases
 from hf_lossless.calibration.fisher import drawn_batches, with_fisher
@@ -24,11 +23,12 @@ from hf_lossless.candidates.ranks import ranks_by_layer
 from hf_lossless.certificate import Certificate
 from hf_lossless.config import LosslessCheckpointConfig, LosslessCompressionConfig
 from hf_lossless.errors import ConfigurationError, DataError
-from hf_lossless.layers import Layer, find_layers
 from hf_lossless.loss_check import LossCheck, loss_check
-from hf_lossless.modules.base import CompressedModule
-from hf_lossless.plan import CompressionPlan
 from hf_lossless.planning import Planned, Planner
+from hf_lossless.storage.apply import apply_plan
+from hf_lossless.storage.layers import Layer, find_layers
+from hf_lossless.storage.modules.base import CompressedModule
+from hf_lossless.storage.plan import CompressionPlan
 from hf_lossless.theories import cet, curvature, hawq, llc, lod
 from hf_lossless.theories.damping import chosen_scale
 from hf_lossless.theories.problem import Prediction, Problem

@@ -19,9 +19,9 @@ from hf_lossless.errors import CheckpointError
 from hf_lossless.knapsack import Frontier
 from hf_lossless.loss_check import LossCheck
 from hf_lossless.pipeline import CompressionResult
-from hf_lossless.plan import CompressionPlan
 from hf_lossless.planning import NEGLIGIBLE_SHARE
-from hf_lossless.records import Record, read_record
+from hf_lossless.storage.plan import CompressionPlan
+from hf_lossless.storage.records import Record, read_record
 
 FILE_NAME = "compression.json"
 
@@ -166,7 +166,7 @@ def plan_in_order(plan: CompressionPlan, record: CompressionRecord | None) -> Co
         record: Of the same folder; None: layers come by name, with numbers in the order of counting.
 
     Example:
-        >>> from hf_lossless.plan import LayerPlan
+        >>> from hf_lossless.storage.plan import LayerPlan
         >>> layers = {name: LayerPlan(kind="kept", cost_bytes=4, predicted_loss_change=0.0) for name in ("l.10", "l.9")}
         >>> plan = CompressionPlan(theory="llc", layers=layers, other_bytes=0, original_bytes=8)
         >>> list(plan_in_order(plan, None).layers)

@@ -11,7 +11,7 @@ from hf_lossless.certification.comparison import Comparison
 from hf_lossless.config import LosslessCheckpointConfig
 from hf_lossless.evaluation import Evaluation
 from hf_lossless.pipeline import CompressionResult
-from hf_lossless.plan import KEPT_BITS, CompressionPlan, LayerPlan, LowRank, Regime
+from hf_lossless.storage.plan import KEPT_BITS, CompressionPlan, LayerPlan, LowRank, Regime
 
 SAVES_TIME = 0.85
 """Two products cost more than one of as many multiplications: in recipes/bench_low_rank.json factors took less time

@@ -24,9 +24,9 @@ from hf_lossless.pictures.agreement import agreement_figure
 from hf_lossless.pictures.frontier import frontier_figure
 from hf_lossless.pictures.layers import layers_figure
 from hf_lossless.pictures.style import svg_data_uri
-from hf_lossless.plan import CompressionPlan, LayerPlan
 from hf_lossless.record_of_compression import CompressionRecord, plan_in_order, read_record_of
 from hf_lossless.report import layer_columns
+from hf_lossless.storage.plan import CompressionPlan, LayerPlan
 from hf_lossless.unchecked import unchecked
 
 GENERATOR = "hf-lossless report"

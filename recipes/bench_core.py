@@ -33,9 +33,9 @@ from hf_lossless.calibration.loss import batch_loss
 from hf_lossless.calibration.statistics import calibrate
 from hf_lossless.candidates.uniform import stored_bytes
 from hf_lossless.evaluation import evaluate
-from hf_lossless.layers import find_layers
-from hf_lossless.packing import pack, unpack
-from hf_lossless.plan import Grid
+from hf_lossless.storage.layers import find_layers
+from hf_lossless.storage.packing import pack, unpack
+from hf_lossless.storage.plan import Grid
 from hf_lossless.tasks.registry import task_named
 
 _HERE = Path(__file__).resolve().parent

@@ -44,7 +44,6 @@ from transformers import PreTrainedModel
 
 import hf_lossless
 from hf_lossless import LosslessCompressionConfig
-from hf_lossless.apply import apply_plan
 from hf_lossless.calibration.loss import batch_loss
 from hf_lossless.calibration.perturbation import weight_noise
 from hf_lossless.calibration.statistics import calibrate
@@ -53,10 +52,11 @@ from hf_lossless.candidates.proposal import Candidate
 from hf_lossless.candidates.settle import settle
 from hf_lossless.config import THEORIES, LosslessCheckpointConfig
 from hf_lossless.errors import UnreachableTargetError
-from hf_lossless.layers import find_layers
 from hf_lossless.pipeline import analyse, realise
-from hf_lossless.plan import LayerPlan
 from hf_lossless.planning import Planner
+from hf_lossless.storage.apply import apply_plan
+from hf_lossless.storage.layers import find_layers
+from hf_lossless.storage.plan import LayerPlan
 from hf_lossless.theories import cet
 from hf_lossless.theories.cet_allocation import allocate
 from hf_lossless.theories.problem import Prediction, Problem

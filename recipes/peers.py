@@ -33,7 +33,7 @@ from hf_lossless import LosslessCompressionConfig
 from hf_lossless.calibration.data import calibration_batches, make_batches
 from hf_lossless.calibration.loss import batch_loss
 from hf_lossless.calibration.statistics import calibrate
-from hf_lossless.layers import find_layers
+from hf_lossless.storage.layers import find_layers
 from hf_lossless.tasks.classification import Classification
 from hf_lossless.tasks.registry import task_of
 

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from hf_lossless.calibration.curvature import KroneckerFactors
-from hf_lossless.plan import Damping
+from hf_lossless.storage.plan import Damping
 
 DAMPING = Damping(rows=0.3, columns=0.1)
 

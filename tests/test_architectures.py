@@ -23,10 +23,10 @@ from torch import Tensor
 from hf_lossless import CheckpointError, LosslessCompressionConfig
 from hf_lossless.calibration.loss import batch_loss
 from hf_lossless.checkpoint import read_entry
-from hf_lossless.modules.base import CompressedModule
-from hf_lossless.modules.tied import Tied, TiedEmbedding, TiedLinear
-from hf_lossless.packing import packed_width
 from hf_lossless.pipeline import tensor_bytes
+from hf_lossless.storage.modules.base import CompressedModule
+from hf_lossless.storage.modules.tied import Tied, TiedEmbedding, TiedLinear
+from hf_lossless.storage.packing import packed_width
 
 ARCHITECTURES = list(TINY_MODELS)
 CLASSIFIERS = [

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from hf_lossless import LosslessCompressionConfig, compress
 from hf_lossless.batch_norms import LARGEST_CHANGE, batch_norms, follow, input_moments
 from hf_lossless.calibration.loss import batch_loss
-from hf_lossless.modules.base import CompressedModule
+from hf_lossless.storage.modules.base import CompressedModule
 
 CHANNELS = 5
 

@@ -15,9 +15,9 @@ from hf_lossless.biases import bias_corrections, correct_biases
 from hf_lossless.calibration.curvature import KroneckerFactors
 from hf_lossless.calibration.statistics import Calibration, LayerStatistics, Moments, calibrate
 from hf_lossless.candidates.uniform import on_grid
-from hf_lossless.layers import Layer, find_layers
-from hf_lossless.modules.base import CompressedModule
-from hf_lossless.plan import Grid
+from hf_lossless.storage.layers import Layer, find_layers
+from hf_lossless.storage.modules.base import CompressedModule
+from hf_lossless.storage.plan import Grid
 
 
 def random(*shape: int, seed: int = 0) -> Tensor:

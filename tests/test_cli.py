@@ -26,10 +26,10 @@ from hf_lossless.calibration import data as calibration_data
 from hf_lossless.calibration.splits import three_splits
 from hf_lossless.certificate import Certificate
 from hf_lossless.checkpoint import read_entry
-from hf_lossless.modules.base import CompressedModule
-from hf_lossless.plan import CompressionPlan
 from hf_lossless.record_of_compression import read_record_of
 from hf_lossless.report import SAVES_TIME
+from hf_lossless.storage.modules.base import CompressedModule
+from hf_lossless.storage.plan import CompressionPlan
 
 ASSETS = Path(__file__).parents[1].parent / "shared/assets"
 HEAD = "classifier"

@@ -20,8 +20,8 @@ from torch import Tensor
 
 from hf_lossless import CheckpointError, ConfigurationError, LosslessCompressionConfig, PlanError
 from hf_lossless.checkpoint import read_entry
-from hf_lossless.modules.coded import CodedModule
 from hf_lossless.pipeline import tensor_bytes
+from hf_lossless.storage.modules.coded import CodedModule
 
 SETTINGS = {
     "both": {"storage": ("fixed", "entropy"), "ratio": 4},

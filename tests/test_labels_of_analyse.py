@@ -15,8 +15,8 @@ from hf_lossless.calibration.loss import batch_loss
 from hf_lossless.calibration.statistics import Calibration, calibrate
 from hf_lossless.candidates.coded import damping_of
 from hf_lossless.errors import CalibrationError, DataError
-from hf_lossless.layers import find_layers
 from hf_lossless.pipeline import analyse
+from hf_lossless.storage.layers import find_layers
 from hf_lossless.theories.damping import chosen_scale
 
 FEATURES, CLASSES = 24, 4

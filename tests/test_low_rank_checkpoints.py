@@ -27,12 +27,12 @@ from hf_lossless import (
 )
 from hf_lossless.checkpoint import read_entry
 from hf_lossless.hf_weights import forget_compressed_ties
-from hf_lossless.layers import Layer, find_layers
-from hf_lossless.modules.base import compressed_layers
-from hf_lossless.modules.low_rank import LowRankModule
-from hf_lossless.modules.packed import PackedModule
-from hf_lossless.modules.tied import Tied, TiedLinear
 from hf_lossless.pipeline import tensor_bytes
+from hf_lossless.storage.layers import Layer, find_layers
+from hf_lossless.storage.modules.base import compressed_layers
+from hf_lossless.storage.modules.low_rank import LowRankModule
+from hf_lossless.storage.modules.packed import PackedModule
+from hf_lossless.storage.modules.tied import Tied, TiedLinear
 
 ARCHITECTURES = list(TINY_MODELS)
 SELECTED = ["bert", "bert-mlm", "vit", "resnet", "gpt2"]

@@ -6,9 +6,9 @@ from torch import nn
 
 from hf_lossless.candidates.proposal import Candidate
 from hf_lossless.errors import CalibrationError
-from hf_lossless.layers import find_layers
 from hf_lossless.options import Found, options_of, put_right, scaled
-from hf_lossless.plan import ActivationGrid, CodedGrid, Damping, Grid
+from hf_lossless.storage.layers import find_layers
+from hf_lossless.storage.plan import ActivationGrid, CodedGrid, Damping, Grid
 from hf_lossless.theories.activation_noise import ActivationOption
 from hf_lossless.theories.problem import Prediction
 

@@ -22,10 +22,10 @@ from hf_lossless.errors import (
     LosslessError,
     UnreachableTargetError,
 )
-from hf_lossless.layers import Layer, find_layers
-from hf_lossless.modules.base import CompressedModule
 from hf_lossless.pipeline import CompressionResult, tensor_bytes
-from hf_lossless.plan import KEPT_BITS, CompressionPlan, LayerPlan, json_bytes
+from hf_lossless.storage.layers import Layer, find_layers
+from hf_lossless.storage.modules.base import CompressedModule
+from hf_lossless.storage.plan import KEPT_BITS, CompressionPlan, LayerPlan, json_bytes
 from hf_lossless.theories import llc
 from hf_lossless.theories.problem import Problem
 

@@ -12,13 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from hf_lossless import LosslessCompressionConfig, compress, pipeline, planning
-from hf_lossless.apply import apply_plan
 from hf_lossless.calibration.loss import batch_loss
 from hf_lossless.calibration.perturbation import LossChange
 from hf_lossless.config import THEORIES, LosslessCheckpointConfig
 from hf_lossless.errors import PlanError, UnreachableTargetError
 from hf_lossless.pipeline import analyse
 from hf_lossless.planning import Planned, Planner
+from hf_lossless.storage.apply import apply_plan
 from hf_lossless.theories import curvature
 from hf_lossless.theories.problem import Prediction
 

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from hf_lossless import LosslessCompressionConfig, compress
 from hf_lossless.calibration.loss import batch_loss
 from hf_lossless.errors import LosslessError, UnreachableTargetError
-from hf_lossless.layers import find_layers
-from hf_lossless.modules.base import CompressedModule
 from hf_lossless.pipeline import CompressionResult
+from hf_lossless.storage.layers import find_layers
+from hf_lossless.storage.modules.base import CompressedModule
 
 FEATURES, CLASSES = 24, 4
 RANKS = pytest.mark.parametrize("ranks", [None, "auto"], ids=["widths", "ranks"])

@@ -14,7 +14,7 @@ from hand_made_folders import LAYERS, certificate_of, many_layers, plan_of, reco
 
 import hf_lossless
 from hf_lossless import CheckpointError, PlanError, cli_report, html_report
-from hf_lossless.plan import Regime
+from hf_lossless.storage.plan import Regime
 
 HOSTILE = {
     "script": "<script>alert(1)</script>",

@@ -7,8 +7,8 @@ from torch import Tensor, nn
 
 from hf_lossless.candidates.low_rank import Factors
 from hf_lossless.candidates.uniform import on_grid, quantise, stored_bytes
-from hf_lossless.layers import Layer
-from hf_lossless.plan import Grid, LayerPlan, LowRank
+from hf_lossless.storage.layers import Layer
+from hf_lossless.storage.plan import Grid, LayerPlan, LowRank
 
 
 def truncated_svd(matrix: Tensor, rank: int) -> Factors:

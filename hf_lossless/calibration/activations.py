@@ -21,9 +21,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hf_lossless.activation_grid import DYNAMIC_AXES, dynamic_range, on_activation_grid, scale_and_zero
 from hf_lossless.calibration.processes import sum_over_processes
-from hf_lossless.layers import Layer
+from hf_lossless.storage.activation_grid import DYNAMIC_AXES, dynamic_range, on_activation_grid, scale_and_zero
+from hf_lossless.storage.layers import Layer
 
 NUM_BINS = 4096
 _LOW_BITS = 20

@@ -38,7 +38,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from hf_lossless.calibration.processes import sum_over_processes
-from hf_lossless.layers import Layer, kind_of
+from hf_lossless.storage.layers import Layer, kind_of
 
 LARGEST_FACTOR = 4096
 """A longer side keeps only the diagonal of its factor: a full one of 4,096 takes 64 MiB, one of 50,257 takes 9.4 GiB.

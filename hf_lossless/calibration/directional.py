@@ -30,7 +30,7 @@ from hf_lossless.calibration.hessian import (
 from hf_lossless.calibration.loss import Batch, LossFunction, model_device, num_examples, to_device
 from hf_lossless.calibration.perturbation import input_noise, seeded_number
 from hf_lossless.calibration.processes import failing_together, own_share, sum_over_processes
-from hf_lossless.layers import Layer, modules_of
+from hf_lossless.storage.layers import Layer, modules_of
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,7 @@ def directional_derivatives(
         CalibrationError: An operation has no second derivative; the message names it.
 
     Example:
-        >>> from hf_lossless.layers import find_layers
+        >>> from hf_lossless.storage.layers import find_layers
         >>> model = nn.Sequential(nn.Linear(3, 1, bias=False))
         >>> square = lambda model, batch: model(batch).square().mean()
         >>> direction = weight_direction(model, find_layers(model)[0], seed=0)

@@ -10,7 +10,7 @@ from hf_lossless.calibration.loss import Batch, batch_loss
 from hf_lossless.calibration.model_labels import with_drawn_labels
 from hf_lossless.calibration.perturbation import seeded_number
 from hf_lossless.calibration.statistics import Calibration, calibrate
-from hf_lossless.layers import Layer
+from hf_lossless.storage.layers import Layer
 
 
 @dataclass(frozen=True)

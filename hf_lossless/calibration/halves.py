@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from hf_lossless.calibration.curvature import CurvatureSums
 from hf_lossless.calibration.loss import Batch, num_examples
-from hf_lossless.layers import Layer, modules_of
+from hf_lossless.storage.layers import Layer, modules_of
 
 
 class HalvedCurvature:

@@ -32,7 +32,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from hf_lossless.calibration.loss import Batch, LossFunction, model_device, num_examples, to_device
 from hf_lossless.calibration.processes import failing_together, own_share, sum_over_processes
 from hf_lossless.errors import CalibrationError, reason
-from hf_lossless.layers import Layer, as_matrix
+from hf_lossless.storage.layers import Layer, as_matrix
 
 Vectors = dict[str, Tensor]
 """One matrix [out, in] by layer name."""
@@ -144,7 +144,7 @@ def hessian(
 
     Example:
         >>> from hf_lossless.calibration.loss import batch_loss
-        >>> from hf_lossless.layers import find_layers
+        >>> from hf_lossless.storage.layers import find_layers
         >>> model = nn.Linear(3, 2)
         >>> batch = (torch.randn(8, 3), torch.tensor([0, 1] * 4))
         >>> with hessian(nn.Sequential(model), [batch], find_layers(nn.Sequential(model)), batch_loss) as product:

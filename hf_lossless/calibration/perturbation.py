@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from hf_lossless.calibration.loss import Batch, LossFunction, model_device, num_examples, to_device
 from hf_lossless.calibration.processes import failing_together, own_share, sum_over_processes
 from hf_lossless.calibration.statistics import layer_input, with_layer_input
-from hf_lossless.layers import Layer, modules_of
+from hf_lossless.storage.layers import Layer, modules_of
 
 
 def mean_loss_share(

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_lossless.activation_grid import may_quantise_input
 from hf_lossless.calibration.activations import ActivationStatistics, ActivationSums
 from hf_lossless.calibration.curvature import KroneckerFactors
 from hf_lossless.calibration.halves import HalvedCurvature
@@ -25,7 +24,8 @@ from hf_lossless.calibration.processes import (
     sum_over_processes,
 )
 from hf_lossless.errors import CalibrationError
-from hf_lossless.layers import Layer, as_matrix, modules_of
+from hf_lossless.storage.activation_grid import may_quantise_input
+from hf_lossless.storage.layers import Layer, as_matrix, modules_of
 
 
 @dataclass(frozen=True)

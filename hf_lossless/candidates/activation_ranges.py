@@ -18,10 +18,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hf_lossless.activation_grid import scale_and_zero
 from hf_lossless.calibration.activations import ActivationStatistics, bin_edges
 from hf_lossless.calibration.statistics import InputStatistics
 from hf_lossless.candidates.clipping import gaussian_clip, laplace_clip
+from hf_lossless.storage.activation_grid import scale_and_zero
 
 SHRINKAGE = tuple(0.8**power for power in range(15))
 """What the ends of the whole range are multiplied by; the last is 0.04."""

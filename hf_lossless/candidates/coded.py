@@ -10,8 +10,8 @@ from hf_lossless.calibration.statistics import LayerStatistics
 from hf_lossless.candidates.proposal import Candidate
 from hf_lossless.candidates.shaped import Sample, coded_bytes, ladder, try_step
 from hf_lossless.candidates.sides import Sides
-from hf_lossless.layers import Layer, LayerKind
-from hf_lossless.plan import CodedGrid, Damping
+from hf_lossless.storage.layers import Layer, LayerKind
+from hf_lossless.storage.plan import CodedGrid, Damping
 
 DAMPING = Damping(rows=1.0, columns=0.1)
 """Of the ladders in `recipes/bench_information_limit.py`, with 128 calibration rows. At mild ratios all from 0.03 to 1

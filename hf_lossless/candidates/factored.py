@@ -8,8 +8,8 @@ from hf_lossless.candidates.low_rank import Factors, Whitening, factorise
 from hf_lossless.candidates.proposal import Candidate, grid_of
 from hf_lossless.candidates.ranks import largest_rank
 from hf_lossless.candidates.uniform import on_grid, quantise, stored_bytes
-from hf_lossless.layers import Layer
-from hf_lossless.plan import KEPT_BITS, Grid, LowRank
+from hf_lossless.storage.layers import Layer
+from hf_lossless.storage.plan import KEPT_BITS, Grid, LowRank
 
 NARROWEST_FACTOR = 4
 """Factors are not put on grids narrower than this: an error in L is multiplied by R, and the other way round."""

@@ -32,8 +32,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from hf_lossless.candidates.uniform import QuantisedMatrix, quantise, symmetric_zero
-from hf_lossless.layers import LayerKind
-from hf_lossless.plan import Grid
+from hf_lossless.storage.layers import LayerKind
+from hf_lossless.storage.plan import Grid
 
 DAMPING = 0.03
 """Share of the mean diagonal of H that is added to it. Of 0.01, 0.03, 0.1, 0.3 and 1, tried on three models at 2 and 3

@@ -12,8 +12,8 @@ from hf_lossless.candidates.low_rank import Factors, Whitening, factorise
 from hf_lossless.candidates.parallel import for_each_layer
 from hf_lossless.candidates.proposal import Candidate, propose, refuse_infinite
 from hf_lossless.config import LosslessCompressionConfig
-from hf_lossless.layers import Layer
-from hf_lossless.plan import KEPT_BITS
+from hf_lossless.storage.layers import Layer
+from hf_lossless.storage.plan import KEPT_BITS
 
 Truncation = Literal["plain", "descent", "metric"]
 """How a matrix is cut to a rank: the plain SVD (LLC), one whose error does not point up the gradient (LoD), or the SVD

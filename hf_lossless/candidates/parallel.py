@@ -6,7 +6,7 @@ from typing import TypeVar
 
 import torch
 
-from hf_lossless.layers import Layer
+from hf_lossless.storage.layers import Layer
 
 Result = TypeVar("Result")
 

@@ -10,8 +10,8 @@ from hf_lossless.candidates.low_rank import Factors
 from hf_lossless.candidates.rounding import aligned_rounding
 from hf_lossless.candidates.uniform import dequantise, on_grid, quantise, stored_bytes
 from hf_lossless.errors import CalibrationError
-from hf_lossless.layers import Layer
-from hf_lossless.plan import KEPT_BITS, CodedGrid, Grid, LayerPlanKind, LowRank, Rounding, kind_of_parts
+from hf_lossless.storage.layers import Layer
+from hf_lossless.storage.plan import KEPT_BITS, CodedGrid, Grid, LayerPlanKind, LowRank, Rounding, kind_of_parts
 
 
 @dataclass(frozen=True)

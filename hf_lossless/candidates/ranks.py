@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from hf_lossless.candidates.parallel import for_each_layer
 from hf_lossless.candidates.proposal import refuse_infinite
 from hf_lossless.errors import ConfigurationError
-from hf_lossless.layers import Layer, matches
+from hf_lossless.storage.layers import Layer, matches
 
 _ROUNDINGS = 8.0
 """A product of two factors carries more rounding error than one rounding of each number."""

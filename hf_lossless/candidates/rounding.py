@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from hf_lossless.calibration.statistics import Moments
-from hf_lossless.plan import Rounding
+from hf_lossless.storage.plan import Rounding
 
 _ONE_SIDED_NOISE_RATIO = 1 / 3
 """Var(e) / E[e]^2 of one-sided rounding: e is uniform on [0, step], (step^2 / 12) / (step / 2)^2."""

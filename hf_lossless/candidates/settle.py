@@ -8,8 +8,8 @@ import torch
 from hf_lossless.calibration.statistics import Calibration
 from hf_lossless.candidates.feedback import damping_of, quantise_in_metric
 from hf_lossless.candidates.uniform import QuantisedMatrix
-from hf_lossless.layers import Layer
-from hf_lossless.plan import Grid, LayerPlan
+from hf_lossless.storage.layers import Layer
+from hf_lossless.storage.plan import Grid, LayerPlan
 
 _LARGEST_BATCH = 2**24
 """Numbers in the weights of a batch, or in its metrics: 64 MiB in float32, of which rounding holds about ten copies."""

@@ -14,9 +14,9 @@ from hf_lossless.calibration.statistics import Calibration
 from hf_lossless.candidates.shaped import stored_steps
 from hf_lossless.candidates.sides import Sides
 from hf_lossless.candidates.two_sided import round_two_sided
-from hf_lossless.coding.matrix import LARGEST_CODE, CodedMatrix, encode
-from hf_lossless.layers import Layer
-from hf_lossless.plan import CodedGrid
+from hf_lossless.storage.entropy.matrix import LARGEST_CODE, CodedMatrix, encode
+from hf_lossless.storage.layers import Layer
+from hf_lossless.storage.plan import CodedGrid
 
 _LARGEST_BATCH = 2**23
 """Numbers in the weights of a batch, or in its metrics: 32 MiB in float32, of which rounding holds about ten copies."""

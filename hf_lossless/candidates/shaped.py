@@ -24,10 +24,10 @@ from torch import Tensor
 
 from hf_lossless.calibration.curvature import KroneckerFactors
 from hf_lossless.candidates.sides import Sides
-from hf_lossless.coding.coder import entropy_bytes
-from hf_lossless.coding.matrix import OVERHEAD_BYTES, CodedMatrix
-from hf_lossless.coding.spread import best_spread
-from hf_lossless.coding.steps import decode_steps, encode_steps
+from hf_lossless.storage.entropy.coder import entropy_bytes
+from hf_lossless.storage.entropy.levels import best_spread
+from hf_lossless.storage.entropy.matrix import OVERHEAD_BYTES, CodedMatrix
+from hf_lossless.storage.entropy.steps import decode_steps, encode_steps
 
 SAMPLED_ROWS = 128
 """Rows of a layer on which candidates are tried."""
@@ -68,7 +68,7 @@ def step_at(resolution: float, matrix: Tensor, sides: Sides) -> float:
 
 
 def stored_steps(steps: Tensor) -> Tensor:
-    """Steps as they will be stored, see `coding.steps`."""
+    """Steps as they will be stored, see `storage.entropy.steps`."""
     return torch.from_numpy(decode_steps(*encode_steps(steps.float().cpu().numpy()))).to(steps.device)
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from hf_lossless.calibration.curvature import KroneckerFactors
 from hf_lossless.candidates.feedback import Metric, damping_term
-from hf_lossless.plan import Damping
+from hf_lossless.storage.plan import Damping
 
 
 @dataclass(frozen=True)

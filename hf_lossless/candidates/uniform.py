@@ -17,8 +17,8 @@ from torch import Tensor
 
 from hf_lossless.candidates.clipping import gaussian_clip, laplace_clip
 from hf_lossless.candidates.rounding import round_positions
-from hf_lossless.packing import packed_width
-from hf_lossless.plan import Grid
+from hf_lossless.storage.packing import packed_width
+from hf_lossless.storage.plan import Grid
 
 _LADDER = tuple(step / 20 for step in range(6, 20))
 """Shares of the whole range that are tried where columns have weights."""

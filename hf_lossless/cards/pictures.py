@@ -6,8 +6,8 @@ from matplotlib.figure import Figure
 
 from hf_lossless.pictures.frontier import frontier_figure
 from hf_lossless.pictures.layers import layers_figure
-from hf_lossless.plan import CompressionPlan
 from hf_lossless.record_of_compression import CompressionRecord
+from hf_lossless.storage.plan import CompressionPlan
 
 LAYERS, FRONTIER = "layers.png", "frontier.png"
 
@@ -23,7 +23,7 @@ def card_pictures(plan: CompressionPlan, record: CompressionRecord | None) -> di
     """The pictures that there are of a compression; without a record there is no frontier.
 
     Example:
-        >>> from hf_lossless.plan import Grid, LayerPlan
+        >>> from hf_lossless.storage.plan import Grid, LayerPlan
         >>> layer = LayerPlan(kind="grid", grid=Grid(bits=3), cost_bytes=9, predicted_loss_change=0.0)
         >>> plan = CompressionPlan(theory="llc", layers={"head": layer}, other_bytes=0, original_bytes=64)
         >>> {name: content[1:4] for name, content in card_pictures(plan, None).items()}

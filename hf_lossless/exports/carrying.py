@@ -27,10 +27,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from hf_lossless.candidates.uniform import per_weight
-from hf_lossless.modules.base import CompressedModule
-from hf_lossless.modules.packed import PackedModule
-from hf_lossless.packing import unpack
-from hf_lossless.plan import LayerPlan
+from hf_lossless.storage.modules.base import CompressedModule
+from hf_lossless.storage.modules.packed import PackedModule
+from hf_lossless.storage.packing import unpack
+from hf_lossless.storage.plan import LayerPlan
 
 _CONTAINERS = {1: 2, 2: 2, 3: 4, 4: 4, 5: 8, 6: 8, 7: 8, 8: 8}
 _KINDS = {"low_rank": "it is stored as factors", "sum": "it is stored as a grid and factors"}

@@ -9,8 +9,8 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from hf_lossless.exports.carrying import Stored, compressed_module
-from hf_lossless.modules.base import CompressedModule
-from hf_lossless.plan import LayerPlan
+from hf_lossless.storage.modules.base import CompressedModule
+from hf_lossless.storage.plan import LayerPlan
 
 
 def store(model: PreTrainedModel, name: str, layer_plan: LayerPlan) -> Stored:

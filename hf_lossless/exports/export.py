@@ -24,8 +24,8 @@ from hf_lossless.checkpoint import new_folder, read_entry, refuse_occupied, tens
 from hf_lossless.errors import CheckpointError, ConfigurationError, reason
 from hf_lossless.exports import compressed_tensors, dense, gemma
 from hf_lossless.exports.carrying import NotCarried, Stored, model_dtype
-from hf_lossless.modules.base import CompressedModule, compressed_layers
-from hf_lossless.plan import LayerPlan, json_bytes
+from hf_lossless.storage.modules.base import CompressedModule, compressed_layers
+from hf_lossless.storage.plan import LayerPlan, json_bytes
 
 
 @dataclass(frozen=True)

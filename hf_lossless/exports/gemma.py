@@ -26,7 +26,7 @@ from hf_lossless.exports.carrying import (
     pack_bytes,
     whole_numbers,
 )
-from hf_lossless.plan import LayerPlan
+from hf_lossless.storage.plan import LayerPlan
 
 _OTHER_KINDS = {"conv2d": "it is a convolution", "conv1d": "it is a Conv1D"}
 

@@ -7,7 +7,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
 from hf_lossless.pictures.style import BLUE, GREEN, GREY, ORANGE, PURPLE, VERMILION, new_figure, short
-from hf_lossless.plan import KEPT_BITS, CompressionPlan, LayerPlan
+from hf_lossless.storage.plan import KEPT_BITS, CompressionPlan, LayerPlan
 
 _KINDS = {
     "kept": (GREY, "kept in floating point"),
@@ -35,7 +35,7 @@ def layers_figure(plan: CompressionPlan) -> Figure:
     bits.
 
     Example:
-        >>> from hf_lossless.plan import Grid, LayerPlan
+        >>> from hf_lossless.storage.plan import Grid, LayerPlan
         >>> layer = LayerPlan(kind="grid", grid=Grid(bits=3), cost_bytes=9, predicted_loss_change=0.0)
         >>> plan = CompressionPlan(theory="llc", layers={"head": layer}, other_bytes=0, original_bytes=64)
         >>> [axes.get_xlabel() for axes in layers_figure(plan).axes]

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from hf_lossless.calibration.statistics import LayerStatistics
 from hf_lossless.candidates.activation_ranges import StaticGrid, best_static_grid
-from hf_lossless.plan import ActivationGrid
+from hf_lossless.storage.plan import ActivationGrid
 
 
 @dataclass(frozen=True, eq=False)

@@ -10,7 +10,7 @@ import math
 from torch import Tensor
 
 from hf_lossless.candidates.proposal import Candidate
-from hf_lossless.layers import Layer
+from hf_lossless.storage.layers import Layer
 from hf_lossless.theories.problem import Prediction
 
 FIRST_ORDER = 8e-3

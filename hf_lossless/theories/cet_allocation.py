@@ -30,7 +30,7 @@ from torch import Tensor
 
 from hf_lossless.candidates.proposal import Candidate
 from hf_lossless.errors import UnreachableTargetError
-from hf_lossless.plan import KEPT_BITS
+from hf_lossless.storage.plan import KEPT_BITS
 from hf_lossless.theories.cet import LayerSpectrum
 
 ALPHA = 1e-8

@@ -22,8 +22,8 @@ from hf_lossless.candidates.parallel import for_each_layer
 from hf_lossless.candidates.proposal import Candidate
 from hf_lossless.candidates.shaped import Judge, Sample, try_step
 from hf_lossless.candidates.sides import Sides
-from hf_lossless.layers import Layer
-from hf_lossless.plan import CodedGrid
+from hf_lossless.storage.layers import Layer
+from hf_lossless.storage.plan import CodedGrid
 from hf_lossless.theories.problem import Problem
 
 REFERENCE_BITS = 2.5

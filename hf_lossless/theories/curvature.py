@@ -24,8 +24,8 @@ from hf_lossless.calibration.curvature import second_order_change
 from hf_lossless.candidates.parallel import for_each_layer
 from hf_lossless.candidates.proposal import Candidate
 from hf_lossless.candidates.uniform import on_grid
-from hf_lossless.layers import Layer
-from hf_lossless.plan import CodedGrid, Grid
+from hf_lossless.storage.layers import Layer
+from hf_lossless.storage.plan import CodedGrid, Grid
 from hf_lossless.theories.coded_rounding import coded_changes
 from hf_lossless.theories.fitted_rounding import feedback_changes
 from hf_lossless.theories.problem import Prediction, Problem

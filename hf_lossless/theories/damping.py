@@ -26,8 +26,8 @@ from hf_lossless.candidates.coded import damping_of
 from hf_lossless.candidates.settle_coded import settle_coded
 from hf_lossless.candidates.shaped import step_at
 from hf_lossless.candidates.sides import Sides
-from hf_lossless.layers import Layer
-from hf_lossless.plan import CodedGrid
+from hf_lossless.storage.layers import Layer
+from hf_lossless.storage.plan import CodedGrid
 
 LADDER = (0.3, 1.0, 3.0)
 """Times the default damping."""

@@ -42,7 +42,7 @@ from hf_lossless.candidates.activations import ActivationNoise
 from hf_lossless.candidates.activations import activation_noise as activation_noise_of
 from hf_lossless.candidates.proposal import Candidate
 from hf_lossless.candidates.uniform import per_weight
-from hf_lossless.layers import Layer
+from hf_lossless.storage.layers import Layer
 from hf_lossless.theories import llc_decomposition
 from hf_lossless.theories.boundary import ERROR_MAX, refuse_beyond
 from hf_lossless.theories.problem import Prediction, Problem

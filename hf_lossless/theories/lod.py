@@ -26,8 +26,8 @@ from torch import Tensor
 
 from hf_lossless.candidates.descent import TOLERANCE
 from hf_lossless.candidates.proposal import Candidate
-from hf_lossless.layers import Layer
-from hf_lossless.plan import Regime
+from hf_lossless.storage.layers import Layer
+from hf_lossless.storage.plan import Regime
 from hf_lossless.theories.llc_decomposition import within_neighbourhood
 from hf_lossless.theories.measurement import measured_change
 from hf_lossless.theories.problem import Prediction, Problem

@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from hf_lossless.calibration.perturbation import mean_loss, weight_noise
-from hf_lossless.layers import Layer
+from hf_lossless.storage.layers import Layer
 from hf_lossless.theories.problem import Problem
 
 

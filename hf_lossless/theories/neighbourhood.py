@@ -49,7 +49,7 @@ from hf_lossless.calibration.perturbation import mean_loss_share, seeded_number
 from hf_lossless.calibration.processes import sum_over_processes
 from hf_lossless.calibration.statistics import InputStatistics, calibrate
 from hf_lossless.errors import CalibrationError, ConfigurationError
-from hf_lossless.layers import Layer, matches
+from hf_lossless.storage.layers import Layer, matches
 
 SIZES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 8e-2, 1e-1)
 """Noise sizes: those of LLC Table 1, and others between them."""
@@ -232,7 +232,7 @@ def neighbourhood(
         CalibrationError: The loss is not finite, or has no second derivative; the message names the operation.
 
     Example:
-        >>> from hf_lossless.layers import find_layers
+        >>> from hf_lossless.storage.layers import find_layers
         >>> model = nn.Sequential(nn.Linear(4, 3, bias=False)).eval()
         >>> mean = lambda model, batch: model(batch).mean()
         >>> found = neighbourhood(model, [torch.ones(2, 4)], find_layers(model), loss=mean)

@@ -12,8 +12,8 @@ from torch import nn
 from hf_lossless.calibration.loss import Batch, LossFunction
 from hf_lossless.calibration.statistics import Calibration
 from hf_lossless.candidates.proposal import Candidate
-from hf_lossless.layers import Layer
-from hf_lossless.plan import Regime
+from hf_lossless.storage.layers import Layer
+from hf_lossless.storage.plan import Regime
 
 
 @dataclass(frozen=True)

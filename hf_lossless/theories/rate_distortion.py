@@ -30,8 +30,8 @@ from torch import Tensor
 
 from hf_lossless.calibration.curvature import KroneckerFactors
 from hf_lossless.calibration.statistics import LayerStatistics
-from hf_lossless.layers import Layer, LayerKind
-from hf_lossless.plan import Damping
+from hf_lossless.storage.layers import Layer, LayerKind
+from hf_lossless.storage.plan import Damping
 from hf_lossless.theories.problem import Problem
 
 _FINEST_BITS = 10

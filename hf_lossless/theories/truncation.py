@@ -23,7 +23,7 @@ from hf_lossless.calibration.curvature import KroneckerFactors, second_order_cha
 from hf_lossless.calibration.statistics import LayerStatistics
 from hf_lossless.candidates.low_rank import WIDE, Factors, Whitening, factorise
 from hf_lossless.candidates.uniform import on_grid
-from hf_lossless.plan import LowRank
+from hf_lossless.storage.plan import LowRank
 
 
 class CrossFit:

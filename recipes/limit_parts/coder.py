@@ -8,11 +8,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hf_lossless.candidates.settle_coded import CodedLayer
-from hf_lossless.coding.coder import entropy_bytes
-from hf_lossless.coding.frequencies import Frequencies
-from hf_lossless.coding.matrix import OVERHEAD_BYTES, decode
-from hf_lossless.coding.spread import best_spread, model_counts
-from hf_lossless.coding.steps import encode_steps
+from hf_lossless.storage.entropy.coder import entropy_bytes
+from hf_lossless.storage.entropy.frequencies import Frequencies
+from hf_lossless.storage.entropy.levels import best_spread, model_counts
+from hf_lossless.storage.entropy.matrix import OVERHEAD_BYTES, decode
+from hf_lossless.storage.entropy.steps import encode_steps
 
 _BYTES_PER_FAR_CODE = 8
 _TRIES = 5

@@ -14,8 +14,8 @@ from torch.nn import functional as F
 from hf_lossless.calibration.curvature import KroneckerFactors
 from hf_lossless.calibration.loss import Batch
 from hf_lossless.calibration.statistics import Calibration
-from hf_lossless.layers import Layer
-from hf_lossless.plan import Damping
+from hf_lossless.storage.layers import Layer
+from hf_lossless.storage.plan import Damping
 from limit_parts.rate_aware import rounding_with
 from limit_parts.trial import Bench, DampingOf, Variant, with_factors
 

@@ -18,10 +18,10 @@ from hf_lossless.checkpoint import state_dict_with_guards
 from hf_lossless.config import LosslessCheckpointConfig
 from hf_lossless.errors import UnreachableTargetError
 from hf_lossless.hf_plan import with_present_bytes
-from hf_lossless.layers import LayerKind
 from hf_lossless.pipeline import analyse, realise
-from hf_lossless.plan import Damping
 from hf_lossless.planning import Planned, Planner
+from hf_lossless.storage.layers import LayerKind
+from hf_lossless.storage.plan import Damping
 from hf_lossless.theories.rate_distortion import rate_distortion
 from limit_parts.trial import Bench
 

@@ -22,8 +22,8 @@ from hf_lossless.calibration.statistics import Calibration, calibrate
 from hf_lossless.candidates.settle_coded import CodedLayer, settle_coded
 from hf_lossless.candidates.shaped import step_at
 from hf_lossless.candidates.sides import Sides
-from hf_lossless.layers import Layer, find_layers
-from hf_lossless.plan import CodedGrid, Damping
+from hf_lossless.storage.layers import Layer, find_layers
+from hf_lossless.storage.plan import CodedGrid, Damping
 
 _CLOSE = 0.005
 """Share of the bytes by which a trial may miss its ratio."""

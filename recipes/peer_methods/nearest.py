@@ -2,11 +2,11 @@
 
 from functools import partial
 
-from hf_lossless.apply import apply_plan
 from hf_lossless.candidates.proposal import grid_of
 from hf_lossless.candidates.uniform import quantise
-from hf_lossless.layers import Layer, find_layers
-from hf_lossless.plan import LayerPlan
+from hf_lossless.storage.apply import apply_plan
+from hf_lossless.storage.layers import Layer, find_layers
+from hf_lossless.storage.plan import LayerPlan
 from peer_methods.problem import PeerModel, PeerProblem, logits_of
 from peer_methods.stored_bytes import stored_bytes
 

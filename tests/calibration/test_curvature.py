@@ -19,7 +19,7 @@ from hf_lossless.calibration.curvature import (
 )
 from hf_lossless.calibration.loss import batch_loss
 from hf_lossless.calibration.statistics import calibrate
-from hf_lossless.layers import Layer, find_layers, modules_of
+from hf_lossless.storage.layers import Layer, find_layers, modules_of
 from tests.tiny_models import TINY_MODELS
 
 Use = tuple[str, Tensor, Tensor]  # kind of module, input and output gradient of one call for one row

@@ -10,7 +10,7 @@ from hf_lossless.calibration.fisher import drawn_batches, with_fisher
 from hf_lossless.calibration.loss import batch_loss
 from hf_lossless.calibration.model_labels import DRAWS
 from hf_lossless.calibration.statistics import Calibration, calibrate
-from hf_lossless.layers import find_layers
+from hf_lossless.storage.layers import find_layers
 
 FEATURES, CLASSES = 4, 3
 

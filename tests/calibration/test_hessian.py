@@ -21,7 +21,7 @@ from hf_lossless.calibration import hessian as module
 from hf_lossless.calibration.hessian import block_traces, hessian, sub_sample
 from hf_lossless.calibration.loss import batch_loss, num_examples
 from hf_lossless.errors import CalibrationError
-from hf_lossless.layers import Layer, as_matrix, find_layers
+from hf_lossless.storage.layers import Layer, as_matrix, find_layers
 from hf_lossless.theories import cet, hawq
 from hf_lossless.theories.problem import Problem
 

@@ -16,7 +16,7 @@ from hf_lossless.calibration.perturbation import (
     seeded_number,
     weight_noise,
 )
-from hf_lossless.layers import Layer, find_layers
+from hf_lossless.storage.layers import Layer, find_layers
 
 MODULES = {
     "linear": lambda: nn.Linear(5, 4),

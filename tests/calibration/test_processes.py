@@ -25,7 +25,7 @@ from hf_lossless.calibration.processes import (
     sum_over_processes,
 )
 from hf_lossless.errors import CalibrationError, DataError
-from hf_lossless.layers import find_layers
+from hf_lossless.storage.layers import find_layers
 from hf_lossless.theories.neighbourhood import neighbourhood
 
 SIZES = {"uneven": (6, 1, 4, 4, 2), "one-batch": (5,)}  # batches; with one only, the second process has none

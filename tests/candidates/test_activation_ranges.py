@@ -8,10 +8,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from hf_lossless.activation_grid import on_activation_grid, scale_and_zero
 from hf_lossless.calibration.activations import NUM_BINS, ActivationStatistics, bin_of
 from hf_lossless.calibration.statistics import InputStatistics, Moments
 from hf_lossless.candidates.activation_ranges import best_static_grid, squared_errors
+from hf_lossless.storage.activation_grid import on_activation_grid, scale_and_zero
 
 
 def seen(values: Tensor, curvature: Tensor | None = None) -> tuple[InputStatistics, ActivationStatistics]:

@@ -7,7 +7,6 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from hf_lossless.apply import apply_plan
 from hf_lossless.calibration.curvature import KroneckerFactors
 from hf_lossless.calibration.statistics import LayerStatistics, Moments
 from hf_lossless.candidates.factored import NARROW_GRID, NARROWEST_FACTOR, propose_factored, propose_sums
@@ -15,8 +14,9 @@ from hf_lossless.candidates.low_rank import Whitening, factorise
 from hf_lossless.candidates.proposal import Candidate, propose
 from hf_lossless.candidates.ranks import largest_rank
 from hf_lossless.candidates.uniform import on_grid
-from hf_lossless.layers import Layer, find_layers
-from hf_lossless.plan import KEPT_BITS, Grid, LayerPlan
+from hf_lossless.storage.apply import apply_plan
+from hf_lossless.storage.layers import Layer, find_layers
+from hf_lossless.storage.plan import KEPT_BITS, Grid, LayerPlan
 
 MODULES = {
     "linear": lambda: nn.Linear(29, 23),

@@ -24,7 +24,7 @@ from hf_lossless.candidates.feedback import (
     refit_scales,
 )
 from hf_lossless.candidates.uniform import QuantisedMatrix, dequantise, on_grid, quantise, symmetric_zero
-from hf_lossless.plan import Grid
+from hf_lossless.storage.plan import Grid
 
 SYMMETRIES = pytest.mark.parametrize("symmetric", [True, False], ids=["symmetric", "asymmetric"])
 GROUPS = pytest.mark.parametrize("group_size", [None, 5, 8], ids=["row", "g5", "g8"])

@@ -12,7 +12,7 @@ from hf_lossless.calibration.curvature import KroneckerFactors
 from hf_lossless.candidates import low_rank
 from hf_lossless.candidates.low_rank import Factorisation, Whitening, excess_bound, factorise
 from hf_lossless.candidates.parallel import for_each_layer
-from hf_lossless.layers import Layer
+from hf_lossless.storage.layers import Layer
 
 SHAPES = [(7, 11), (11, 7), (8, 8), (1, 6), (6, 1), (1, 1)]
 

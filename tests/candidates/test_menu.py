@@ -16,8 +16,8 @@ from hf_lossless.candidates.proposal import Candidate, propose
 from hf_lossless.candidates.ranks import ranks_by_layer
 from hf_lossless.candidates.uniform import on_grid
 from hf_lossless.errors import CalibrationError
-from hf_lossless.layers import Layer, find_layers
-from hf_lossless.plan import Grid
+from hf_lossless.storage.layers import Layer, find_layers
+from hf_lossless.storage.plan import Grid
 
 TRUNCATIONS = pytest.mark.parametrize("truncation", ["plain", "descent", "metric"])
 BATCHES = [(torch.randn(9, 24, generator=torch.Generator().manual_seed(0)), torch.arange(9) % 3)]

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from hf_lossless.candidates.parallel import for_each_layer
-from hf_lossless.layers import Layer
+from hf_lossless.storage.layers import Layer
 
 
 @pytest.fixture(params=[1, 3])

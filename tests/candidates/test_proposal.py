@@ -5,13 +5,13 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from hf_lossless.apply import apply_plan
 from hf_lossless.calibration.statistics import LayerStatistics, Moments
 from hf_lossless.candidates.proposal import Candidate, propose
 from hf_lossless.candidates.uniform import dequantise, quantise
 from hf_lossless.errors import CalibrationError
-from hf_lossless.layers import Layer, find_layers
-from hf_lossless.plan import Grid, LayerPlan
+from hf_lossless.storage.apply import apply_plan
+from hf_lossless.storage.layers import Layer, find_layers
+from hf_lossless.storage.plan import Grid, LayerPlan
 
 MODULES = {
     "linear": lambda: nn.Linear(20, 6),

@@ -12,7 +12,7 @@ from transformers.pytorch_utils import Conv1D
 
 from hf_lossless.candidates.ranks import largest_rank, numerical_rank, ranks_by_layer, ranks_to_try
 from hf_lossless.errors import CalibrationError, ConfigurationError
-from hf_lossless.layers import find_layers
+from hf_lossless.storage.layers import find_layers
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16], ids=str)
 

@@ -10,8 +10,8 @@ from hf_lossless.candidates import settle as module_under_test
 from hf_lossless.candidates.feedback import DAMPING, EMBEDDING_DAMPING, quantise_in_metric
 from hf_lossless.candidates.settle import settle
 from hf_lossless.candidates.uniform import dequantise, on_grid, quantise
-from hf_lossless.layers import Layer, find_layers
-from hf_lossless.plan import Grid, LayerPlan
+from hf_lossless.storage.layers import Layer, find_layers
+from hf_lossless.storage.plan import Grid, LayerPlan
 
 VOCABULARY, WIDTH = 19, 12
 

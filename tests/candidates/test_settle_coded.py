@@ -13,9 +13,9 @@ from hf_lossless.candidates.settle_coded import settle_coded
 from hf_lossless.candidates.shaped import step_at, stored_steps
 from hf_lossless.candidates.sides import Sides
 from hf_lossless.candidates.two_sided import round_two_sided
-from hf_lossless.coding.matrix import LARGEST_CODE, decode
-from hf_lossless.layers import Layer
-from hf_lossless.plan import CodedGrid
+from hf_lossless.storage.entropy.matrix import LARGEST_CODE, decode
+from hf_lossless.storage.layers import Layer
+from hf_lossless.storage.plan import CodedGrid
 
 NAMES = ["embedding", "conv", "first", "second", "head"]
 

@@ -22,7 +22,7 @@ from hf_lossless.candidates.shaped import (
 )
 from hf_lossless.candidates.sides import Sides
 from hf_lossless.candidates.two_sided import round_two_sided
-from hf_lossless.coding.matrix import CodedMatrix, encode
+from hf_lossless.storage.entropy.matrix import CodedMatrix, encode
 
 SHAPES = pytest.mark.parametrize("shape", [(96, 64), (64, 200), (300, 80)], ids=str)
 DIAGONALS = pytest.mark.parametrize("diagonal", ["", "rows", "columns"], ids=["full", "rows", "columns"])

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from hf_lossless.candidates import uniform
 from hf_lossless.candidates.clipping import gaussian_clip, laplace_clip
 from hf_lossless.candidates.uniform import QuantisedMatrix, dequantise, per_weight, quantise, stored_bytes
-from hf_lossless.layers import find_layers
-from hf_lossless.modules.packed import PACKED
-from hf_lossless.plan import Grid
+from hf_lossless.storage.layers import find_layers
+from hf_lossless.storage.modules.packed import PACKED
+from hf_lossless.storage.plan import Grid
 
 BITS = [pytest.param(bits, id=f"{bits}bit") for bits in range(1, 9)]
 SYMMETRIES = pytest.mark.parametrize("symmetric", [True, False], ids=["symmetric", "asymmetric"])

@@ -14,12 +14,12 @@ from tiny_models import TINY_MODELS
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from hf_lossless import CheckpointError, ConfigurationError, cli, export
-from hf_lossless.activation_grid import may_quantise_input
 from hf_lossless.checkpoint import read_entry
 from hf_lossless.exports import export as export_module
-from hf_lossless.layers import Layer
-from hf_lossless.modules.base import compressed_layers
-from hf_lossless.plan import ActivationGrid
+from hf_lossless.storage.activation_grid import may_quantise_input
+from hf_lossless.storage.layers import Layer
+from hf_lossless.storage.modules.base import compressed_layers
+from hf_lossless.storage.plan import ActivationGrid
 
 BERT = TINY_MODELS["bert"]
 needs_compressed_tensors = pytest.mark.skipif(

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from hf_lossless import ExportResult, export
 from hf_lossless.exports.carrying import largest_move
-from hf_lossless.modules.base import compressed_layers
+from hf_lossless.storage.modules.base import compressed_layers
 
 STOCK = """
 import json, sys

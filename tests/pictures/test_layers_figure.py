@@ -7,7 +7,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from hf_lossless.pictures.layers import layers_figure
-from hf_lossless.plan import CompressionPlan
+from hf_lossless.storage.plan import CompressionPlan
 
 
 def bars(axes: Axes) -> list[float]:

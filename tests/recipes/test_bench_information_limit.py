@@ -20,8 +20,8 @@ from hf_lossless.candidates.coded import DAMPING
 from hf_lossless.candidates.settle_coded import CodedLayer
 from hf_lossless.candidates.sides import Sides
 from hf_lossless.candidates.two_sided import round_two_sided
-from hf_lossless.coding.matrix import CodedMatrix, encode
-from hf_lossless.plan import CodedGrid
+from hf_lossless.storage.entropy.matrix import CodedMatrix, encode
+from hf_lossless.storage.plan import CodedGrid
 
 ROOT = Path(__file__).resolve().parents[2]
 REPORT = json.loads((ROOT / "recipes/bench_information_limit.json").read_text())

@@ -9,7 +9,7 @@ from torch import nn
 from hf_lossless.calibration.loss import batch_loss
 from hf_lossless.calibration.statistics import calibrate
 from hf_lossless.candidates.proposal import propose
-from hf_lossless.layers import find_layers
+from hf_lossless.storage.layers import find_layers
 from hf_lossless.theories import cet, hawq, llc
 from hf_lossless.theories.boundary import SECOND_ORDER, refuse_beyond, rms
 from hf_lossless.theories.problem import Prediction, Problem

@@ -9,7 +9,7 @@ import torch
 from scipy.optimize import minimize
 
 from hf_lossless.errors import UnreachableTargetError
-from hf_lossless.plan import KEPT_BITS
+from hf_lossless.storage.plan import KEPT_BITS
 from hf_lossless.theories import cet_allocation
 from hf_lossless.theories.cet import LayerSpectrum
 from hf_lossless.theories.cet_allocation import (

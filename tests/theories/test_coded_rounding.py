@@ -15,7 +15,7 @@ from hf_lossless.candidates.proposal import Candidate
 from hf_lossless.candidates.shaped import Judge, Sample, stored_steps, try_step
 from hf_lossless.candidates.sides import Sides
 from hf_lossless.candidates.two_sided import round_two_sided
-from hf_lossless.layers import Layer, find_layers
+from hf_lossless.storage.layers import Layer, find_layers
 from hf_lossless.theories.coded_rounding import REFERENCE_BITS, coded_changes
 
 OUT, IN = 64, 48

@@ -12,8 +12,8 @@ from hf_lossless.candidates.ranks import ranks_by_layer
 from hf_lossless.candidates.settle import settle
 from hf_lossless.candidates.uniform import dequantise
 from hf_lossless.config import LosslessCompressionConfig
-from hf_lossless.layers import find_layers
-from hf_lossless.plan import LayerPlan
+from hf_lossless.storage.layers import find_layers
+from hf_lossless.storage.plan import LayerPlan
 from hf_lossless.theories.curvature import predict
 from hf_lossless.theories.fitted_rounding import feedback_changes
 from hf_lossless.theories.problem import Problem

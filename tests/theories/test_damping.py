@@ -16,8 +16,8 @@ from hf_lossless.candidates.coded import DAMPING
 from hf_lossless.candidates.settle_coded import settle_coded
 from hf_lossless.candidates.shaped import step_at
 from hf_lossless.candidates.sides import Sides
-from hf_lossless.layers import Layer, find_layers
-from hf_lossless.plan import CodedGrid, Damping
+from hf_lossless.storage.layers import Layer, find_layers
+from hf_lossless.storage.plan import CodedGrid, Damping
 from hf_lossless.theories import damping as module_under_test
 from hf_lossless.theories.damping import LADDER, MOST_LAYERS, RESOLUTION, chosen_scale
 

@@ -13,8 +13,8 @@ from hf_lossless.candidates.feedback import DAMPING, EMBEDDING_DAMPING, quantise
 from hf_lossless.candidates.proposal import Candidate
 from hf_lossless.candidates.settle import settle
 from hf_lossless.candidates.uniform import dequantise, quantise
-from hf_lossless.layers import Layer, find_layers
-from hf_lossless.plan import Grid, LayerPlan
+from hf_lossless.storage.layers import Layer, find_layers
+from hf_lossless.storage.plan import Grid, LayerPlan
 from hf_lossless.theories import fitted_rounding
 from hf_lossless.theories.fitted_rounding import SAMPLED_ROWS, feedback_changes
 from hf_lossless.theories.problem import Problem

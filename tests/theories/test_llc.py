@@ -14,8 +14,8 @@ from hf_lossless.calibration.statistics import calibrate
 from hf_lossless.candidates.activations import activation_noise as activation_noise_of
 from hf_lossless.candidates.proposal import Candidate, propose
 from hf_lossless.candidates.uniform import dequantise, quantise
-from hf_lossless.layers import Layer, find_layers
-from hf_lossless.plan import Grid
+from hf_lossless.storage.layers import Layer, find_layers
+from hf_lossless.storage.plan import Grid
 from hf_lossless.theories import llc
 from hf_lossless.theories.llc import ERROR_MAX, predict, predicted_loss_change
 from hf_lossless.theories.problem import Problem

@@ -16,8 +16,8 @@ from hf_lossless.candidates.menu import menu
 from hf_lossless.candidates.proposal import Candidate
 from hf_lossless.candidates.ranks import ranks_by_layer
 from hf_lossless.candidates.uniform import on_grid
-from hf_lossless.layers import find_layers
-from hf_lossless.plan import LowRank
+from hf_lossless.storage.layers import find_layers
+from hf_lossless.storage.plan import LowRank
 from hf_lossless.theories import llc, llc_decomposition
 from hf_lossless.theories.llc_decomposition import GAMMA, LOSS_THRESHOLD, points_down, predict_layer
 from hf_lossless.theories.llc_decomposition import within_neighbourhood as within

@@ -16,8 +16,8 @@ from hf_lossless.candidates.low_rank import Factors
 from hf_lossless.candidates.menu import menu
 from hf_lossless.candidates.proposal import Candidate
 from hf_lossless.candidates.ranks import ranks_by_layer
-from hf_lossless.layers import find_layers
-from hf_lossless.plan import LowRank, Regime
+from hf_lossless.storage.layers import find_layers
+from hf_lossless.storage.plan import LowRank, Regime
 from hf_lossless.theories import lod
 from hf_lossless.theories.lod import LOSS_TOLERANCE, SURE, predict, regime_test
 from hf_lossless.theories.problem import Prediction, Problem

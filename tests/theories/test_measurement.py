@@ -10,7 +10,7 @@ from transformers.pytorch_utils import Conv1D
 
 from hf_lossless.calibration.loss import batch_loss
 from hf_lossless.calibration.statistics import calibrate
-from hf_lossless.layers import find_layers
+from hf_lossless.storage.layers import find_layers
 from hf_lossless.theories.measurement import measured_change
 from hf_lossless.theories.problem import Prediction, Problem
 

@@ -15,9 +15,9 @@ from hf_lossless.candidates.settle_coded import settle_coded
 from hf_lossless.candidates.shaped import step_at
 from hf_lossless.candidates.sides import Sides
 from hf_lossless.candidates.two_sided import round_two_sided
-from hf_lossless.layers import find_layers
 from hf_lossless.pipeline import tensor_bytes
-from hf_lossless.plan import CodedGrid, Damping
+from hf_lossless.storage.layers import find_layers
+from hf_lossless.storage.plan import CodedGrid, Damping
 from hf_lossless.theories.problem import Problem
 from hf_lossless.theories.rate_distortion import Signals, eigenvalues, rate_distortion
 

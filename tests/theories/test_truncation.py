@@ -10,8 +10,8 @@ from hf_lossless.calibration.statistics import calibrate
 from hf_lossless.candidates import low_rank
 from hf_lossless.candidates.low_rank import Whitening, factorise
 from hf_lossless.candidates.uniform import on_grid
-from hf_lossless.layers import find_layers
-from hf_lossless.plan import Grid, LowRank
+from hf_lossless.storage.layers import find_layers
+from hf_lossless.storage.plan import Grid, LowRank
 from hf_lossless.theories import truncation
 from hf_lossless.theories.truncation import CrossFit, changes_of_ranks, rounding_change
 

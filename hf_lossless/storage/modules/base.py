@@ -1,0 +1,159 @@
+"""What every compressed layer offers to the model around it, however it is stored.
+
+A compressed module stands where the original stood, with the same attributes and its bias under the same name. Modules
+are replaced rather than tensor types: that is easier to read, to debug and to save.
+
+Names matter to transformers: no tensor of a compressed module has a name that begins with "weight" (its tying code
+matches prefixes), and what is no trainable weight is a buffer, for a float parameter would come back trainable and
+could pass for the model's dtype.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Self
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from hf_lossless.storage.layers import Layer, LayerKind
+from hf_lossless.storage.modules.activations import QuantisedInput
+
+
+_ATTRIBUTES: dict[LayerKind, tuple[str, ...]] = {
+    "linear": ("in_features", "out_features"),
+    "conv1d": ("nx", "nf"),
+    "conv2d": (
+        *("in_channels", "out_channels", "kernel_size", "stride"),
+        *("padding", "padding_mode", "dilation", "groups"),
+    ),
+    "embedding": ("num_embeddings", "embedding_dim", "padding_idx"),
+}
+"""What model code reads of a layer beside its weight and bias."""
+
+
+class CompressedModule(nn.Module, ABC):
+    """Base of the compressed layers.
+
+    Attributes:
+        kind: Kind of the original layer.
+        weight_shape: Shape of the original weight.
+        matrix_shape: (out, in) of the weight as a matrix.
+        dtype: In what dtype the module computes; follows `.to(dtype)` as a weight would.
+        bias: The original's bias, where it had one.
+        activation: Quantises the layer's input; None: it stays in floating point.
+    """
+
+    kind: LayerKind
+    bias: nn.Parameter | None
+    activation: QuantisedInput | None
+
+    def __init__(self, layer: Layer) -> None:
+        """Takes over the attributes and the bias of `layer`; the stored tensors are for the subclass to make."""
+        super().__init__()
+        self.kind = layer.kind
+        self.weight_shape = layer.weight.shape
+        out_features, in_features = layer.matrix.shape
+        self.matrix_shape = (out_features, in_features)
+        self.dtype = layer.weight.dtype
+        self.training = layer.module.training
+        for name in _ATTRIBUTES[layer.kind]:
+            setattr(self, name, getattr(layer.module, name))
+        self.register_parameter("bias", getattr(layer.module, "bias", None))
+        self.activation = None
+
+    def quantised(self, input: Tensor) -> Tensor:
+        """The layer's own input on its grid, or as it is."""
+        return input if self.activation is None else self.activation(input)
+
+    @abstractmethod
+    def matrix(self) -> Tensor:
+        """The weight `W [out, in]` in the module's dtype, rebuilt now: for code that looks at it."""
+
+    @abstractmethod
+    def linear(self, input: Tensor, bias: Tensor | None) -> Tensor:
+        """Computes y = x W' + b, whatever the layer's kind.
+
+        Args:
+            input: x [..., in].
+            bias: b [out], or None.
+
+        Returns:
+            y [..., out].
+        """
+
+    @abstractmethod
+    def embedding(self, indices: Tensor) -> Tensor:
+        """Rows of W, whatever the layer's kind.
+
+        Args:
+            indices: Row numbers, of any shape [...].
+
+        Returns:
+            [..., in].
+
+        Raises:
+            IndexError: A number is negative or not below `out`.
+        """
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight in its original shape, rebuilt now: for code that looks at it, not to be written to."""
+        matrix = self.matrix()
+        weight = matrix.T if self.kind == "conv1d" else matrix.view(self.weight_shape)
+        weight._is_hf_initialized = True  # type: ignore[attr-defined]  # transformers must not initialise it anew
+        return weight
+
+    @property
+    def weight_tensors(self) -> dict[str, Tensor]:
+        """All tensors of the module but the bias, by their names in its state dict: they are what the weight became."""
+        return {name: tensor for name, tensor in self.state_dict(keep_vars=True).items() if name != "bias"}
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of the weight as it is stored now."""
+        return sum(tensor.nbytes for tensor in self.weight_tensors.values())
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Moves and casts as any module does, and notes the dtype."""
+        device = next(iter(self.weight_tensors.values())).device
+        self.dtype = fn(torch.empty(0, dtype=self.dtype, device=device)).dtype
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        return self
+
+
+def compressed_layers(model: nn.Module) -> dict[str, CompressedModule]:
+    """The compressed layers of a model by name; what a compressed layer is made of is not a layer of its own."""
+    found = {name: module for name, module in model.named_modules() if isinstance(module, CompressedModule)}
+    parts = {part for module in found.values() for part in module.children()}
+    return {name: module for name, module in found.items() if module not in parts}
+
+
+class WholeLinear(CompressedModule):
+    """nn.Linear, or transformers' Conv1D, whose weight is [in, out]."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Computes y = x W' + b."""
+        return self.linear(self.quantised(input), self.bias)
+
+
+class WholeConv2d(CompressedModule):
+    """nn.Conv2d, grouped and depthwise too."""
+
+    stride: tuple[int, int]
+    padding: tuple[int, int] | str
+    dilation: tuple[int, int]
+    groups: int
+
+    def forward(self, input: Tensor) -> Tensor:
+        """The convolution with the kernel made now."""
+        input, kernel = self.quantised(input), self.matrix().view(self.weight_shape)
+        return F.conv2d(input, kernel, self.bias, self.stride, self.padding, self.dilation, self.groups)
+
+
+class WholeEmbedding(CompressedModule):
+    """nn.Embedding; makes only the rows that it looks up."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Rows of the weight at `input`."""
+        return self.embedding(input)

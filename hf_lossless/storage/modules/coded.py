@@ -1,0 +1,179 @@
+"""Layers whose codes are stored at their entropy, and decoded once, when they are loaded.
+
+    coded            uint8   what is saved: steps, models and stream of the whole matrix (see `storage.entropy.matrix`)
+    bias             as it came, where there was one
+
+and, made of it and not saved,
+
+    codes            int8    [out, in]
+    row_steps        float32 [out]
+    column_steps     float32 [in]
+    far_positions    int64, far_codes float32: the few codes beyond a byte, exactly
+
+The weight is `W = row_steps code column_steps`. A full-precision matrix stands in memory only while a layer runs; a
+linear layer computes `y = row_steps (Z (column_steps x))` and has none of it scaled at all.
+"""
+
+from collections.abc import Callable
+from typing import Any, Self
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn import functional as F
+
+from hf_lossless.errors import CheckpointError
+from hf_lossless.storage.entropy.frequencies import MalformedCode
+from hf_lossless.storage.entropy.matrix import CodedMatrix, decode
+from hf_lossless.storage.layers import Layer, LayerKind
+from hf_lossless.storage.modules.activations import keeping_dtype
+from hf_lossless.storage.modules.base import CompressedModule, WholeConv2d, WholeEmbedding, WholeLinear
+
+_DECODED = ("codes", "row_steps", "column_steps", "far_positions", "far_codes")
+
+
+class CodedModule(CompressedModule):
+    """Base of the coded layers: the bytes, and what they decode to.
+
+    Attributes:
+        coded: The bytes.
+        codes: None until they are decoded, as are the others.
+    """
+
+    coded: Tensor
+    codes: Tensor | None
+    row_steps: Tensor | None
+    column_steps: Tensor | None
+    far_positions: Tensor | None
+    far_codes: Tensor | None
+
+    def __init__(self, layer: Layer, num_bytes: int) -> None:
+        """Makes an empty module for `layer`, on its device; `store` fills it, or a file and then `decode`.
+
+        Args:
+            layer: The layer.
+            num_bytes: Bytes of the coded matrix.
+        """
+        super().__init__(layer)
+        self.register_buffer("coded", torch.empty(num_bytes, dtype=torch.uint8, device=layer.weight.device))
+        for name in _DECODED:
+            self.register_buffer(name, None, persistent=False)
+
+    def store(self, matrix: CodedMatrix, stored: NDArray[np.uint8]) -> None:
+        """Takes in a matrix and its bytes."""
+        self.coded.copy_(torch.from_numpy(stored))
+        self._take(matrix)
+
+    def decode(self, name: str) -> None:
+        """Decodes the bytes that have been loaded.
+
+        Args:
+            name: The layer's name, for the error.
+
+        Raises:
+            CheckpointError: They were cut or changed, or are none.
+            ConfigurationError: The coder is not installed.
+        """
+        try:
+            matrix = decode(self.coded.cpu().numpy(), self.matrix_shape)
+        except MalformedCode as error:
+            raise CheckpointError(
+                f"the tensor '{name}.coded' cannot be decoded: {error}. Take the folder again from where it came from."
+            ) from error
+        self._take(matrix)
+
+    def _take(self, matrix: CodedMatrix) -> None:
+        device = self.coded.device
+        self.codes = torch.from_numpy(matrix.codes).to(device)
+        self.row_steps = torch.from_numpy(matrix.row_steps).to(device)
+        self.column_steps = torch.from_numpy(matrix.column_steps).to(device)
+        self.far_positions = torch.from_numpy(matrix.far_positions).to(device)
+        self.far_codes = torch.from_numpy(matrix.far_codes).to(device, torch.float32)
+
+    def levels(self, dtype: torch.dtype) -> Tensor:
+        """The codes Z [out, in], those beyond a byte included."""
+        assert self.codes is not None and self.far_positions is not None and self.far_codes is not None
+        levels = self.codes.to(dtype)
+        if len(self.far_positions):
+            levels.view(-1)[self.far_positions] = self.far_codes.to(dtype)
+        return levels
+
+    def steps(self) -> tuple[Tensor, Tensor]:
+        """Steps of rows and columns, float32."""
+        assert self.row_steps is not None and self.column_steps is not None
+        return self.row_steps, self.column_steps
+
+    def matrix(self) -> Tensor:
+        """The weight `W [out, in]` in the module's dtype, made now; on meta as long as nothing has been decoded."""
+        if self.codes is None:  # some models look at their weights to initialise them, before `decode` can have run
+            return torch.empty(self.matrix_shape, dtype=self.dtype, device="meta")
+        row_steps, column_steps = self.steps()
+        return self.levels(torch.float32).mul_(column_steps).mul_(row_steps[:, None]).to(self.dtype)
+
+    def linear(self, input: Tensor, bias: Tensor | None) -> Tensor:
+        """Computes y = row_steps (Z (column_steps x)) + b."""
+        device = input.device.type
+        autocast = torch.is_autocast_enabled(device)
+        if (torch.get_autocast_dtype(device) if autocast else self.dtype) is torch.float16:
+            # Z, and Z (column_steps x), may be beyond its range where y is not.
+            return F.linear(input, self.matrix(), bias)
+        row_steps, column_steps = self.steps()
+        output = F.linear(input * column_steps.to(input.dtype), self.levels(self.dtype))
+        output = output * row_steps.to(output.dtype)
+        return output if bias is None else output + bias.to(output.dtype)  # autocast
+
+    def embedding(self, indices: Tensor) -> Tensor:
+        """Rows of the weight; only these are made."""
+        assert self.codes is not None and self.far_positions is not None and self.far_codes is not None
+        row_steps, column_steps = self.steps()
+        flat = indices.reshape(-1)
+        rows = self.codes.index_select(0, flat).float()  # refuses index -1
+        if len(self.far_positions):
+            far_rows, far_columns = self.far_positions // rows.shape[1], self.far_positions % rows.shape[1]
+            first = torch.searchsorted(far_rows, flat)
+            counts = torch.searchsorted(far_rows, flat, right=True) - first
+            places = torch.arange(len(flat), device=flat.device).repeat_interleave(counts)
+            fars = torch.arange(len(places), device=flat.device) + (first - counts.cumsum(0) + counts)[places]
+            rows[places, far_columns[fars]] = self.far_codes[fars]
+        rows = rows.mul_(column_steps).mul_(row_steps.index_select(0, flat)[:, None]).to(self.dtype)
+        return rows.view(*indices.shape, rows.shape[1])
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Moves as any module does, but a change of dtype leaves the steps alone and only sets `self.dtype`."""
+        return super()._apply(keeping_dtype(fn, (self.row_steps, self.column_steps, self.far_codes)), recurse)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        """Takes bytes of any length, for another set of codes has another, and decodes them."""
+        coded = state_dict.get(f"{prefix}coded")
+        if coded is not None and not self.coded.is_meta:
+            self.coded = torch.empty_like(coded, device=self.coded.device)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        if coded is not None and not self.coded.is_meta:
+            self.decode(prefix.removesuffix("."))
+
+    def extra_repr(self) -> str:
+        """Shape and bits of a weight, for `print(model)`."""
+        out_features, in_features = self.matrix_shape
+        bits = 8 * len(self.coded) / (out_features * in_features)
+        return f"{out_features}x{in_features}, bits={bits:.2f}, bias={self.bias is not None}"
+
+
+class CodedLinear(WholeLinear, CodedModule):
+    """nn.Linear, or transformers' Conv1D, whose weight is [in, out]."""
+
+
+class CodedConv2d(WholeConv2d, CodedModule):
+    """nn.Conv2d, grouped and depthwise too."""
+
+
+class CodedEmbedding(WholeEmbedding, CodedModule):
+    """nn.Embedding; makes only the rows that it looks up."""
+
+
+CODED: dict[LayerKind, type[CodedModule]] = {
+    "linear": CodedLinear,
+    "conv1d": CodedLinear,
+    "conv2d": CodedConv2d,
+    "embedding": CodedEmbedding,
+}

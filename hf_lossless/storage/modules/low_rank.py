@@ -1,0 +1,183 @@
+"""Layers stored as two factors, `W [out, in] ~ L [out, r] @ R [r, in]`, or as a grid plus two factors.
+
+A low-rank layer is two layers without bias, each stored like any other: in floating point, or packed on a grid.
+
+    right    R   the original's kind with r outputs (for an embedding: a linear layer)
+    left     L   a layer of r inputs (for a convolution: a 1x1 convolution; for an embedding: an embedding of width r)
+    base     a packed layer of the original's own shape, only where a grid is stored as well
+    bias     as it came, where there was one
+
+    y = left(right(x)) + base(x) + bias          rows at i = left(i) @ R + base(i)
+
+Where the input is quantised, x is what its grid makes of it, for right and base alike; what right gives to left stays
+in floating point.
+
+The product L R is never built: r (out + in) multiplications stand for out * in, and an embedding looks up only the rows
+it needs. A base is unpacked at each call, as it would be alone.
+"""
+
+from abc import abstractmethod
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from hf_lossless.storage.layers import Layer, LayerKind, kind_of
+from hf_lossless.storage.modules.base import CompressedModule
+from hf_lossless.storage.modules.packed import PACKED, PackedModule
+from hf_lossless.storage.plan import Grid, LowRank
+
+PlainPart = nn.Linear | nn.Conv2d | nn.Embedding
+
+
+class LowRankModule(CompressedModule):
+    """Base of the low-rank layers.
+
+    Attributes:
+        left: Holds L as its weight.
+        right: Holds R as its weight.
+        base: Holds the grid that the product is added to; None where there is none.
+    """
+
+    left: PlainPart | PackedModule
+    right: PlainPart | PackedModule
+    base: PackedModule | None
+
+    def __init__(self, layer: Layer, low_rank: LowRank, grid: Grid | None = None) -> None:
+        """Makes an empty module for `layer`, on its device.
+
+        Args:
+            layer: The layer; a convolution in one group.
+            low_rank: Rank and grids of the factors.
+            grid: The base's grid; None: there is no base.
+        """
+        super().__init__(layer)
+        self.rank = low_rank.rank
+        self.base = None
+        if grid is not None:
+            self.base = PACKED[layer.kind](layer, grid)
+            self.base.bias = None
+        left, right = self._plain_parts(layer, low_rank.rank)
+        self.left = _empty_part(left, low_rank.left, layer)
+        self.right = _empty_part(right, low_rank.right, layer)
+        self.train(layer.module.training)
+
+    @staticmethod
+    @abstractmethod
+    def _plain_parts(layer: Layer, rank: int) -> tuple[PlainPart, PlainPart]:
+        """Left and right as plain layers on meta: made there, they draw nothing from torch's random generator."""
+
+    @property
+    def left_matrix(self) -> Tensor:
+        """L [out, r], unpacked now where it is packed."""
+        return self.left.weight.flatten(1)
+
+    @property
+    def right_matrix(self) -> Tensor:
+        """R [r, in], unpacked now where it is packed."""
+        return self.right.weight.flatten(1)
+
+    def matrix(self) -> Tensor:
+        """The weight `W [out, in]` in the module's dtype, multiplied out now; no forward pass does this."""
+        product = self.left_matrix @ self.right_matrix
+        return product if self.base is None else product + self.base.matrix()
+
+    def linear(self, input: Tensor, bias: Tensor | None) -> Tensor:
+        """Computes y = (x R') L' + b, and adds that of the base."""
+        output = F.linear(F.linear(input, self.right_matrix), self.left_matrix, bias)
+        return output if self.base is None else output + self.base.linear(input, None)
+
+    def embedding(self, indices: Tensor) -> Tensor:
+        """Rows of L times R, and added those of the base."""
+        rows = F.embedding(indices, self.left_matrix) @ self.right_matrix
+        return rows if self.base is None else rows + self.base.embedding(indices)
+
+    def extra_repr(self) -> str:
+        """Shape and rank, for `print(model)`."""
+        out_features, in_features = self.matrix_shape
+        return f"{out_features}x{in_features}, rank={self.rank}, bias={self.bias is not None}"
+
+
+class LowRankLinear(LowRankModule):
+    """nn.Linear, or transformers' Conv1D."""
+
+    @staticmethod
+    def _plain_parts(layer: Layer, rank: int) -> tuple[PlainPart, PlainPart]:
+        out_features, in_features = layer.matrix.shape
+        left = nn.Linear(rank, out_features, bias=False, device="meta")
+        return left, nn.Linear(in_features, rank, bias=False, device="meta")
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Computes y = (x R') L' + b, and adds that of the base."""
+        input = self.quantised(input)
+        output: Tensor = self.left(self.right(input))
+        if self.base is not None:
+            output = output + self.base(input)
+        return output if self.bias is None else output + self.bias.to(output.dtype)  # autocast
+
+
+class LowRankConv2d(LowRankModule):
+    """nn.Conv2d in one group: its own convolution to r channels, then a 1x1 convolution."""
+
+    @staticmethod
+    def _plain_parts(layer: Layer, rank: int) -> tuple[PlainPart, PlainPart]:
+        original = layer.module
+        assert isinstance(original, nn.Conv2d) and original.groups == 1
+        right = nn.Conv2d(
+            original.in_channels,
+            rank,
+            original.kernel_size,  # type: ignore[arg-type]  # its stubs say tuple[int, ...]
+            original.stride,  # type: ignore[arg-type]
+            original.padding,  # type: ignore[arg-type]
+            original.dilation,  # type: ignore[arg-type]
+            bias=False,
+            device="meta",
+        )
+        return nn.Conv2d(rank, original.out_channels, 1, bias=False, device="meta"), right
+
+    def forward(self, input: Tensor) -> Tensor:
+        """The two convolutions, and that of the base."""
+        input = self.quantised(input)
+        output: Tensor = self.left(self.right(input))
+        if self.base is not None:
+            output = output + self.base(input)
+        return output if self.bias is None else output + self.bias.to(output.dtype).view(-1, 1, 1)  # autocast
+
+
+class LowRankEmbedding(LowRankModule):
+    """nn.Embedding: looks up rows of L, and multiplies only these by R."""
+
+    @staticmethod
+    def _plain_parts(layer: Layer, rank: int) -> tuple[PlainPart, PlainPart]:
+        original = layer.module
+        assert isinstance(original, nn.Embedding)
+        left = nn.Embedding(original.num_embeddings, rank, padding_idx=original.padding_idx, device="meta")
+        return left, nn.Linear(original.embedding_dim, rank, bias=False, device="meta")
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Rows of the weight at `input`."""
+        return self.embedding(input)
+
+    def embedding(self, indices: Tensor) -> Tensor:
+        """Rows of L times R, and added those of the base; only these rows are looked up."""
+        left_rows: Tensor = self.left(indices)
+        rows = (left_rows @ self.right_matrix).to(left_rows.dtype)  # autocast
+        return rows if self.base is None else rows + self.base(indices)
+
+
+def _empty_part(plain: PlainPart, grid: Grid | None, layer: Layer) -> PlainPart | PackedModule:
+    """A part with room for its factor where the layer's weight is: in floating point, or packed on a grid."""
+    weight = layer.weight
+    room = torch.empty(plain.weight.shape, dtype=weight.dtype, device=weight.device)
+    plain.weight = nn.Parameter(room, weight.requires_grad)
+    kind = kind_of(plain)
+    assert kind is not None
+    return plain if grid is None else PACKED[kind](Layer(layer.name, plain, kind), grid)
+
+
+LOW_RANK: dict[LayerKind, type[LowRankModule]] = {
+    "linear": LowRankLinear,
+    "conv1d": LowRankLinear,
+    "conv2d": LowRankConv2d,
+    "embedding": LowRankEmbedding,
+}

@@ -1,0 +1,86 @@
+"""Which weights share a model."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+
+from hf_lossless.storage.entropy.coder import entropy_bytes
+from hf_lossless.storage.entropy.levels import Blocks, Spread, best_spread, model_counts
+
+SHAPES = st.tuples(st.integers(1, 12), st.integers(1, 12))
+CODES = SHAPES.flatmap(lambda shape: arrays(np.int8, shape, elements=st.integers(-127, 127)))
+
+
+def laplacian(row_spreads, column_spreads, seed: int = 0):
+    """Codes of Laplacian numbers whose spread is a product."""
+    numbers = np.random.default_rng(seed).laplace(0, 1, (len(row_spreads), len(column_spreads)))
+    return np.clip(np.rint(numbers * np.outer(row_spreads, column_spreads)), -127, 127).astype(np.int8)
+
+
+@given(CODES)
+def test_every_entry_has_the_model_of_its_two_levels(codes):
+    spread, num_bytes = best_spread(codes)
+    assert spread.rows.min() >= 0 and spread.columns.min() >= 0 and num_bytes >= 0
+    blocks = Blocks.of(spread)
+    numbers = np.full(codes.shape, -1)
+    for model in range(spread.num_models):
+        for rows, columns in blocks.of_model(model):
+            assert (numbers[rows, columns] == -1).all()
+            numbers[rows, columns] = model
+    expected = spread.rows[blocks.row_order][:, None] + spread.columns[blocks.column_order]
+    assert np.array_equal(numbers, expected)
+
+    counts = np.zeros((spread.num_models, 256), np.int64)
+    for (row, column), code in np.ndenumerate(codes):
+        counts[spread.rows[row] + spread.columns[column], int(code) + 128] += 1
+    assert np.array_equal(model_counts(codes, spread), counts)
+
+
+def test_rows_of_one_level_stay_in_their_order():
+    spread = Spread(np.array([1, 0, 1, 0], np.int32), np.array([0], np.int32))
+    assert Blocks.of(spread).row_order.tolist() == [1, 3, 0, 2]
+
+
+@given(CODES, st.integers(1, 64))
+def test_merged_levels(codes, factor):
+    spread, _ = best_spread(codes)
+    merged = spread.merged(factor)
+    assert np.array_equal(merged.rows, spread.rows // factor) and np.array_equal(
+        merged.columns, spread.columns // factor
+    )
+    assert merged.num_models <= spread.num_models
+
+
+def test_like_spreads_get_one_model_and_unlike_ones_several():
+    like, _ = best_spread(laplacian(np.full(64, 2.0), np.ones(64)))
+    assert like.num_models == 1
+    codes = laplacian(2.0 ** np.linspace(-4, 4, 256), np.ones(256))
+    unlike, num_bytes = best_spread(codes)
+    assert unlike.num_models > 4
+    assert num_bytes < 0.85 * entropy_bytes(np.bincount(codes.ravel() + np.int64(128)))
+
+
+@pytest.mark.parametrize("spreads", [(0.3, 0.3), (0.1, 8.0), (4.0, 30.0)], ids=str)
+def test_the_models_are_as_good_as_those_of_the_true_spreads(spreads):
+    """A code for each pair of true spreads is what nobody without the weights could do better than."""
+    generator = np.random.default_rng(1)
+    of_rows, of_columns = generator.choice(spreads, 200), generator.choice(spreads, 300)
+    codes = laplacian(of_rows, of_columns)
+    _, num_bytes = best_spread(codes)
+    ideal = 0
+    for row in set(of_rows):
+        for column in set(of_columns):
+            part = codes[of_rows == row][:, of_columns == column]
+            ideal += entropy_bytes(np.bincount(part.ravel() + np.int64(128)))
+    levels = (200 + 300) * 3 / 8  # at most three bits for each row and column, whose levels have to be said
+    models = 1.5 * 200 * 4
+    assert num_bytes <= 1.02 * ideal + levels + models
+
+
+def test_sampled_rows_stand_for_all():
+    codes = laplacian(np.ones(512), 2.0 ** np.linspace(-2, 3, 128))
+    _, whole = best_spread(codes)
+    _, estimate = best_spread(codes[::4], share=4.0)
+    assert estimate == pytest.approx(whole, rel=0.03)
