@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from hf_lossless.calibration.loss import Batch, LossFunction, model_device, to_device
+from hf_lossless.data.batches import Batch, LossFunction, model_device, to_device
 
 LARGEST_CHANGE = 4.0
 """A variance is multiplied by at most this and at least its inverse; a channel that is nearly constant has no ratio."""

@@ -43,7 +43,7 @@ class Provenance(Record):
     """Where a certificate comes from.
 
     Attributes:
-        data_fingerprint: Name of the set of certification rows (`calibration.splits.fingerprint`).
+        data_fingerprint: Name of the set of certification rows (`data.splits.fingerprint`).
         calibration_rows: Rows calibrated on; None where a finished model is judged, of which that is not known.
         selection_rows: Rows that plans were selected on; None likewise.
         theory: What predicted the losses.

@@ -25,8 +25,14 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from hf_lossless.calibration.data import batches_of_rows, load_rows, processor_of, ready_batches
-from hf_lossless.calibration.splits import (
+from hf_lossless.certificate import MIN_ROWS, Certificate, Provenance
+from hf_lossless.certification.certify import certify
+from hf_lossless.certification.comparison import Outputs
+from hf_lossless.certification.selection import chance_to_pass, next_ratio, order_of_proposals
+from hf_lossless.certification.walk import Walk, walk
+from hf_lossless.config import LosslessCheckpointConfig, LosslessCompressionConfig
+from hf_lossless.data.rows import batches_of_rows, load_rows, processor_of, ready_batches
+from hf_lossless.data.splits import (
     Splits,
     assign,
     fingerprint,
@@ -34,12 +40,8 @@ from hf_lossless.calibration.splits import (
     row_digests,
     three_splits,
 )
-from hf_lossless.certificate import MIN_ROWS, Certificate, Provenance
-from hf_lossless.certification.certify import certify
-from hf_lossless.certification.comparison import Outputs
-from hf_lossless.certification.selection import chance_to_pass, next_ratio, order_of_proposals
-from hf_lossless.certification.walk import Walk, walk
-from hf_lossless.config import LosslessCheckpointConfig, LosslessCompressionConfig
+from hf_lossless.data.tasks.base import Task
+from hf_lossless.data.tasks.registry import task_of
 from hf_lossless.errors import CalibrationError, DataError, UnreachableTargetError
 from hf_lossless.evaluation import answers
 from hf_lossless.knapsack import Frontier
@@ -49,8 +51,6 @@ from hf_lossless.planning import Planner
 from hf_lossless.storage.modules.base import CompressedModule
 from hf_lossless.storage.modules.tied import Tied
 from hf_lossless.storage.plan import CompressionPlan
-from hf_lossless.tasks.base import Task
-from hf_lossless.tasks.registry import task_of
 
 SEARCH_STEPS = 10
 """Plans measured beside the safe one."""

@@ -10,9 +10,6 @@ import torch
 import typer
 from rich.console import Console
 
-from hf_lossless.calibration.data import calibration_batches, load_rows
-from hf_lossless.calibration.processes import process_state, progress_bar
-from hf_lossless.calibration.splits import fingerprint
 from hf_lossless.certificate import Provenance
 from hf_lossless.certification.certify import certify
 from hf_lossless.certification.comparison import Comparison, compare
@@ -32,6 +29,10 @@ from hf_lossless.config import (
     TOLERANCE,
     LosslessCompressionConfig,
 )
+from hf_lossless.data.processes import process_state, progress_bar
+from hf_lossless.data.rows import calibration_batches, load_rows
+from hf_lossless.data.splits import fingerprint
+from hf_lossless.data.tasks.registry import TASKS
 from hf_lossless.demo import run_demo
 from hf_lossless.errors import CheckpointError, LosslessError
 from hf_lossless.evaluation import Evaluation
@@ -47,7 +48,6 @@ from hf_lossless.report import (
 )
 from hf_lossless.report_neighbourhood import gap_tables, layer_table
 from hf_lossless.storage.layers import find_layers
-from hf_lossless.tasks.registry import TASKS
 from hf_lossless.theories.neighbourhood import MAX_LAYERS, named_layers, neighbourhood, spread_layers
 
 app = typer.Typer(

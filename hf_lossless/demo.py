@@ -18,15 +18,15 @@ from sklearn.datasets import load_digits
 from tqdm.auto import tqdm
 from transformers import AutoModelForImageClassification, ViTConfig, ViTForImageClassification, ViTImageProcessorPil
 
-from hf_lossless.calibration.data import make_batches
 from hf_lossless.checkpoint import new_folder
 from hf_lossless.config import LosslessCompressionConfig
+from hf_lossless.data.rows import make_batches
+from hf_lossless.data.tasks.image_classification import ImageClassification
 from hf_lossless.errors import CheckpointError
 from hf_lossless.evaluation import evaluate
 from hf_lossless.pictures.frontier import frontier_figure
 from hf_lossless.record_of_compression import record_of, write_record
 from hf_lossless.report import certificate_texts, comparison_table, plan_table
-from hf_lossless.tasks.image_classification import ImageClassification
 
 _NUM_TRAIN, _NUM_CALIBRATION, _NUM_SELECTION = 800, 128, 128
 _EPOCHS = 30

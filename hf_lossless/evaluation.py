@@ -11,11 +11,11 @@ from typing import Any
 import datasets
 from transformers import PreTrainedModel
 
-from hf_lossless.calibration.data import load_rows, row_groups
-from hf_lossless.calibration.processes import failing_together, gather_shares, process_state, progress_bar
 from hf_lossless.certification.comparison import Outputs, refuse_one_class
+from hf_lossless.data.processes import failing_together, gather_shares, process_state, progress_bar
+from hf_lossless.data.rows import load_rows, row_groups
+from hf_lossless.data.tasks.base import RowAnswers, Task
 from hf_lossless.errors import CalibrationError
-from hf_lossless.tasks.base import RowAnswers, Task
 
 _BATCH_SIZE = 64
 

@@ -14,7 +14,6 @@ from transformers import PreTrainedModel
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING, register_quantizer
 from transformers.quantizers.base import HfQuantizer
 
-from hf_lossless.calibration.data import calibration_batches
 from hf_lossless.certificate import Certificate
 from hf_lossless.certified import compress_certified
 from hf_lossless.checkpoint import (
@@ -25,6 +24,7 @@ from hf_lossless.checkpoint import (
     tensor_sizes,
 )
 from hf_lossless.config import QUANT_METHOD, LosslessCheckpointConfig, LosslessCompressionConfig
+from hf_lossless.data.rows import calibration_batches
 from hf_lossless.errors import CheckpointError, ConfigurationError
 from hf_lossless.hf_plan import is_saved_class, plan_of, plans_for, with_present_bytes
 from hf_lossless.hf_weights import (

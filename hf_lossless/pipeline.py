@@ -14,14 +14,14 @@ from hf_lossless import knapsack
 from hf_lossless.batch_norms import batch_norms, follow, input_moments
 from hf_lossless.biases import bias_corrections, correct_biases
 from hf_lossless.calibration.fisher import drawn_batches, with_fisher
-from hf_lossless.calibration.loss import Batch, LossFunction, batch_loss
 from hf_lossless.calibration.perturbation import LossChange, loss_change
-from hf_lossless.calibration.processes import own_share, process_state, progress_bar, same_in_every_process
 from hf_lossless.calibration.statistics import Calibration, calibrate
 from hf_lossless.candidates.menu import Truncation, menu
 from hf_lossless.candidates.ranks import ranks_by_layer
 from hf_lossless.certificate import Certificate
 from hf_lossless.config import LosslessCheckpointConfig, LosslessCompressionConfig
+from hf_lossless.data.batches import Batch, LossFunction, batch_loss
+from hf_lossless.data.processes import own_share, process_state, progress_bar, same_in_every_process
 from hf_lossless.errors import ConfigurationError, DataError
 from hf_lossless.loss_check import LossCheck, loss_check
 from hf_lossless.planning import Planned, Planner

@@ -24,7 +24,6 @@ from torch import Tensor
 
 from hf_lossless import knapsack
 from hf_lossless.calibration.perturbation import LossChange, input_noise, loss_change, weight_noise
-from hf_lossless.calibration.processes import process_state
 from hf_lossless.candidates.activation_ranges import StaticGrid
 from hf_lossless.candidates.low_rank import Factors
 from hf_lossless.candidates.parallel import for_each_layer
@@ -33,6 +32,7 @@ from hf_lossless.candidates.settle import settle
 from hf_lossless.candidates.settle_coded import CodedLayer, settle_coded
 from hf_lossless.candidates.uniform import QuantisedMatrix, dequantise
 from hf_lossless.config import LosslessCompressionConfig
+from hf_lossless.data.processes import process_state
 from hf_lossless.errors import CalibrationError, UnreachableTargetError
 from hf_lossless.loss_check import LossCheck, loss_check
 from hf_lossless.options import Found, Option, Options, options_of, put_right, scaled

@@ -24,12 +24,12 @@ from torch import Tensor, nn
 from torch.nn.functional import nll_loss
 
 import hf_lossless
-from hf_lossless.calibration.data import load_rows, make_batches
-from hf_lossless.calibration.loss import Batch, batch_loss
 from hf_lossless.calibration.statistics import calibrate
+from hf_lossless.data.batches import Batch, batch_loss
+from hf_lossless.data.rows import load_rows, make_batches
+from hf_lossless.data.tasks.registry import TASKS
 from hf_lossless.storage.layers import Layer, find_layers
 from hf_lossless.storage.modules.activations import QuantisedInput
-from hf_lossless.tasks.registry import TASKS
 from hf_lossless.theories.activation_noise import ActivationOption, activation_options
 
 _HERE = Path(__file__).resolve().parent

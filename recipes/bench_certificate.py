@@ -28,12 +28,12 @@ import torch
 from scipy import stats
 
 from hf_lossless import LosslessCompressionConfig
-from hf_lossless.calibration.data import load_rows, make_batches
 from hf_lossless.certification.certify import CONFIDENCE, METRIC_MARGIN, TOLERANCE
 from hf_lossless.certification.non_inferiority import required_rows
 from hf_lossless.certification.proportions import non_inferiority_p_value, score
 from hf_lossless.certification.skewed_mean import skewed_p_value
-from hf_lossless.tasks.registry import task_named
+from hf_lossless.data.rows import load_rows, make_batches
+from hf_lossless.data.tasks.registry import task_named
 
 _HERE = Path(__file__).resolve().parent
 _ASSETS = _HERE.parents[1] / "shared" / "assets"

@@ -52,10 +52,10 @@ from peers import ASSETS, ROWS
 
 import hf_lossless
 from hf_lossless import LosslessCompressionConfig
-from hf_lossless.calibration.data import calibration_batches
-from hf_lossless.calibration.loss import Batch
+from hf_lossless.data.batches import Batch
+from hf_lossless.data.rows import calibration_batches
+from hf_lossless.data.tasks.text_classification import TextClassification
 from hf_lossless.planning import Planned
-from hf_lossless.tasks.text_classification import TextClassification
 
 _HERE = Path(__file__).resolve().parent
 _OUT = _HERE / "bench_information_limit.json"

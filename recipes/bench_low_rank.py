@@ -42,8 +42,6 @@ from transformers import PreTrainedModel
 import hf_lossless
 from hf_lossless import LosslessCompressionConfig, knapsack
 from hf_lossless.calibration.curvature import KroneckerFactors, second_order_change
-from hf_lossless.calibration.data import calibration_batches
-from hf_lossless.calibration.loss import Batch, batch_loss
 from hf_lossless.calibration.statistics import Calibration, calibrate
 from hf_lossless.candidates.descent import aligned_factors, largest_errors
 from hf_lossless.candidates.factored import propose_factored
@@ -51,11 +49,13 @@ from hf_lossless.candidates.low_rank import DAMPING, Factorisation, Factors, Whi
 from hf_lossless.candidates.parallel import for_each_layer
 from hf_lossless.candidates.proposal import Candidate
 from hf_lossless.candidates.ranks import largest_rank, ranks_to_try
+from hf_lossless.data.batches import Batch, batch_loss
+from hf_lossless.data.rows import calibration_batches
+from hf_lossless.data.tasks.registry import task_of
 from hf_lossless.evaluation import evaluate
 from hf_lossless.storage.apply import apply_plan
 from hf_lossless.storage.layers import Layer, as_matrix, find_layers
 from hf_lossless.storage.plan import LayerPlan, LowRank
-from hf_lossless.tasks.registry import task_of
 from hf_lossless.theories import curvature, llc_decomposition
 from hf_lossless.theories.problem import Prediction, Problem
 

@@ -44,13 +44,13 @@ from transformers import PreTrainedModel
 
 import hf_lossless
 from hf_lossless import LosslessCompressionConfig
-from hf_lossless.calibration.loss import batch_loss
 from hf_lossless.calibration.perturbation import weight_noise
 from hf_lossless.calibration.statistics import calibrate
 from hf_lossless.candidates.menu import menu
 from hf_lossless.candidates.proposal import Candidate
 from hf_lossless.candidates.settle import settle
 from hf_lossless.config import THEORIES, LosslessCheckpointConfig
+from hf_lossless.data.batches import batch_loss
 from hf_lossless.errors import UnreachableTargetError
 from hf_lossless.pipeline import analyse, realise
 from hf_lossless.planning import Planner

@@ -14,7 +14,7 @@ from smoke import language_rows, text_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, PreTrainedModel
 
 from hf_lossless import LosslessCompressionConfig
-from hf_lossless.tasks.language_modelling import blocks_of_tokens
+from hf_lossless.data.tasks.language_modelling import blocks_of_tokens
 
 SMALL = GPT2Config(n_embd=64, n_layer=2, n_head=2, n_positions=256)
 

@@ -19,8 +19,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import ResNetConfig, ResNetForImageClassification, ViTImageProcessorPil
 
-from hf_lossless.calibration.data import make_batches
-from hf_lossless.tasks.registry import task_of
+from hf_lossless.data.rows import make_batches
+from hf_lossless.data.tasks.registry import task_of
 
 ASSETS = Path(__file__).resolve().parents[2] / "shared" / "assets"
 SIDE = 64

@@ -30,12 +30,12 @@ from rich.table import Table
 from torch import Tensor
 
 from hf_lossless import LosslessCompressionConfig
-from hf_lossless.calibration.data import calibration_batches, make_batches
-from hf_lossless.calibration.loss import batch_loss
 from hf_lossless.calibration.statistics import calibrate
+from hf_lossless.data.batches import batch_loss
+from hf_lossless.data.rows import calibration_batches, make_batches
+from hf_lossless.data.tasks.classification import Classification
+from hf_lossless.data.tasks.registry import task_of
 from hf_lossless.storage.layers import find_layers
-from hf_lossless.tasks.classification import Classification
-from hf_lossless.tasks.registry import task_of
 
 _HERE = Path(__file__).resolve().parent
 ASSETS = _HERE.parents[1] / "shared" / "assets"

@@ -15,11 +15,11 @@ import datasets
 from rich.console import Console
 from transformers import PreTrainedModel
 
-from hf_lossless.calibration.data import load_rows
 from hf_lossless.checkpoint import new_folder
+from hf_lossless.data.rows import load_rows
+from hf_lossless.data.tasks.registry import task_of
 from hf_lossless.evaluation import evaluate
 from hf_lossless.report import certificate_texts, comparison_table, plan_table
-from hf_lossless.tasks.registry import task_of
 
 Compress = Callable[[str, datasets.Dataset], PreTrainedModel]
 """A recipe: from a checkpoint's name and rows to the compressed model."""

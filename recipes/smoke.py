@@ -23,7 +23,7 @@ from transformers import (
     ViTImageProcessorPil,
 )
 
-from hf_lossless.calibration.data import load_rows
+from hf_lossless.data.rows import load_rows
 
 ASSETS = Path(__file__).resolve().parents[2] / "shared" / "assets"
 ROWS, IMAGE, VOCABULARY = 120, 32, 400

@@ -21,8 +21,8 @@ from tiny_models import TINY_MODELS, TinyModel
 from torch import Tensor
 
 from hf_lossless import CheckpointError, LosslessCompressionConfig
-from hf_lossless.calibration.loss import batch_loss
 from hf_lossless.checkpoint import read_entry
+from hf_lossless.data.batches import batch_loss
 from hf_lossless.pipeline import tensor_bytes
 from hf_lossless.storage.modules.base import CompressedModule
 from hf_lossless.storage.modules.tied import Tied, TiedEmbedding, TiedLinear

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from hf_lossless import LosslessCompressionConfig, compress
 from hf_lossless.batch_norms import LARGEST_CHANGE, batch_norms, follow, input_moments
-from hf_lossless.calibration.loss import batch_loss
+from hf_lossless.data.batches import batch_loss
 from hf_lossless.storage.modules.base import CompressedModule
 
 CHANNELS = 5

@@ -20,14 +20,14 @@ from transformers import AutoModel, AutoModelForSequenceClassification, PreTrain
 
 from hf_lossless import CalibrationError, ConfigurationError, DataError, LosslessCompressionConfig, certified, compress
 from hf_lossless.calibration.perturbation import LossChange
-from hf_lossless.calibration.splits import fingerprint, three_splits
 from hf_lossless.certification.certify import certify
 from hf_lossless.checkpoint import read_entry
+from hf_lossless.data.splits import fingerprint, three_splits
+from hf_lossless.data.tasks.question_answering import QuestionAnswering
+from hf_lossless.data.tasks.registry import TASKS
+from hf_lossless.data.tasks.text_classification import TextClassification
 from hf_lossless.evaluation import answers
 from hf_lossless.pipeline import CompressionResult
-from hf_lossless.tasks.question_answering import QuestionAnswering
-from hf_lossless.tasks.registry import TASKS
-from hf_lossless.tasks.text_classification import TextClassification
 
 TASK = TASKS["text-classification"]
 ROWS = text_rows(1800)  # some 1,080 of them certify

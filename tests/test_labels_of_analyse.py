@@ -11,9 +11,9 @@ from torch.nn import functional as F
 
 from hf_lossless import LosslessCompressionConfig, pipeline
 from hf_lossless.calibration.fisher import drawn_batches, with_fisher
-from hf_lossless.calibration.loss import batch_loss
 from hf_lossless.calibration.statistics import Calibration, calibrate
 from hf_lossless.candidates.coded import damping_of
+from hf_lossless.data.batches import batch_loss
 from hf_lossless.errors import CalibrationError, DataError
 from hf_lossless.pipeline import analyse
 from hf_lossless.storage.layers import find_layers

@@ -11,10 +11,10 @@ from tiny_models import TINY_MODELS
 from torch import Tensor, nn
 
 from hf_lossless import LosslessCompressionConfig, compress, pipeline
-from hf_lossless.calibration.loss import batch_loss
 from hf_lossless.calibration.statistics import calibrate
 from hf_lossless.candidates.proposal import propose
 from hf_lossless.config import THEORIES, LosslessCheckpointConfig
+from hf_lossless.data.batches import batch_loss
 from hf_lossless.errors import (
     CalibrationError,
     ConfigurationError,

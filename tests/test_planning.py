@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from hf_lossless import LosslessCompressionConfig, compress, pipeline, planning
-from hf_lossless.calibration.loss import batch_loss
 from hf_lossless.calibration.perturbation import LossChange
 from hf_lossless.config import THEORIES, LosslessCheckpointConfig
+from hf_lossless.data.batches import batch_loss
 from hf_lossless.errors import PlanError, UnreachableTargetError
 from hf_lossless.pipeline import analyse
 from hf_lossless.planning import Planned, Planner

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hf_lossless.calibration.processes import sum_over_processes
+from hf_lossless.data.processes import sum_over_processes
 from hf_lossless.storage.activation_grid import DYNAMIC_AXES, dynamic_range, on_activation_grid, scale_and_zero
 from hf_lossless.storage.layers import Layer
 

@@ -37,7 +37,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from hf_lossless.calibration.processes import sum_over_processes
+from hf_lossless.data.processes import sum_over_processes
 from hf_lossless.storage.layers import Layer, kind_of
 
 LARGEST_FACTOR = 4096

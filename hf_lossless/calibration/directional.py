@@ -27,9 +27,9 @@ from hf_lossless.calibration.hessian import (
     only_these_require_gradients,
     refuse_once_differentiable,
 )
-from hf_lossless.calibration.loss import Batch, LossFunction, model_device, num_examples, to_device
 from hf_lossless.calibration.perturbation import input_noise, seeded_number
-from hf_lossless.calibration.processes import failing_together, own_share, sum_over_processes
+from hf_lossless.data.batches import Batch, LossFunction, model_device, num_examples, to_device
+from hf_lossless.data.processes import failing_together, own_share, sum_over_processes
 from hf_lossless.storage.layers import Layer, modules_of
 
 

@@ -5,8 +5,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from hf_lossless.calibration.loss import Batch
 from hf_lossless.calibration.model_labels import scored_labels
+from hf_lossless.data.batches import Batch
 
 
 def log_probabilities(model: nn.Module, batches: Iterable[Batch]) -> list[Tensor] | None:

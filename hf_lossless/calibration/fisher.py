@@ -6,10 +6,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import nn
 
-from hf_lossless.calibration.loss import Batch, batch_loss
 from hf_lossless.calibration.model_labels import with_drawn_labels
 from hf_lossless.calibration.perturbation import seeded_number
 from hf_lossless.calibration.statistics import Calibration, calibrate
+from hf_lossless.data.batches import Batch, batch_loss
 from hf_lossless.storage.layers import Layer
 
 

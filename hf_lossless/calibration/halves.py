@@ -6,7 +6,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from hf_lossless.calibration.curvature import CurvatureSums
-from hf_lossless.calibration.loss import Batch, num_examples
+from hf_lossless.data.batches import Batch, num_examples
 from hf_lossless.storage.layers import Layer, modules_of
 
 

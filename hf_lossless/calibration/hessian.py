@@ -29,8 +29,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from hf_lossless.calibration.loss import Batch, LossFunction, model_device, num_examples, to_device
-from hf_lossless.calibration.processes import failing_together, own_share, sum_over_processes
+from hf_lossless.data.batches import Batch, LossFunction, model_device, num_examples, to_device
+from hf_lossless.data.processes import failing_together, own_share, sum_over_processes
 from hf_lossless.errors import CalibrationError, reason
 from hf_lossless.storage.layers import Layer, as_matrix
 
@@ -143,7 +143,7 @@ def hessian(
             with a fused kernel is computed with its plain formula instead, which has one.
 
     Example:
-        >>> from hf_lossless.calibration.loss import batch_loss
+        >>> from hf_lossless.data.batches import batch_loss
         >>> from hf_lossless.storage.layers import find_layers
         >>> model = nn.Linear(3, 2)
         >>> batch = (torch.randn(8, 3), torch.tensor([0, 1] * 4))

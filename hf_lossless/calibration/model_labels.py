@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from hf_lossless.calibration.loss import Batch, loss_of_outputs, model_device, to_device
+from hf_lossless.data.batches import Batch, loss_of_outputs, model_device, to_device
 
 DRAWS = 4
 """Labels that are drawn for each row."""

@@ -11,9 +11,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from hf_lossless.calibration.loss import Batch, LossFunction, model_device, num_examples, to_device
-from hf_lossless.calibration.processes import failing_together, own_share, sum_over_processes
 from hf_lossless.calibration.statistics import layer_input, with_layer_input
+from hf_lossless.data.batches import Batch, LossFunction, model_device, num_examples, to_device
+from hf_lossless.data.processes import failing_together, own_share, sum_over_processes
 from hf_lossless.storage.layers import Layer, modules_of
 
 

@@ -19,13 +19,13 @@ from dataclasses import replace
 from torch import nn
 
 from hf_lossless.calibration.divergence import divergence, log_probabilities
-from hf_lossless.calibration.loss import Batch
 from hf_lossless.calibration.perturbation import weight_noise
 from hf_lossless.calibration.statistics import Calibration
 from hf_lossless.candidates.coded import damping_of
 from hf_lossless.candidates.settle_coded import settle_coded
 from hf_lossless.candidates.shaped import step_at
 from hf_lossless.candidates.sides import Sides
+from hf_lossless.data.batches import Batch
 from hf_lossless.storage.layers import Layer
 from hf_lossless.storage.plan import CodedGrid
 

@@ -44,10 +44,10 @@ from hf_lossless.calibration.directional import (
     input_direction,
     weight_direction,
 )
-from hf_lossless.calibration.loss import Batch, LossFunction, batch_loss, model_device
 from hf_lossless.calibration.perturbation import mean_loss_share, seeded_number
-from hf_lossless.calibration.processes import sum_over_processes
 from hf_lossless.calibration.statistics import InputStatistics, calibrate
+from hf_lossless.data.batches import Batch, LossFunction, batch_loss, model_device
+from hf_lossless.data.processes import sum_over_processes
 from hf_lossless.errors import CalibrationError, ConfigurationError
 from hf_lossless.storage.layers import Layer, matches
 

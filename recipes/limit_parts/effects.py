@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from hf_lossless.calibration.curvature import KroneckerFactors
-from hf_lossless.calibration.loss import Batch
 from hf_lossless.calibration.statistics import Calibration
+from hf_lossless.data.batches import Batch
 from hf_lossless.storage.layers import Layer
 from hf_lossless.storage.plan import Damping
 from limit_parts.rate_aware import rounding_with

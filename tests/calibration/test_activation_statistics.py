@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from hf_lossless.calibration.activations import NUM_BINS, bin_edges, bin_of
-from hf_lossless.calibration.loss import batch_loss
 from hf_lossless.calibration.statistics import calibrate
+from hf_lossless.data.batches import batch_loss
 from hf_lossless.storage.activation_grid import DYNAMIC_AXES, dynamic_range, on_activation_grid, scale_and_zero
 from hf_lossless.storage.layers import find_layers
 

@@ -17,8 +17,8 @@ from hf_lossless.calibration.curvature import (
     second_order_change,
     smoothed_counts,
 )
-from hf_lossless.calibration.loss import batch_loss
 from hf_lossless.calibration.statistics import calibrate
+from hf_lossless.data.batches import batch_loss
 from hf_lossless.storage.layers import Layer, find_layers, modules_of
 from tests.tiny_models import TINY_MODELS
 

@@ -19,7 +19,7 @@ from transformers.pytorch_utils import Conv1D
 
 from hf_lossless.calibration import hessian as module
 from hf_lossless.calibration.hessian import block_traces, hessian, sub_sample
-from hf_lossless.calibration.loss import batch_loss, num_examples
+from hf_lossless.data.batches import batch_loss, num_examples
 from hf_lossless.errors import CalibrationError
 from hf_lossless.storage.layers import Layer, as_matrix, find_layers
 from hf_lossless.theories import cet, hawq

@@ -8,8 +8,8 @@ import transformers as hf
 from tiny_models import LABELS, LENGTH, TINY_MODELS
 from torch import Tensor, nn
 
-from hf_lossless.calibration.loss import batch_loss
 from hf_lossless.calibration.model_labels import DRAWS, ScoredLabels, scored_labels, with_drawn_labels
+from hf_lossless.data.batches import batch_loss
 
 SHARP = 1e4
 """Scores so many times as large leave one label with a probability."""

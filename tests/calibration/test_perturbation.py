@@ -7,7 +7,6 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from hf_lossless.calibration.loss import batch_loss
 from hf_lossless.calibration.perturbation import (
     input_noise,
     loss_change,
@@ -16,6 +15,7 @@ from hf_lossless.calibration.perturbation import (
     seeded_number,
     weight_noise,
 )
+from hf_lossless.data.batches import batch_loss
 from hf_lossless.storage.layers import Layer, find_layers
 
 MODULES = {

@@ -6,8 +6,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import BertConfig, BertForSequenceClassification
 
-from hf_lossless.calibration.loss import batch_loss
 from hf_lossless.calibration.statistics import Moments, calibrate
+from hf_lossless.data.batches import batch_loss
 from hf_lossless.errors import CalibrationError
 from hf_lossless.storage.layers import as_matrix, find_layers
 from tests.tiny_models import TINY_MODELS

@@ -7,7 +7,6 @@ import torch
 from torch import Tensor, nn
 
 from hf_lossless import LosslessCompressionConfig
-from hf_lossless.calibration.loss import batch_loss
 from hf_lossless.calibration.statistics import Calibration, calibrate
 from hf_lossless.candidates import menu as menus
 from hf_lossless.candidates.low_rank import Whitening, factorise
@@ -15,6 +14,7 @@ from hf_lossless.candidates.menu import menu
 from hf_lossless.candidates.proposal import Candidate, propose
 from hf_lossless.candidates.ranks import ranks_by_layer
 from hf_lossless.candidates.uniform import on_grid
+from hf_lossless.data.batches import batch_loss
 from hf_lossless.errors import CalibrationError
 from hf_lossless.storage.layers import Layer, find_layers
 from hf_lossless.storage.plan import Grid

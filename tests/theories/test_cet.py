@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_lossless.calibration.hessian import hessian
-from hf_lossless.calibration.loss import batch_loss
+from hf_lossless.data.batches import batch_loss
 from hf_lossless.storage.layers import find_layers
 from hf_lossless.theories import cet
 from hf_lossless.theories.cet import (

@@ -10,12 +10,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from hf_lossless.calibration.fisher import drawn_batches, with_fisher
-from hf_lossless.calibration.loss import batch_loss
 from hf_lossless.calibration.statistics import Calibration, calibrate
 from hf_lossless.candidates.coded import DAMPING
 from hf_lossless.candidates.settle_coded import settle_coded
 from hf_lossless.candidates.shaped import step_at
 from hf_lossless.candidates.sides import Sides
+from hf_lossless.data.batches import batch_loss
 from hf_lossless.storage.layers import Layer, find_layers
 from hf_lossless.storage.plan import CodedGrid, Damping
 from hf_lossless.theories import damping as module_under_test

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from hf_lossless.calibration.loss import batch_loss
+from hf_lossless.data.batches import batch_loss
 from hf_lossless.storage.layers import find_layers
 from hf_lossless.theories import cet, hawq
 from hf_lossless.theories.hawq import TraceSettings, estimate_traces, predict, predicted_loss_change

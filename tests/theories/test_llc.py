@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from hf_lossless.calibration.loss import batch_loss
 from hf_lossless.calibration.statistics import calibrate
 from hf_lossless.candidates.activations import activation_noise as activation_noise_of
 from hf_lossless.candidates.proposal import Candidate, propose
 from hf_lossless.candidates.uniform import dequantise, quantise
+from hf_lossless.data.batches import batch_loss
 from hf_lossless.storage.layers import Layer, find_layers
 from hf_lossless.storage.plan import Grid
 from hf_lossless.theories import llc

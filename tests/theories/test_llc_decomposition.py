@@ -9,13 +9,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from hf_lossless import LosslessCompressionConfig
-from hf_lossless.calibration.loss import batch_loss
 from hf_lossless.calibration.statistics import calibrate
 from hf_lossless.candidates.low_rank import factorise
 from hf_lossless.candidates.menu import menu
 from hf_lossless.candidates.proposal import Candidate
 from hf_lossless.candidates.ranks import ranks_by_layer
 from hf_lossless.candidates.uniform import on_grid
+from hf_lossless.data.batches import batch_loss
 from hf_lossless.storage.layers import find_layers
 from hf_lossless.storage.plan import LowRank
 from hf_lossless.theories import llc, llc_decomposition

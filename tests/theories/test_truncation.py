@@ -5,11 +5,11 @@ import torch
 from torch import Tensor, nn
 
 from hf_lossless.calibration.curvature import KroneckerFactors, second_order_change
-from hf_lossless.calibration.loss import batch_loss
 from hf_lossless.calibration.statistics import calibrate
 from hf_lossless.candidates import low_rank
 from hf_lossless.candidates.low_rank import Whitening, factorise
 from hf_lossless.candidates.uniform import on_grid
+from hf_lossless.data.batches import batch_loss
 from hf_lossless.storage.layers import find_layers
 from hf_lossless.storage.plan import Grid, LowRank
 from hf_lossless.theories import truncation

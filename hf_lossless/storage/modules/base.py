@@ -19,7 +19,6 @@ from torch.nn import functional as F
 from hf_lossless.storage.layers import Layer, LayerKind
 from hf_lossless.storage.modules.activations import QuantisedInput
 
-
 _ATTRIBUTES: dict[LayerKind, tuple[str, ...]] = {
     "linear": ("in_features", "out_features"),
     "conv1d": ("nx", "nf"),

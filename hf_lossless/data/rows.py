@@ -1,0 +1,320 @@
+"""From whatever a user calls a data set to a list of batches.
+
+The official files of SQuAD v1.1 and v2, which nest questions in paragraphs in articles, as one question a row.
+
+{"data": [{"paragraphs": [{"context": .., "qas": [{"id": .., "question": .., "answers": [..]}]}]}]}
+"""
+
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import datasets
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader
+from transformers import PreTrainedModel
+from transformers.utils.generic import find_labels
+
+from hf_lossless.config import LosslessCompressionConfig
+from hf_lossless.data.batches import Batch, model_device, to_device
+from hf_lossless.data.tasks.base import Task
+from hf_lossless.data.tasks.columns import ROW_NUMBER, Row
+from hf_lossless.data.tasks.labels import model_labels
+from hf_lossless.data.tasks.registry import TASKS, task_of
+from hf_lossless.errors import ConfigurationError, DataError, reason
+
+
+def one_question_a_row(rows: datasets.Dataset) -> datasets.Dataset:
+    """The questions of an official file, with the columns that SQuAD has on the Hub; other rows as they are."""
+    if "data" not in rows.column_names:
+        return rows
+    articles = list(_articles(rows))
+    if not all(isinstance(article, Mapping) and "paragraphs" in article for article in articles):
+        return rows
+    return datasets.Dataset.from_list(
+        [
+            {
+                "id": question["id"],
+                "question": question["question"],
+                "context": paragraph["context"],
+                "answers": {key: [answer[key] for answer in question["answers"]] for key in ("text", "answer_start")},
+            }
+            for article in articles
+            for paragraph in article["paragraphs"]
+            for question in paragraph["qas"]
+        ]
+    )
+
+
+def _articles(rows: datasets.Dataset) -> Iterator[Any]:
+    """Datasets reads the list of articles as one row, or as a row for each article."""
+    for row in rows:
+        yield from row["data"] if isinstance(row["data"], list) else [row["data"]]
+
+
+_FORMATS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
+
+
+def load_rows(dataset: Any, split: str | None = None) -> datasets.Dataset:
+    """A data set as a `datasets.Dataset`.
+
+    Args:
+        dataset: A Dataset, a DatasetDict, a list of dicts, a path of a json, jsonl, csv or parquet file, of a saved
+            dataset or of a folder of images (a folder for each class, in train/, validation/ and so on or not), or a
+            Hub id.
+        split: The split of a DatasetDict or Hub dataset; may be left out where there is only one.
+
+    Raises:
+        DataError: There is no such file or data set, it cannot be read, the split is not there, or there are no rows.
+    """
+    rows = dataset
+    if isinstance(dataset, str | os.PathLike):
+        rows = _load(os.fspath(dataset), split)
+    elif isinstance(dataset, list):
+        if not all(isinstance(row, Mapping) for row in dataset):
+            raise DataError("dataset is a list, but not of dicts. Give a dict of column names to values for each row.")
+        try:
+            rows = datasets.Dataset.from_list([dict(row) for row in dataset])
+        except (ValueError, TypeError, OverflowError) as error:
+            raise DataError(
+                f"the rows of the list do not have one type for each column: {reason(error)}. Give every row the same "
+                "columns, with values of the same type."
+            ) from error
+    if isinstance(rows, datasets.DatasetDict):
+        rows = _one_split(rows, split)
+    elif split is not None and not isinstance(dataset, str | os.PathLike) and str(getattr(rows, "split", "")) != split:
+        raise DataError(f"split={split!r}, but dataset is a {type(dataset).__name__} and has no splits. Leave it out.")
+    if not isinstance(rows, datasets.Dataset):
+        raise DataError(
+            f"dataset is a {type(dataset).__name__}. Give a datasets.Dataset, a DatasetDict with split=, a list of "
+            "dicts, a json, jsonl, csv or parquet path, a Hub id, or ready batches of tensors."
+        )
+    if not len(rows):
+        raise _empty(dataset)
+    return rows.with_format(None)  # plain values, though tensors or arrays were asked for
+
+
+def _one_split(splits: datasets.DatasetDict, split: str | None) -> datasets.Dataset:
+    if split is None and len(splits) == 1:
+        return next(iter(splits.values()))
+    if split not in splits:
+        what = "the data set has several splits" if split is None else f"split={split!r} is not in the data set"
+        raise DataError(f"{what}: there are {', '.join(splits)}. Name one of them with split= (--split).")
+    return splits[split]
+
+
+def _empty(dataset: Any) -> DataError:
+    name = repr(os.fspath(dataset)) if isinstance(dataset, str | os.PathLike) else f"(a {type(dataset).__name__})"
+    return DataError(
+        f"the data set {name} is empty: it has 0 rows. Give rows of the model's task; calibration and evaluation need "
+        "at least one."
+    )
+
+
+def _load(name: str, split: str | None) -> datasets.Dataset | datasets.DatasetDict:
+    path = Path(name)
+    kind = _FORMATS.get(path.suffix.lower())
+    if kind is not None:
+        if not path.is_file():
+            raise DataError(f"the data file {name!r} does not exist. Check the path.")
+        if split not in (None, "train"):
+            raise DataError(f"split={split!r} is not in {name!r}: a file has no splits. Leave split= (--split) out.")
+        if not path.stat().st_size:
+            raise _empty(name)
+    elif path.is_file():
+        raise DataError(
+            f"the data file {name!r} is of no kind that can be read: its name must end in {', '.join(_FORMATS)}. "
+            "Convert it, or rename it."
+        )
+    try:
+        with _only_our_message():
+            if kind is not None:
+                return one_question_a_row(datasets.load_dataset(kind, data_files=name, split="train"))
+            if path.is_dir():
+                if _is_image_folder(path):
+                    return datasets.load_dataset("imagefolder", data_dir=name)
+                return datasets.load_from_disk(name)
+            return datasets.load_dataset(name, split=split)
+    except (OSError, ValueError, TypeError, KeyError, datasets.exceptions.DatasetsError) as error:
+        if kind is not None and "corresponds to no data" in str(error):
+            raise _empty(name) from error
+        raise DataError(
+            f"the data set {name!r} cannot be read: {reason(error)}. "
+            "Give a json, jsonl, csv or parquet file, a folder of images or one written by save_to_disk, or a Hub id."
+        ) from error
+
+
+def _is_image_folder(path: Path) -> bool:
+    """Whether a folder holds image files, perhaps in a folder for each class, and no saved data set."""
+    if any((path / name).exists() for name in ("state.json", "dataset_dict.json")):
+        return False
+    return any(file.suffix.lower() in Image.registered_extensions() for file in path.rglob("*"))
+
+
+@contextmanager
+def _only_our_message() -> Iterator[None]:
+    """Keeps datasets from logging an error that is about to be raised as well."""
+    verbosity = datasets.logging.get_verbosity()
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
+    try:
+        yield
+    finally:
+        datasets.logging.set_verbosity(verbosity)
+
+
+def sample_rows(rows: datasets.Dataset, num_samples: int, seed: int) -> datasets.Dataset:
+    """`num_samples` rows without repetition, or all where there are not more."""
+    if len(rows) <= num_samples:
+        return rows
+    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))
+    return rows.select(sorted(order[:num_samples].tolist()))
+
+
+def make_batches(
+    rows: datasets.Dataset,
+    task: Task,
+    processor: Any,
+    model: PreTrainedModel,
+    batch_size: int,
+    first: int = 0,
+    step: int = 1,
+) -> Iterator[dict[str, Tensor]]:
+    """Batches of rows of like length, which need the least padding; one at a time, for a test set may not fit memory.
+
+    Args:
+        rows: The rows; the same rows always make the same batches.
+        task: What encodes them.
+        processor: Its tokenizer or image processor.
+        model: What the batches are for.
+        batch_size: Rows that are encoded together: one batch, or a few where the model sees a row in several pieces.
+        first: Index of the first group of rows that is encoded.
+        step: Each how many-th group is encoded from there on: one process's share.
+
+    Raises:
+        DataError: The rows do not have the task's columns, or hold what it cannot use.
+    """
+    for group in row_groups(rows, task, model, batch_size, first, step):
+        yield from task.batches(group, processor, model)
+
+
+def row_groups(
+    rows: datasets.Dataset, task: Task, model: PreTrainedModel, size: int, first: int = 0, step: int = 1
+) -> Iterator[list[Row]]:
+    """Groups of rows of like length, with the model's own labels; each row carries its number (`ROW_NUMBER`).
+
+    Raises:
+        DataError: The rows do not have the task's columns, or labels that the model does not know.
+    """
+    rows = task.columns_of(rows)
+    label_ids: dict[str, list[int]] = {}
+    for column, feature in rows.features.items():
+        if isinstance(feature, datasets.Image):  # the task decodes images, and can say which one is broken
+            rows = rows.cast_column(column, datasets.Image(decode=False))
+        elif isinstance(feature, datasets.ClassLabel) and task.has_label_names and column in task.target_columns:
+            label_ids[column] = model_labels(column, feature.names, model)
+    # A sample or a split remembers which rows of the user's data set it consists of.
+    numbers = range(len(rows)) if rows._indices is None else rows._indices.column(0).to_pylist()
+
+    def row_at(index: int) -> dict[str, Any]:
+        row = {**rows[index], ROW_NUMBER: numbers[index]}
+        for column, ids in label_ids.items():
+            if isinstance(row[column], int) and 0 <= row[column] < len(ids):
+                row[column] = ids[row[column]]
+        return row
+
+    order = list(range(len(rows)))
+    if task.length(row_at(0)) is not None:
+        lengths = [task.length(row_at(index)) for index in order]
+        order.sort(key=lambda index: lengths[index] or 0)
+    for start in range(first * size, len(order), step * size):
+        yield [row_at(index) for index in order[start : start + size]]
+
+
+def ready_batches(dataset: Any) -> list[Batch] | None:
+    """The batches, if the data set already is an iterable of tensors and not rows; None otherwise.
+
+    Raises:
+        DataError: It is a DataLoader that gives nothing.
+    """
+    if isinstance(dataset, DataLoader):
+        batches = list(dataset)
+        if not batches:
+            raise DataError("the data set is empty: the DataLoader gives no batch. Give at least one.")
+        return batches
+    if isinstance(dataset, Sequence) and not isinstance(dataset, str) and dataset and _holds_tensors(dataset[0]):
+        return list(dataset)
+    return None
+
+
+def _holds_tensors(batch: Any) -> bool:
+    if isinstance(batch, Mapping):
+        return any(isinstance(value, Tensor) and value.ndim for value in batch.values())
+    return isinstance(batch, tuple | list) and any(isinstance(value, Tensor) for value in batch)
+
+
+def with_own_targets(model: PreTrainedModel, batches: Iterable[Batch], task_name: str | None = None) -> list[Batch]:
+    """Batches without labels get the model's own predictions as labels; one forward pass over those.
+
+    Args:
+        model: What predicts.
+        batches: Mappings without any argument that the model takes as a label, among others that are passed on as they
+            are.
+        task_name: The model's task; None: by its class.
+
+    Raises:
+        DataError: There are no labels, and the model's task has no predictions that could stand in for them.
+    """
+    device = model_device(model)
+    # "labels", or "start_positions" and "end_positions"
+    label_names = set(find_labels(type(model)))  # type: ignore[no-untyped-call]
+    labelled = []
+    for batch in batches:
+        if isinstance(batch, Mapping) and label_names and label_names.isdisjoint(batch):
+            task = _predicting_task(model, task_name, batch)
+            with torch.no_grad():
+                targets = task.own_targets(batch, model(**to_device(batch, device)))
+            batch = {**batch, **{name: value.cpu() for name, value in targets.items()}}
+        labelled.append(batch)
+    return labelled
+
+
+def _predicting_task(model: PreTrainedModel, name: str | None, batch: Mapping[str, Any]) -> Task:
+    try:
+        return task_of(model, name)
+    except ConfigurationError as error:
+        raise DataError(
+            f'the batches have no "labels" (found {", ".join(batch)}), and nothing can stand in for them: '
+            f"{type(model).__name__} does none of the tasks {', '.join(TASKS)}. "
+            'Add "labels" to every batch.'
+        ) from error
+
+
+def calibration_batches(model: PreTrainedModel, config: LosslessCompressionConfig) -> list[Batch]:
+    """The batches that a configuration means: its own, or made of its rows by the model's task.
+
+    Raises:
+        DataError: The rows cannot be used.
+        ConfigurationError: The task is not known.
+    """
+    batches = ready_batches(config.dataset)
+    if batches is None:
+        return batches_of_rows(model, load_rows(config.dataset, config.split), config)
+    return with_own_targets(model, batches, config.task)
+
+
+def batches_of_rows(model: PreTrainedModel, rows: datasets.Dataset, config: LosslessCompressionConfig) -> list[Batch]:
+    """Calibration batches of `num_samples` of the rows."""
+    task = task_of(model, config.task)
+    processor = processor_of(model, config, task)
+    chosen = sample_rows(rows, config.num_samples, config.seed)
+    batches = list(make_batches(chosen, task, processor, model, config.batch_size))
+    return with_own_targets(model, batches, config.task)
+
+
+def processor_of(model: PreTrainedModel, config: LosslessCompressionConfig, task: Task) -> Any:
+    """The configuration's tokenizer or image processor, or else the one saved with the model."""
+    return config.processor if config.processor is not None else task.load_processor(str(model.name_or_path))

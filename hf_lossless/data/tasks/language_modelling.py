@@ -1,0 +1,297 @@
+"""What language models have in common: the loss of tokens, and how blocks of a row become one number.
+
+A row is a text (or its tokens, column "input_ids"). A text longer than the model takes, or than `LONGEST` tokens, is
+cut into blocks, which are run apart. Blocks of different lengths share a batch with padding that is masked and has no
+label.
+
+    loss        mean over the row's predicted tokens
+    prediction  its most likely tokens
+    score       token accuracy: the share of tokens that are the most likely ones. It lies between 0 and 1, as the
+                certificate's bound needs, and falls where a text that is generated greedily changes; perplexity has no
+                bound
+    logits      none: a vocabulary for each token would take gigabytes, so there is no KL divergence
+
+A *flip* is a row of which any predicted token changed: of long rows, most.
+
+**Perplexity** is exp(sum of the losses of all tokens / their number). A certificate's loss is the mean over rows, in
+which a short row counts as much as a long one; the exponential of that is the perplexity where all rows have equally
+many tokens. So cut a corpus into rows of one length first (`blocks_of_tokens`) where the two are to agree.
+
+Causal language modelling: every token from those before it, as GPT-2 on WikiText.
+
+Blocks overlap by one token, so that each token of a row but the first is predicted once. The first of a block sees
+nothing before it: perplexities are those of disjoint windows, which lie above those of sliding ones. Padding stands
+behind a block, where no token looks.
+
+Masked language modelling: hidden tokens from those around them, as BERT was trained.
+
+In each block 15 % of the tokens, one at least, are replaced by [MASK] and are to be predicted. Which ones is drawn with
+a seed that is a hash of the block's own tokens: the same text has the same tokens hidden in every split, process and
+run, for the original as for the compressed model. Training also left some of the tokens as they are or put random
+ones there; here all are hidden, as in use. The perplexity is that of hidden tokens.
+"""
+
+import hashlib
+import random
+from abc import abstractmethod
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, PreTrainedModel
+
+from hf_lossless.data.tasks.base import RowAnswers, Task, run
+from hf_lossless.data.tasks.columns import Row, find_column, name_of, text_of
+from hf_lossless.data.tasks.metrics import Perplexity, TokenAccuracy
+from hf_lossless.data.tasks.tokenization import load_tokenizer, max_length, require_fast
+from hf_lossless.errors import ConfigurationError, DataError
+
+
+LONGEST = 1024
+"""Tokens of a block, at most."""
+
+_TOKENS_AT_ONCE = 2048  # with a vocabulary of 50,000, logits of 400 MB
+_TEXTS = ("text", "sentence", "content")
+_TOKENS = "input_ids"
+_NO_LABEL = -100
+
+
+@dataclass(frozen=True)
+class Block:
+    """A part of a row that is run at once.
+
+    Attributes:
+        tokens: What the model sees.
+        labels: Under each token the one that is to be predicted; -100 for none.
+    """
+
+    tokens: list[int]
+    labels: list[int]
+
+
+class LanguageModelling(Task):
+    """A text to its own tokens.
+
+    Attributes:
+        shift: By how many places a prediction stands before its token: 1 for the next token, 0 for a masked one.
+    """
+
+    metric_name = "token_accuracy"
+    target_columns = ()
+    shift: ClassVar[int]
+
+    @abstractmethod
+    def blocks(self, row: Row, tokenizer: Any, longest: int) -> list[Block]:
+        """The blocks of a row, each with a label at least.
+
+        Raises:
+            DataError: There is no token to predict.
+        """
+
+    def load_processor(self, model: str) -> Any:
+        """Its tokenizer.
+
+        Raises:
+            ConfigurationError: There is none.
+        """
+        return load_tokenizer(model)
+
+    def input_columns(self, names: Sequence[str]) -> tuple[str, ...]:
+        """The column of tokens, or else that of texts."""
+        return (find_column(names, (_TOKENS, *_TEXTS), "text"),)
+
+    def length(self, row: Row) -> int:
+        """Tokens, or characters of the text."""
+        [column] = self.input_columns(list(row))
+        return len(row[column] or "")
+
+    def batches(self, rows: Sequence[Row], processor: Any, model: PreTrainedModel) -> Iterable[dict[str, Tensor]]:
+        """A few blocks at a time."""
+        blocks = [block for row in rows for block in self._blocks(row, processor, model)]
+        for part in _in_parts(blocks):
+            yield _padded(part)
+
+    def own_targets(self, batch: Mapping[str, Tensor], outputs: Any) -> dict[str, Tensor]:
+        """None: a language model's labels are the tokens themselves."""
+        raise DataError(
+            f'the batches have no "labels" (found {", ".join(batch)}), and what a language model says cannot stand in '
+            'for them. Add "labels" to every batch: the tokens, and -100 where there is none to predict.'
+        )
+
+    def answer(self, rows: Sequence[Row], processor: Any, model: PreTrainedModel) -> RowAnswers:
+        """The loss and the most likely tokens of each row."""
+        pieces = [(index, block) for index, row in enumerate(rows) for block in self._blocks(row, processor, model)]
+        losses: list[list[Tensor]] = [[] for _ in rows]
+        predictions: list[list[int]] = [[] for _ in rows]
+        references: list[list[int]] = [[] for _ in rows]
+        done = 0
+        for part in _in_parts([block for _, block in pieces]):
+            batch = _padded(part)
+            labels = batch.pop("labels")[:, self.shift :]
+            logits = run(model, batch).logits[:, : labels.shape[1]]
+            labelled = labels != _NO_LABEL
+            for (index, _), of_block, tokens, where in zip(pieces[done:], logits, labels, labelled, strict=False):
+                chosen, wanted = of_block[where.to(of_block.device)].float(), tokens[where]
+                losses[index].append(F.cross_entropy(chosen, wanted.to(chosen.device), reduction="none").cpu())
+                predictions[index] += chosen.argmax(-1).tolist()
+                references[index] += wanted.tolist()
+            done += len(part)
+        right = [torch.tensor(one) == torch.tensor(other) for one, other in zip(predictions, references, strict=True)]
+        return RowAnswers(
+            losses=torch.stack([torch.cat(of_row).mean() for of_row in losses]),
+            scores=torch.stack([of_row.double().mean() for of_row in right]),
+            predictions=predictions,
+            references=references,
+        )
+
+    def metrics(self, answers: RowAnswers) -> dict[str, float]:
+        """Token accuracy, and perplexity over all tokens."""
+        counts = [len(tokens) for tokens in answers.references]
+        return TokenAccuracy().of(answers.predictions, answers.references) | Perplexity().of(
+            answers.losses.tolist(), counts
+        )
+
+    def _blocks(self, row: Row, tokenizer: Any, model: PreTrainedModel) -> list[Block]:
+        return self.blocks(row, tokenizer, min(max_length(tokenizer, model) or LONGEST, LONGEST))
+
+
+def tokens_of(row: Row, tokenizer: Any) -> list[int] | None:
+    """The tokens that a row holds ready; None where it holds a text.
+
+    Raises:
+        DataError: The column of tokens holds something else.
+    """
+    if _TOKENS not in row:
+        return None
+    tokens = row[_TOKENS]
+    if not isinstance(tokens, list) or not all(isinstance(one, int) and 0 <= one < len(tokenizer) for one in tokens):
+        raise DataError(
+            f"the column {_TOKENS!r} holds {str(tokens)[:60]} where a list of the tokenizer's {len(tokenizer)} token "
+            f"numbers is expected, in {name_of(row)}. Make it with the model's own tokenizer."
+        )
+    return tokens
+
+
+def text_in(row: Row) -> str:
+    """The text of a row."""
+    return text_of(row, find_column(list(row), _TEXTS, "text"))
+
+
+def nothing_to_predict(row: Row) -> DataError:
+    """The error for a row that is too short."""
+    return DataError(
+        f"{name_of(row)} has no token to predict: its text is empty or too short. Drop such rows, or join them to "
+        "longer ones."
+    )
+
+
+def blocks_of_tokens(texts: Iterable[str], tokenizer: Any, length: int) -> list[dict[str, list[int]]]:
+    """Rows of `length` tokens each, cut from texts that are joined; what is left at the end is dropped.
+
+    Args:
+        texts: Of a corpus, in order; empty ones may be among them.
+        tokenizer: The model's.
+        length: Tokens of a row.
+    """
+    joined = [
+        token for text in texts for token in tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    ]
+    return [{_TOKENS: joined[start : start + length]} for start in range(0, len(joined) - length + 1, length)]
+
+
+def _in_parts(blocks: Sequence[Block]) -> Iterator[Sequence[Block]]:
+    """Blocks in order, as many at a time as have `_TOKENS_AT_ONCE` tokens with their padding; one at least."""
+    start = 0
+    while start < len(blocks):
+        end, longest = start, 0
+        while end < len(blocks):
+            longest = max(longest, len(blocks[end].tokens))
+            if end > start and longest * (end - start + 1) > _TOKENS_AT_ONCE:
+                break
+            end += 1
+        yield blocks[start:end]
+        start = end
+
+
+def _padded(blocks: Sequence[Block]) -> dict[str, Tensor]:
+    """Blocks as the model's arguments; any token will do as padding, for it is masked and has no label."""
+
+    def padded(values: list[list[int]], fill: int) -> Tensor:
+        return torch.nn.utils.rnn.pad_sequence([torch.tensor(one) for one in values], True, fill)
+
+    tokens = [block.tokens for block in blocks]
+    return {
+        "input_ids": padded(tokens, 0),
+        "attention_mask": padded([[1] * len(one) for one in tokens], 0),
+        "labels": padded([block.labels for block in blocks], _NO_LABEL),
+    }
+
+
+class CausalLanguageModelling(LanguageModelling):
+    """A text to each next token."""
+
+    name = "text-generation"
+    heads = ("ForCausalLM", "LMHeadModel")
+    auto_class = AutoModelForCausalLM
+    shift = 1
+
+    def blocks(self, row: Row, tokenizer: Any, longest: int) -> list[Block]:
+        """Windows of at most `longest` tokens."""
+        tokens = tokens_of(row, tokenizer)
+        if tokens is None:
+            tokens = tokenizer(text_in(row), verbose=False)["input_ids"]
+        if len(tokens) < 2:
+            raise nothing_to_predict(row)
+        windows = [tokens[start : start + longest] for start in range(0, len(tokens) - 1, longest - 1)]
+        return [Block(window, window) for window in windows]
+
+
+SHARE = 0.15
+
+
+class MaskedLanguageModelling(LanguageModelling):
+    """A text with gaps to what was in them."""
+
+    name = "fill-mask"
+    heads = ("ForMaskedLM",)
+    auto_class = AutoModelForMaskedLM
+    shift = 0
+
+    def blocks(self, row: Row, tokenizer: Any, longest: int) -> list[Block]:
+        """Parts of at most `longest` tokens, each with special tokens around it where the row holds a text."""
+        if tokenizer.mask_token_id is None:
+            raise ConfigurationError(
+                f"the tokenizer ({type(tokenizer).__name__}) has no mask token, so nothing can be hidden. Take the "
+                "tokenizer that the model was trained with."
+            )
+        tokens = tokens_of(row, tokenizer)
+        if tokens is not None:
+            parts = [tokens[start : start + longest] for start in range(0, len(tokens), longest)]
+        else:
+            require_fast(tokenizer, "cutting a text into blocks")
+            parts = tokenizer(text_in(row), truncation=True, max_length=longest, return_overflowing_tokens=True)[
+                "input_ids"
+            ]
+        special = set(tokenizer.all_special_ids)
+        hidden = (_hidden(part, special, tokenizer.mask_token_id) for part in parts)
+        blocks = [block for block in hidden if block is not None]
+        if not blocks:
+            raise nothing_to_predict(row)
+        return blocks
+
+
+def _hidden(tokens: list[int], special: set[int], mask: int) -> Block | None:
+    """A block with some of its tokens hidden; None where all are special."""
+    places = [place for place, token in enumerate(tokens) if token not in special]
+    if not places:
+        return None
+    seed = hashlib.blake2b(" ".join(map(str, tokens)).encode(), digest_size=8).digest()
+    count = max(1, round(SHARE * len(places)))
+    chosen = set(random.Random(int.from_bytes(seed, "little")).sample(places, count))
+    return Block(
+        [mask if place in chosen else token for place, token in enumerate(tokens)],
+        [token if place in chosen else -100 for place, token in enumerate(tokens)],
+    )
