@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from hf_lossless import knapsack
-from hf_lossless.batch_norms import batch_norms, follow, input_moments
-from hf_lossless.biases import bias_corrections, correct_biases
-from hf_lossless.calibration.fisher import drawn_batches, with_fisher
+from hf_lossless.calibration.batch_norms import batch_norms, follow, input_moments
+from hf_lossless.calibration.biases import bias_corrections, correct_biases
+from hf_lossless.calibration.model_labels import drawn_batches, with_fisher
 from hf_lossless.calibration.perturbation import LossChange, loss_change
 from hf_lossless.calibration.statistics import Calibration, calibrate
 from hf_lossless.candidates.menu import Truncation, menu

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from hf_lossless import LosslessCompressionConfig, pipeline
-from hf_lossless.calibration.fisher import drawn_batches, with_fisher
+from hf_lossless.calibration.model_labels import drawn_batches, with_fisher
 from hf_lossless.calibration.statistics import Calibration, calibrate
 from hf_lossless.candidates.coded import damping_of
 from hf_lossless.data.batches import batch_loss

@@ -30,15 +30,17 @@ layers used at many positions the "expand" setting of Eschenhagen et al. 2023 (a
 
 import copy
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from hf_lossless.data.batches import Batch, num_examples
 from hf_lossless.data.processes import sum_over_processes
-from hf_lossless.storage.layers import Layer, kind_of
+from hf_lossless.storage.layers import Layer, kind_of, modules_of
 
 LARGEST_FACTOR = 4096
 """A longer side keeps only the diagonal of its factor: a full one of 4,096 takes 64 MiB, one of 50,257 takes 9.4 GiB.
@@ -336,3 +338,45 @@ def _padding(module: nn.Conv2d) -> list[int]:
         return [side for total in reversed(totals) for side in (total // 2, total - total // 2)]
     height, width = module.padding
     return [width, width, height, height]
+
+
+class HalvedCurvature:
+    """Curvature sums of the even and of the odd batches.
+
+    Attributes:
+        sums: Both, by layer name.
+        now: Which of them the present batch belongs to.
+    """
+
+    def __init__(self, model: nn.Module, layers: list[Layer], batches: list[Batch], halves: Sequence[int]) -> None:
+        """Zeros for these layers.
+
+        Args:
+            model: The model.
+            layers: The layers whose curvature is wanted; there may be none.
+            batches: All batches, the same in every process.
+            halves: Of each batch, 0 or 1.
+        """
+        sizes = [num_examples(batch) for batch in batches]
+        even, odd = (sum(size for size, own in zip(sizes, halves, strict=True) if own == half) for half in range(2))
+        self.num_examples = even, odd
+        self.sums = {
+            layer.name: tuple(CurvatureSums(layer, modules_of(model, layer), sum(sizes)) for _ in range(2))
+            for layer in layers
+        }
+        self.now = 0
+
+    def add(self, name: str, module: nn.Module, inputs: Tensor, gradient: Tensor) -> None:
+        """Adds one call to the present batch's half; see `CurvatureSums.add`."""
+        self.sums[name][self.now].add(module, inputs, gradient)
+
+    def curvature_of(self, name: str) -> dict[str, Any]:
+        """The fields of a layer's statistics, summed over processes; forgets the sums."""
+        if name not in self.sums:
+            return {}
+        even, odd = (half.over_processes() for half in self.sums.pop(name))
+        found: dict[str, Any] = {"curvature": even.plus(odd).factors()}
+        if all(self.num_examples):
+            pairs = zip((even, odd), self.num_examples, strict=True)
+            found["halves"] = tuple(half.factors(num_examples) for half, num_examples in pairs)
+        return found

@@ -10,15 +10,18 @@ Drawn are the classes of rows or of tokens, and the two ends of an answer. Which
 own token or of the one before, as for causal language models) is seen from which of both gives the model's loss.
 """
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from hf_lossless.data.batches import Batch, loss_of_outputs, model_device, to_device
+from hf_lossless.calibration.perturbation import seeded_number
+from hf_lossless.calibration.statistics import Calibration, calibrate
+from hf_lossless.data.batches import Batch, batch_loss, loss_of_outputs, model_device, to_device
+from hf_lossless.storage.layers import Layer
 
 DRAWS = 4
 """Labels that are drawn for each row."""
@@ -150,3 +153,90 @@ def _candidates(outputs: Any, batch: Mapping[str, Any]) -> Iterator[dict[str, Sc
         yield {"labels": ScoredLabels(scores.float(), labels)}
         if labels.ndim == 2:
             yield {"labels": ScoredLabels(scores[:, :-1].float(), labels, skipped=1)}
+
+
+@dataclass(frozen=True)
+class DrawnBatches:
+    """Batches with labels drawn from the model's predictions.
+
+    Attributes:
+        batches: Several of each batch of the data.
+        halves: The half, 0 or 1, of each: that of the batch of the data.
+    """
+
+    batches: list[Batch]
+    halves: list[int]
+
+
+def drawn_batches(model: nn.Module, batches: list[Batch], seed: int) -> DrawnBatches | None:
+    """Draws labels for all batches; None where the model's loss is not a cross-entropy of its scores.
+
+    Args:
+        model: In evaluation mode.
+        batches: As for `batch_loss`.
+        seed: Of the draws.
+    """
+    drawn = []
+    halves = []
+    for index, batch in enumerate(batches):
+        copies = with_drawn_labels(model, batch, torch.Generator().manual_seed(seeded_number(seed, index)))
+        if copies is None:
+            return None
+        drawn += copies
+        halves += [index % 2] * len(copies)
+    return DrawnBatches(drawn, halves)
+
+
+def with_fisher(
+    calibration: Calibration,
+    model: nn.Module,
+    drawn: DrawnBatches,
+    layers: list[Layer],
+    advance: Callable[[], object] = lambda: None,
+) -> Calibration:
+    """The statistics with the curvature of drawn labels.
+
+    Args:
+        calibration: Of the data.
+        model: In evaluation mode.
+        drawn: Batches with drawn labels.
+        layers: The layers to watch.
+        advance: Called after every batch.
+    """
+    found = calibrate(model, drawn.batches, layers, batch_loss, advance, curvature=True, halves=drawn.halves).layers
+    statistics = {
+        name: replace(one, curvature=found[name].curvature, halves=found[name].halves)
+        for name, one in calibration.layers.items()
+    }
+    return replace(calibration, layers=statistics)
+
+
+def log_probabilities(model: nn.Module, batches: Iterable[Batch]) -> list[Tensor] | None:
+    """What a model predicts for every label of some batches, float32 [labels, classes] each.
+
+    Args:
+        model: In evaluation mode.
+        batches: As for `batch_loss`.
+
+    Returns:
+        None where the model's loss is not a cross-entropy of scores that it returns.
+    """
+    found = []
+    for batch in batches:
+        labels = scored_labels(model, batch)
+        if labels is None:
+            return None
+        found += [one.used_scores.log_softmax(-1) for one in labels.values()]
+    return found
+
+
+def divergence(before: list[Tensor], after: list[Tensor]) -> float:
+    """`mean sum_c p_c log(p_c / q_c)` over all labels, p before and q after.
+
+    Example:
+        >>> even = torch.tensor([[0.5, 0.5]]).log()
+        >>> divergence([even], [even])
+        0.0
+    """
+    total = sum((p.exp() * (p - q)).sum(dtype=torch.float64).item() for p, q in zip(before, after, strict=True))
+    return total / max(sum(len(one) for one in before), 1)

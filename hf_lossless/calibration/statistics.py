@@ -14,8 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_lossless.calibration.activations import ActivationStatistics, ActivationSums
-from hf_lossless.calibration.curvature import KroneckerFactors
-from hf_lossless.calibration.halves import HalvedCurvature
+from hf_lossless.calibration.curvature import HalvedCurvature, KroneckerFactors
 from hf_lossless.data.batches import Batch, LossFunction, model_device, num_examples, to_device
 from hf_lossless.data.processes import (
     failing_together,

@@ -18,7 +18,7 @@ from dataclasses import replace
 
 from torch import nn
 
-from hf_lossless.calibration.divergence import divergence, log_probabilities
+from hf_lossless.calibration.model_labels import divergence, log_probabilities
 from hf_lossless.calibration.perturbation import weight_noise
 from hf_lossless.calibration.statistics import Calibration
 from hf_lossless.candidates.coded import damping_of

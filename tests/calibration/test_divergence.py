@@ -10,7 +10,7 @@ from tiny_models import TINY_MODELS
 from torch import nn
 from torch.nn import functional as F
 
-from hf_lossless.calibration.divergence import divergence, log_probabilities
+from hf_lossless.calibration.model_labels import divergence, log_probabilities
 
 
 def scores(seed: int, *sizes: int) -> list[torch.Tensor]:

@@ -6,8 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from hf_lossless.calibration.fisher import drawn_batches, with_fisher
-from hf_lossless.calibration.model_labels import DRAWS
+from hf_lossless.calibration.model_labels import DRAWS, drawn_batches, with_fisher
 from hf_lossless.calibration.statistics import Calibration, calibrate
 from hf_lossless.data.batches import batch_loss
 from hf_lossless.storage.layers import find_layers

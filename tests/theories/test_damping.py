@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from hf_lossless.calibration.fisher import drawn_batches, with_fisher
+from hf_lossless.calibration.model_labels import drawn_batches, with_fisher
 from hf_lossless.calibration.statistics import Calibration, calibrate
 from hf_lossless.candidates.coded import DAMPING
 from hf_lossless.candidates.settle_coded import settle_coded

@@ -49,7 +49,6 @@ from hf_lossless.data.tasks.metrics import Perplexity, TokenAccuracy
 from hf_lossless.data.tasks.tokenization import load_tokenizer, max_length, require_fast
 from hf_lossless.errors import ConfigurationError, DataError
 
-
 LONGEST = 1024
 """Tokens of a block, at most."""
 

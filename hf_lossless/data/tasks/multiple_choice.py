@@ -23,7 +23,6 @@ from hf_lossless.data.tasks.columns import CHOICE_COLUMNS, Row, name_of, require
 from hf_lossless.data.tasks.tokenization import load_tokenizer, max_length, refuse_nothing, require_padding
 from hf_lossless.errors import DataError
 
-
 _NUMBERED = re.compile(r"ending\d+")
 
 

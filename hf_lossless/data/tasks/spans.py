@@ -19,7 +19,6 @@ from torch import Tensor
 from hf_lossless.data.tasks.columns import Row, name_of, shortened, text_of
 from hf_lossless.errors import DataError
 
-
 CONTEXT, QUESTION, ANSWERS = "context", "question", "answers"
 
 

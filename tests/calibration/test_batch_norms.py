@@ -8,7 +8,7 @@ from tiny_models import TINY_MODELS
 from torch import Tensor, nn
 
 from hf_lossless import LosslessCompressionConfig, compress
-from hf_lossless.batch_norms import LARGEST_CHANGE, batch_norms, follow, input_moments
+from hf_lossless.calibration.batch_norms import LARGEST_CHANGE, batch_norms, follow, input_moments
 from hf_lossless.data.batches import batch_loss
 from hf_lossless.storage.modules.base import CompressedModule
 

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
 from hf_lossless import LosslessCompressionConfig, apply_plan, compress
-from hf_lossless.biases import bias_corrections, correct_biases
+from hf_lossless.calibration.biases import bias_corrections, correct_biases
 from hf_lossless.calibration.curvature import KroneckerFactors
 from hf_lossless.calibration.statistics import Calibration, LayerStatistics, Moments, calibrate
 from hf_lossless.candidates.uniform import on_grid
