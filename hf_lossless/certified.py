@@ -25,9 +25,10 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from hf_lossless.certificate import MIN_ROWS, Certificate, Provenance
+from hf_lossless.certification.certificate import MIN_ROWS, Certificate, Provenance
 from hf_lossless.certification.certify import certify
 from hf_lossless.certification.comparison import Outputs
+from hf_lossless.certification.evaluation import answers
 from hf_lossless.certification.selection import chance_to_pass, next_ratio, order_of_proposals
 from hf_lossless.certification.walk import Walk, walk
 from hf_lossless.config import LosslessCheckpointConfig, LosslessCompressionConfig
@@ -43,7 +44,6 @@ from hf_lossless.data.splits import (
 from hf_lossless.data.tasks.base import Task
 from hf_lossless.data.tasks.registry import task_of
 from hf_lossless.errors import CalibrationError, DataError, UnreachableTargetError
-from hf_lossless.evaluation import answers
 from hf_lossless.knapsack import Frontier
 from hf_lossless.loss_check import LossCheck
 from hf_lossless.pipeline import CompressionResult, analyse, checks_of, evaluation_mode, no_rows_to_hold_back, realise

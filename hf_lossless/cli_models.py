@@ -8,11 +8,11 @@ import datasets
 from safetensors import SafetensorError
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
+from hf_lossless.certification.evaluation import Answers, answers
 from hf_lossless.config import LosslessCheckpointConfig
 from hf_lossless.data.tasks.base import Task
 from hf_lossless.data.tasks.registry import task_named, task_of_class
 from hf_lossless.errors import CheckpointError, ConfigurationError, LosslessError, reason
-from hf_lossless.evaluation import Answers, answers
 from hf_lossless.pipeline import tensor_bytes
 
 

@@ -14,7 +14,7 @@ from typing import Any, Literal
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, register_quantization_config
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from hf_lossless.certificate import Certificate
+from hf_lossless.certification.certificate import Certificate
 from hf_lossless.errors import CheckpointError, ConfigurationError
 from hf_lossless.storage.entropy.coder import require_coder
 from hf_lossless.storage.plan import KEPT_BITS, CompressionPlan, json_bytes

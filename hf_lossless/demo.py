@@ -18,12 +18,12 @@ from sklearn.datasets import load_digits
 from tqdm.auto import tqdm
 from transformers import AutoModelForImageClassification, ViTConfig, ViTForImageClassification, ViTImageProcessorPil
 
+from hf_lossless.certification.evaluation import evaluate
 from hf_lossless.checkpoint import new_folder
 from hf_lossless.config import LosslessCompressionConfig
 from hf_lossless.data.rows import make_batches
 from hf_lossless.data.tasks.image_classification import ImageClassification
 from hf_lossless.errors import CheckpointError
-from hf_lossless.evaluation import evaluate
 from hf_lossless.pictures.frontier import frontier_figure
 from hf_lossless.record_of_compression import record_of, write_record
 from hf_lossless.report import certificate_texts, comparison_table, plan_table

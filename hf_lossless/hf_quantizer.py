@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING, register_quantizer
 from transformers.quantizers.base import HfQuantizer
 
-from hf_lossless.certificate import Certificate
+from hf_lossless.certification.certificate import Certificate
 from hf_lossless.certified import compress_certified
 from hf_lossless.checkpoint import (
     check_files,

@@ -18,7 +18,7 @@ from hf_lossless.calibration.perturbation import LossChange, loss_change
 from hf_lossless.calibration.statistics import Calibration, calibrate
 from hf_lossless.candidates.menu import Truncation, menu
 from hf_lossless.candidates.ranks import ranks_by_layer
-from hf_lossless.certificate import Certificate
+from hf_lossless.certification.certificate import Certificate
 from hf_lossless.config import LosslessCheckpointConfig, LosslessCompressionConfig
 from hf_lossless.data.batches import Batch, LossFunction, batch_loss
 from hf_lossless.data.processes import own_share, process_state, progress_bar, same_in_every_process

@@ -13,7 +13,7 @@ from typing import Annotated, Literal
 import numpy as np
 from pydantic import Field, field_validator
 
-from hf_lossless.certificate import library_versions
+from hf_lossless.certification.certificate import library_versions
 from hf_lossless.checkpoint import read_entry, read_json, write_file
 from hf_lossless.errors import CheckpointError
 from hf_lossless.knapsack import Frontier

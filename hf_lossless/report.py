@@ -6,10 +6,10 @@ from typing import Any
 from rich.markup import escape
 from rich.table import Table
 
-from hf_lossless.certificate import Certificate
+from hf_lossless.certification.certificate import Certificate
 from hf_lossless.certification.comparison import Comparison
+from hf_lossless.certification.evaluation import Evaluation
 from hf_lossless.config import LosslessCheckpointConfig
-from hf_lossless.evaluation import Evaluation
 from hf_lossless.pipeline import CompressionResult
 from hf_lossless.storage.plan import KEPT_BITS, CompressionPlan, LayerPlan, LowRank, Regime
 

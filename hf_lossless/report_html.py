@@ -17,7 +17,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from hf_lossless.certificate import CERTIFIED, LOSS_DECREASED, Certificate
+from hf_lossless.certification.certificate import CERTIFIED, LOSS_DECREASED, Certificate
 from hf_lossless.checkpoint import read_config, read_entry, refuse_other_bytes
 from hf_lossless.config import LosslessCheckpointConfig
 from hf_lossless.pictures.agreement import agreement_figure

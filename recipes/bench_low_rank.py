@@ -49,10 +49,10 @@ from hf_lossless.candidates.low_rank import DAMPING, Factorisation, Factors, Whi
 from hf_lossless.candidates.parallel import for_each_layer
 from hf_lossless.candidates.proposal import Candidate
 from hf_lossless.candidates.ranks import largest_rank, ranks_to_try
+from hf_lossless.certification.evaluation import evaluate
 from hf_lossless.data.batches import Batch, batch_loss
 from hf_lossless.data.rows import calibration_batches
 from hf_lossless.data.tasks.registry import task_of
-from hf_lossless.evaluation import evaluate
 from hf_lossless.storage.apply import apply_plan
 from hf_lossless.storage.layers import Layer, as_matrix, find_layers
 from hf_lossless.storage.plan import LayerPlan, LowRank

@@ -15,10 +15,10 @@ import datasets
 from rich.console import Console
 from transformers import PreTrainedModel
 
+from hf_lossless.certification.evaluation import evaluate
 from hf_lossless.checkpoint import new_folder
 from hf_lossless.data.rows import load_rows
 from hf_lossless.data.tasks.registry import task_of
-from hf_lossless.evaluation import evaluate
 from hf_lossless.report import certificate_texts, comparison_table, plan_table
 
 Compress = Callable[[str, datasets.Dataset], PreTrainedModel]

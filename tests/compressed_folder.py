@@ -8,7 +8,7 @@ from tiny_checkpoints import text_rows
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from hf_lossless import LosslessCheckpointConfig, LosslessCompressionConfig
-from hf_lossless.certificate import Certificate, Provenance
+from hf_lossless.certification.certificate import Certificate, Provenance
 from hf_lossless.certification.certify import certify
 from hf_lossless.certification.comparison import Outputs
 from hf_lossless.record_of_compression import record_of, write_record

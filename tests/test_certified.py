@@ -21,12 +21,12 @@ from transformers import AutoModel, AutoModelForSequenceClassification, PreTrain
 from hf_lossless import CalibrationError, ConfigurationError, DataError, LosslessCompressionConfig, certified, compress
 from hf_lossless.calibration.perturbation import LossChange
 from hf_lossless.certification.certify import certify
+from hf_lossless.certification.evaluation import answers
 from hf_lossless.checkpoint import read_entry
 from hf_lossless.data.splits import fingerprint, three_splits
 from hf_lossless.data.tasks.question_answering import QuestionAnswering
 from hf_lossless.data.tasks.registry import TASKS
 from hf_lossless.data.tasks.text_classification import TextClassification
-from hf_lossless.evaluation import answers
 from hf_lossless.pipeline import CompressionResult
 
 TASK = TASKS["text-classification"]

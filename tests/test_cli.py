@@ -22,7 +22,7 @@ from transformers import (
 )
 
 from hf_lossless import cli
-from hf_lossless.certificate import Certificate
+from hf_lossless.certification.certificate import Certificate
 from hf_lossless.checkpoint import read_entry
 from hf_lossless.data import rows as calibration_data
 from hf_lossless.data.splits import three_splits

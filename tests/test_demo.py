@@ -12,10 +12,10 @@ from rich.console import Console
 from transformers import AutoModelForImageClassification
 
 from hf_lossless import demo, html_report
+from hf_lossless.certification.evaluation import Evaluation, evaluate
 from hf_lossless.checkpoint import read_entry
 from hf_lossless.data.tasks.image_classification import ImageClassification
 from hf_lossless.errors import CheckpointError
-from hf_lossless.evaluation import Evaluation, evaluate
 from hf_lossless.record_of_compression import read_record_of
 
 MARGIN = 0.01

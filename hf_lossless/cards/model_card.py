@@ -19,7 +19,7 @@ from hf_lossless.cards.text import (
     storage_table,
     task_name,
 )
-from hf_lossless.certificate import Certificate
+from hf_lossless.certification.certificate import Certificate
 from hf_lossless.checkpoint import check_folder, read_config
 from hf_lossless.config import LosslessCheckpointConfig
 from hf_lossless.errors import CheckpointError

@@ -11,7 +11,7 @@ import torch
 from scipy import stats
 
 from hf_lossless import CalibrationError, CheckpointError, ConfigurationError, DataError
-from hf_lossless.certificate import Certificate, Provenance
+from hf_lossless.certification.certificate import Certificate, Provenance
 from hf_lossless.certification.certify import certify
 from hf_lossless.certification.comparison import Outputs
 from hf_lossless.certification.walk import walk

@@ -11,10 +11,10 @@ from transformers import PreTrainedModel
 
 from hf_lossless import ConfigurationError, DataError
 from hf_lossless.certification.comparison import compare
+from hf_lossless.certification.evaluation import answers, evaluate, load_rows
 from hf_lossless.data.rows import with_own_targets
 from hf_lossless.data.tasks.language_modelling import LONGEST, LanguageModelling, blocks_of_tokens
 from hf_lossless.data.tasks.registry import TASKS, task_of, task_of_class
-from hf_lossless.evaluation import answers, evaluate, load_rows
 
 CAUSAL, MASKED = TASKS["text-generation"], TASKS["fill-mask"]
 WORDS, PAIRS = tokenizer(), pair_tokenizer()

@@ -11,10 +11,10 @@ from tiny_models import VOCABULARY
 from transformers import BertConfig, BertForMultipleChoice, PreTrainedModel
 
 from hf_lossless import DataError
+from hf_lossless.certification.evaluation import evaluate
 from hf_lossless.data.rows import make_batches, with_own_targets
 from hf_lossless.data.tasks.multiple_choice import Choices, choice_columns, choices_of
 from hf_lossless.data.tasks.registry import TASKS, task_of
-from hf_lossless.evaluation import evaluate
 
 TASK = TASKS["multiple-choice"]
 TOKENIZER = pair_tokenizer()

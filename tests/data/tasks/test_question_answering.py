@@ -14,11 +14,11 @@ from transformers import BertConfig, BertForQuestionAnswering, PreTrainedModel
 
 from hf_lossless import ConfigurationError, DataError
 from hf_lossless.certification.comparison import compare
+from hf_lossless.certification.evaluation import answers, evaluate
 from hf_lossless.data.rows import make_batches, with_own_targets
 from hf_lossless.data.tasks.question_answering import QuestionAnswering
 from hf_lossless.data.tasks.registry import TASKS, task_of
 from hf_lossless.data.tasks.spans import question_of
-from hf_lossless.evaluation import answers, evaluate
 
 TASK = QuestionAnswering()
 TOKENIZER = pair_tokenizer()

@@ -16,7 +16,7 @@ from tiny_checkpoints import pair_tokenizer
 from tiny_models import VOCABULARY
 
 from hf_lossless import LosslessCompressionConfig, cli
-from hf_lossless.certificate import Certificate
+from hf_lossless.certification.certificate import Certificate
 from hf_lossless.checkpoint import read_entry
 
 Row = dict[str, Any]

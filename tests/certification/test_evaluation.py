@@ -9,10 +9,10 @@ from sklearn.metrics import accuracy_score
 from tiny_checkpoints import image_rows, text_rows
 from transformers import PreTrainedModel
 
+from hf_lossless.certification.evaluation import Evaluation, evaluate
 from hf_lossless.data.rows import make_batches
 from hf_lossless.data.tasks.base import Task
 from hf_lossless.data.tasks.registry import TASKS
-from hf_lossless.evaluation import Evaluation, evaluate
 
 TEXTS, IMAGES = text_rows(70), image_rows(5)  # more than one batch, and less than one
 
