@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from hf_lossless.candidates.activation_ranges import StaticGrid
-from hf_lossless.candidates.proposal import Candidate
+from hf_lossless.candidates.grids import Candidate
 from hf_lossless.errors import CalibrationError
 from hf_lossless.storage.layers import Layer
 from hf_lossless.storage.plan import CodedGrid, LayerPlan

@@ -16,7 +16,8 @@ from hf_lossless.calibration.biases import bias_corrections, correct_biases
 from hf_lossless.calibration.model_labels import drawn_batches, with_fisher
 from hf_lossless.calibration.perturbation import LossChange, loss_change
 from hf_lossless.calibration.statistics import Calibration, calibrate
-from hf_lossless.candidates.menu import Truncation, menu
+from hf_lossless.candidates.damping import chosen_scale
+from hf_lossless.candidates.propose import Truncation, menu
 from hf_lossless.candidates.ranks import ranks_by_layer
 from hf_lossless.certification.certificate import Certificate
 from hf_lossless.config import LosslessCheckpointConfig, LosslessCompressionConfig
@@ -30,7 +31,6 @@ from hf_lossless.storage.layers import Layer, find_layers
 from hf_lossless.storage.modules.base import CompressedModule
 from hf_lossless.storage.plan import CompressionPlan
 from hf_lossless.theories import cet, curvature, hawq, llc, lod
-from hf_lossless.theories.damping import chosen_scale
 from hf_lossless.theories.problem import Prediction, Problem
 
 _logger = logging.getLogger(__name__)

@@ -25,11 +25,11 @@ from torch import Tensor
 from hf_lossless import knapsack
 from hf_lossless.calibration.perturbation import LossChange, input_noise, loss_change, weight_noise
 from hf_lossless.candidates.activation_ranges import StaticGrid
+from hf_lossless.candidates.grids import Candidate
 from hf_lossless.candidates.low_rank import Factors
 from hf_lossless.candidates.parallel import for_each_layer
-from hf_lossless.candidates.proposal import Candidate
-from hf_lossless.candidates.settle import settle
-from hf_lossless.candidates.settle_coded import CodedLayer, settle_coded
+from hf_lossless.candidates.round_coded import CodedLayer, settle_coded
+from hf_lossless.candidates.round_packed import settle
 from hf_lossless.candidates.uniform import QuantisedMatrix, dequantise
 from hf_lossless.config import LosslessCompressionConfig
 from hf_lossless.data.processes import process_state

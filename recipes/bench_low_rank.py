@@ -45,9 +45,9 @@ from hf_lossless.calibration.curvature import KroneckerFactors, second_order_cha
 from hf_lossless.calibration.statistics import Calibration, calibrate
 from hf_lossless.candidates.descent import aligned_factors, largest_errors
 from hf_lossless.candidates.factored import propose_factored
+from hf_lossless.candidates.grids import Candidate
 from hf_lossless.candidates.low_rank import DAMPING, Factorisation, Factors, Whitening, factorise
 from hf_lossless.candidates.parallel import for_each_layer
-from hf_lossless.candidates.proposal import Candidate
 from hf_lossless.candidates.ranks import largest_rank, ranks_to_try
 from hf_lossless.certification.evaluation import evaluate
 from hf_lossless.data.batches import Batch, batch_loss

@@ -46,9 +46,9 @@ import hf_lossless
 from hf_lossless import LosslessCompressionConfig
 from hf_lossless.calibration.perturbation import weight_noise
 from hf_lossless.calibration.statistics import calibrate
-from hf_lossless.candidates.menu import menu
-from hf_lossless.candidates.proposal import Candidate
-from hf_lossless.candidates.settle import settle
+from hf_lossless.candidates.grids import Candidate
+from hf_lossless.candidates.propose import menu
+from hf_lossless.candidates.round_packed import settle
 from hf_lossless.config import THEORIES, LosslessCheckpointConfig
 from hf_lossless.data.batches import batch_loss
 from hf_lossless.errors import UnreachableTargetError

@@ -13,11 +13,11 @@ from hf_lossless import LosslessCompressionConfig, pipeline
 from hf_lossless.calibration.model_labels import drawn_batches, with_fisher
 from hf_lossless.calibration.statistics import Calibration, calibrate
 from hf_lossless.candidates.coded import damping_of
+from hf_lossless.candidates.damping import chosen_scale
 from hf_lossless.data.batches import batch_loss
 from hf_lossless.errors import CalibrationError, DataError
 from hf_lossless.pipeline import analyse
 from hf_lossless.storage.layers import find_layers
-from hf_lossless.theories.damping import chosen_scale
 
 FEATURES, CLASSES = 24, 4
 

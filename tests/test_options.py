@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from hf_lossless.candidates.proposal import Candidate
+from hf_lossless.candidates.grids import Candidate
 from hf_lossless.errors import CalibrationError
 from hf_lossless.options import Found, options_of, put_right, scaled
 from hf_lossless.storage.layers import find_layers

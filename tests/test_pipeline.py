@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from hf_lossless import LosslessCompressionConfig, compress, pipeline
 from hf_lossless.calibration.statistics import calibrate
-from hf_lossless.candidates.proposal import propose
+from hf_lossless.candidates.grids import propose
 from hf_lossless.config import THEORIES, LosslessCheckpointConfig
 from hf_lossless.data.batches import batch_loss
 from hf_lossless.errors import (

@@ -7,9 +7,9 @@ from itertools import pairwise
 import torch
 
 from hf_lossless.calibration.statistics import LayerStatistics
-from hf_lossless.candidates.proposal import Candidate
+from hf_lossless.candidates.grids import Candidate
+from hf_lossless.candidates.inverse_roots import Sides
 from hf_lossless.candidates.shaped import Sample, coded_bytes, ladder, try_step
-from hf_lossless.candidates.sides import Sides
 from hf_lossless.storage.layers import Layer, LayerKind
 from hf_lossless.storage.plan import CodedGrid, Damping
 
@@ -35,7 +35,7 @@ def propose_coded(layer: Layer, statistics: LayerStatistics, seed: int, damping_
         layer: The layer, with real weights.
         statistics: Its statistics, with curvature; without a positive one there are none.
         seed: Of the noise that stands for feedback.
-        damping_scale: What dampings are multiplied by, see `theories.damping`.
+        damping_scale: What dampings are multiplied by, see `candidates.damping`.
     """
     curvature = statistics.curvature
     if curvature is None or not curvature.scale > 0 or not curvature.is_finite:

@@ -6,8 +6,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from hf_lossless.candidates.grids import refuse_infinite
 from hf_lossless.candidates.parallel import for_each_layer
-from hf_lossless.candidates.proposal import refuse_infinite
 from hf_lossless.errors import ConfigurationError
 from hf_lossless.storage.layers import Layer, matches
 

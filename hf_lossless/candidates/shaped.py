@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from hf_lossless.calibration.curvature import KroneckerFactors
-from hf_lossless.candidates.sides import Sides
+from hf_lossless.candidates.inverse_roots import Sides
 from hf_lossless.storage.entropy.coder import entropy_bytes
 from hf_lossless.storage.entropy.levels import best_spread
 from hf_lossless.storage.entropy.matrix import OVERHEAD_BYTES, CodedMatrix

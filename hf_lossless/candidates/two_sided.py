@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from hf_lossless.candidates.feedback import Metric, error_feedback
-from hf_lossless.candidates.sides import Side
+from hf_lossless.candidates.inverse_roots import Side
 
 _BLOCK = 32
 """Side of a block."""

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from hf_lossless.candidates.activation_ranges import StaticGrid
 from hf_lossless.candidates.low_rank import Factors
-from hf_lossless.candidates.settle_coded import CodedLayer
+from hf_lossless.candidates.round_coded import CodedLayer
 from hf_lossless.candidates.uniform import QuantisedMatrix, quantise
 from hf_lossless.errors import PlanError
 from hf_lossless.storage.activation_grid import may_quantise_input
@@ -43,8 +43,8 @@ def apply_plan(
             They are put on the planned grids here; where there is none, they take the dtype of the layer's weight. On
             meta they are not needed.
         quantised: Codes of the layers that are planned with the rounding "feedback", which needs the calibration data
-            (see `candidates.settle`), by layer name. All others are rounded here. On meta they are not needed.
-        coded: The same of the layers that are planned as "coded" (see `candidates.settle_coded`).
+            (see `candidates.round_packed`), by layer name. All others are rounded here. On meta they are not needed.
+        coded: The same of the layers that are planned as "coded" (see `candidates.round_coded`).
         static_grids: Where the levels of static activations lie, by layer name. On meta they are not needed.
 
     Returns:

@@ -9,7 +9,7 @@ import math
 
 from torch import Tensor
 
-from hf_lossless.candidates.proposal import Candidate
+from hf_lossless.candidates.grids import Candidate
 from hf_lossless.storage.layers import Layer
 from hf_lossless.theories.problem import Prediction
 

@@ -38,7 +38,7 @@ from torch import Tensor
 
 from hf_lossless.calibration.hessian import HessianProducts, hessian, random_signs, sub_sample
 from hf_lossless.calibration.perturbation import seeded_number
-from hf_lossless.candidates.proposal import Candidate
+from hf_lossless.candidates.grids import Candidate
 from hf_lossless.storage.layers import Layer
 from hf_lossless.theories.boundary import refuse_beyond
 from hf_lossless.theories.lanczos import Eigenpairs, lanczos

@@ -28,7 +28,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from hf_lossless.candidates.proposal import Candidate
+from hf_lossless.candidates.grids import Candidate
 from hf_lossless.errors import UnreachableTargetError
 from hf_lossless.storage.plan import KEPT_BITS
 from hf_lossless.theories.cet import LayerSpectrum

@@ -18,10 +18,10 @@ import torch
 
 from hf_lossless.calibration.curvature import KroneckerFactors
 from hf_lossless.calibration.statistics import LayerStatistics
+from hf_lossless.candidates.grids import Candidate
+from hf_lossless.candidates.inverse_roots import Sides
 from hf_lossless.candidates.parallel import for_each_layer
-from hf_lossless.candidates.proposal import Candidate
 from hf_lossless.candidates.shaped import Judge, Sample, try_step
-from hf_lossless.candidates.sides import Sides
 from hf_lossless.storage.layers import Layer
 from hf_lossless.storage.plan import CodedGrid
 from hf_lossless.theories.problem import Problem

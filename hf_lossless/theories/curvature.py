@@ -21,8 +21,8 @@ only what exceeds two standard errors of `<g, d>` gave 0.04 and less). LLC and L
 from torch import Tensor
 
 from hf_lossless.calibration.curvature import second_order_change
+from hf_lossless.candidates.grids import Candidate
 from hf_lossless.candidates.parallel import for_each_layer
-from hf_lossless.candidates.proposal import Candidate
 from hf_lossless.candidates.uniform import on_grid
 from hf_lossless.storage.layers import Layer
 from hf_lossless.storage.plan import CodedGrid, Grid

@@ -31,7 +31,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from hf_lossless.candidates.proposal import Candidate
+from hf_lossless.candidates.grids import Candidate
 from hf_lossless.storage.layers import Layer
 from hf_lossless.theories.boundary import ERROR_MAX, FIRST_ORDER, rms
 from hf_lossless.theories.measurement import measured_change

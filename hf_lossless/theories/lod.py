@@ -25,7 +25,7 @@ import math
 from torch import Tensor
 
 from hf_lossless.candidates.descent import TOLERANCE
-from hf_lossless.candidates.proposal import Candidate
+from hf_lossless.candidates.grids import Candidate
 from hf_lossless.storage.layers import Layer
 from hf_lossless.storage.plan import Regime
 from hf_lossless.theories.llc_decomposition import within_neighbourhood

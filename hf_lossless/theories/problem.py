@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from hf_lossless.calibration.statistics import Calibration
-from hf_lossless.candidates.proposal import Candidate
+from hf_lossless.candidates.grids import Candidate
 from hf_lossless.data.batches import Batch, LossFunction
 from hf_lossless.storage.layers import Layer
 from hf_lossless.storage.plan import Regime

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from hf_lossless.candidates.settle_coded import CodedLayer
+from hf_lossless.candidates.round_coded import CodedLayer
 from hf_lossless.storage.entropy.coder import entropy_bytes
 from hf_lossless.storage.entropy.frequencies import Frequencies
 from hf_lossless.storage.entropy.levels import best_spread, model_counts

@@ -18,9 +18,9 @@ from torch import Tensor
 from hf_lossless.calibration.curvature import KroneckerFactors
 from hf_lossless.calibration.perturbation import weight_noise
 from hf_lossless.calibration.statistics import Calibration, calibrate
-from hf_lossless.candidates.settle_coded import CodedLayer, settle_coded
+from hf_lossless.candidates.inverse_roots import Sides
+from hf_lossless.candidates.round_coded import CodedLayer, settle_coded
 from hf_lossless.candidates.shaped import step_at
-from hf_lossless.candidates.sides import Sides
 from hf_lossless.data.batches import LossFunction, batch_loss
 from hf_lossless.storage.layers import Layer, find_layers
 from hf_lossless.storage.plan import CodedGrid, Damping

@@ -2,7 +2,7 @@
 
 from functools import partial
 
-from hf_lossless.candidates.proposal import grid_of
+from hf_lossless.candidates.grids import grid_of
 from hf_lossless.candidates.uniform import quantise
 from hf_lossless.storage.apply import apply_plan
 from hf_lossless.storage.layers import Layer, find_layers

@@ -10,8 +10,8 @@ from transformers.pytorch_utils import Conv1D
 from hf_lossless.calibration.curvature import KroneckerFactors
 from hf_lossless.calibration.statistics import LayerStatistics, Moments
 from hf_lossless.candidates.factored import NARROW_GRID, NARROWEST_FACTOR, propose_factored, propose_sums
+from hf_lossless.candidates.grids import Candidate, propose
 from hf_lossless.candidates.low_rank import Whitening, factorise
-from hf_lossless.candidates.proposal import Candidate, propose
 from hf_lossless.candidates.ranks import largest_rank
 from hf_lossless.candidates.uniform import on_grid
 from hf_lossless.storage.apply import apply_plan

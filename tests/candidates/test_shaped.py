@@ -9,6 +9,7 @@ from metrics_by_hand import DAMPING, curvature_of, dense
 from torch import Tensor
 
 from hf_lossless.calibration.curvature import KroneckerFactors, second_order_change
+from hf_lossless.candidates.inverse_roots import Sides
 from hf_lossless.candidates.shaped import (
     SAMPLED_ROWS,
     Judge,
@@ -20,7 +21,6 @@ from hf_lossless.candidates.shaped import (
     stored_steps,
     try_step,
 )
-from hf_lossless.candidates.sides import Sides
 from hf_lossless.candidates.two_sided import round_two_sided
 from hf_lossless.storage.entropy.matrix import CodedMatrix, encode
 

@@ -6,7 +6,7 @@ from metrics_by_hand import DAMPING, curvature_of, dense
 from torch import Tensor
 
 from hf_lossless.calibration.curvature import KroneckerFactors
-from hf_lossless.candidates.sides import Side, Sides
+from hf_lossless.candidates.inverse_roots import Side, Sides
 from hf_lossless.candidates.two_sided import round_two_sided
 
 SHAPES = pytest.mark.parametrize(

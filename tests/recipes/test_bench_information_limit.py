@@ -17,8 +17,8 @@ from limit_parts.rate_aware import rate_aware, rounding_with
 
 from hf_lossless.calibration.curvature import KroneckerFactors
 from hf_lossless.candidates.coded import DAMPING
-from hf_lossless.candidates.settle_coded import CodedLayer
-from hf_lossless.candidates.sides import Sides
+from hf_lossless.candidates.inverse_roots import Sides
+from hf_lossless.candidates.round_coded import CodedLayer
 from hf_lossless.candidates.two_sided import round_two_sided
 from hf_lossless.storage.entropy.matrix import CodedMatrix, encode
 from hf_lossless.storage.plan import CodedGrid

@@ -13,7 +13,7 @@ import transformers
 from tiny_models import TINY_MODELS
 from torch import Tensor, nn
 
-from hf_lossless.candidates.proposal import grid_of
+from hf_lossless.candidates.grids import grid_of
 from hf_lossless.candidates.uniform import quantise
 from hf_lossless.candidates.uniform import stored_bytes as grid_bytes
 from hf_lossless.data.tasks.registry import task_of

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from hf_lossless.calibration.statistics import calibrate
-from hf_lossless.candidates.proposal import propose
+from hf_lossless.candidates.grids import propose
 from hf_lossless.data.batches import batch_loss
 from hf_lossless.storage.layers import find_layers
 from hf_lossless.theories import cet, hawq, llc

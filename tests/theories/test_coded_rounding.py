@@ -11,9 +11,9 @@ from torch import nn
 from hf_lossless.calibration.curvature import KroneckerFactors, second_order_change
 from hf_lossless.calibration.statistics import LayerStatistics, Moments
 from hf_lossless.candidates.coded import propose_coded
-from hf_lossless.candidates.proposal import Candidate
+from hf_lossless.candidates.grids import Candidate
+from hf_lossless.candidates.inverse_roots import Sides
 from hf_lossless.candidates.shaped import Judge, Sample, stored_steps, try_step
-from hf_lossless.candidates.sides import Sides
 from hf_lossless.candidates.two_sided import round_two_sided
 from hf_lossless.storage.layers import Layer, find_layers
 from hf_lossless.theories.coded_rounding import REFERENCE_BITS, coded_changes

@@ -6,9 +6,9 @@ from torch import nn
 
 from hf_lossless.calibration.curvature import second_order_change
 from hf_lossless.calibration.statistics import calibrate
-from hf_lossless.candidates.menu import menu
+from hf_lossless.candidates.propose import menu
 from hf_lossless.candidates.ranks import ranks_by_layer
-from hf_lossless.candidates.settle import settle
+from hf_lossless.candidates.round_packed import settle
 from hf_lossless.candidates.uniform import dequantise
 from hf_lossless.config import LosslessCompressionConfig
 from hf_lossless.data.batches import batch_loss

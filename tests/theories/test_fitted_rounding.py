@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from hf_lossless.calibration.curvature import KroneckerFactors, second_order_change
 from hf_lossless.calibration.statistics import Calibration, LayerStatistics, Moments, calibrate
 from hf_lossless.candidates.feedback import DAMPING, EMBEDDING_DAMPING, quantise_in_metric
-from hf_lossless.candidates.proposal import Candidate
-from hf_lossless.candidates.settle import settle
+from hf_lossless.candidates.grids import Candidate
+from hf_lossless.candidates.round_packed import settle
 from hf_lossless.candidates.uniform import dequantise, quantise
 from hf_lossless.data.batches import batch_loss
 from hf_lossless.storage.layers import Layer, find_layers

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from hf_lossless.calibration.statistics import calibrate
 from hf_lossless.candidates.activations import activation_noise as activation_noise_of
-from hf_lossless.candidates.proposal import Candidate, propose
+from hf_lossless.candidates.grids import Candidate, propose
 from hf_lossless.candidates.uniform import dequantise, quantise
 from hf_lossless.data.batches import batch_loss
 from hf_lossless.storage.layers import Layer, find_layers

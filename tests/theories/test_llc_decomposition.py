@@ -10,9 +10,9 @@ from torch.nn import functional as F
 
 from hf_lossless import LosslessCompressionConfig
 from hf_lossless.calibration.statistics import calibrate
+from hf_lossless.candidates.grids import Candidate
 from hf_lossless.candidates.low_rank import factorise
-from hf_lossless.candidates.menu import menu
-from hf_lossless.candidates.proposal import Candidate
+from hf_lossless.candidates.propose import menu
 from hf_lossless.candidates.ranks import ranks_by_layer
 from hf_lossless.candidates.uniform import on_grid
 from hf_lossless.data.batches import batch_loss

@@ -10,9 +10,9 @@ from torch import nn
 from hf_lossless.calibration.curvature import KroneckerFactors, second_order_change
 from hf_lossless.calibration.statistics import calibrate
 from hf_lossless.candidates.coded import DAMPING
-from hf_lossless.candidates.settle_coded import settle_coded
+from hf_lossless.candidates.inverse_roots import Sides
+from hf_lossless.candidates.round_coded import settle_coded
 from hf_lossless.candidates.shaped import step_at
-from hf_lossless.candidates.sides import Sides
 from hf_lossless.candidates.two_sided import round_two_sided
 from hf_lossless.data.batches import batch_loss
 from hf_lossless.pipeline import tensor_bytes

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from hf_lossless.calibration.curvature import second_order_change
 from hf_lossless.calibration.statistics import Calibration
+from hf_lossless.candidates.inverse_roots import Sides
 from hf_lossless.candidates.shaped import stored_steps
-from hf_lossless.candidates.sides import Sides
 from hf_lossless.candidates.two_sided import round_two_sided
 from hf_lossless.storage.entropy.matrix import LARGEST_CODE, CodedMatrix, encode
 from hf_lossless.storage.layers import Layer

@@ -7,11 +7,11 @@ from metrics_by_hand import dense
 from test_settle import prepared
 
 from hf_lossless.calibration.statistics import Calibration
-from hf_lossless.candidates import settle_coded as module_under_test
+from hf_lossless.candidates import round_coded as module_under_test
 from hf_lossless.candidates.coded import DAMPING, EMBEDDING_DAMPING, damping_of, propose_coded
-from hf_lossless.candidates.settle_coded import settle_coded
+from hf_lossless.candidates.inverse_roots import Sides
+from hf_lossless.candidates.round_coded import settle_coded
 from hf_lossless.candidates.shaped import step_at, stored_steps
-from hf_lossless.candidates.sides import Sides
 from hf_lossless.candidates.two_sided import round_two_sided
 from hf_lossless.storage.entropy.matrix import LARGEST_CODE, decode
 from hf_lossless.storage.layers import Layer

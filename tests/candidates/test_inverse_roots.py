@@ -8,7 +8,7 @@ from metrics_by_hand import DAMPING, curvature_of, dense, second_moments, upper_
 from torch import Tensor
 
 from hf_lossless.calibration.curvature import KroneckerFactors
-from hf_lossless.candidates.sides import Side, Sides
+from hf_lossless.candidates.inverse_roots import Side, Sides
 
 SIZE, SHARE = 23, 0.1
 DIAGONAL = pytest.mark.parametrize("diagonal", [False, True], ids=["full", "diagonal"])

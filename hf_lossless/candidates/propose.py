@@ -8,9 +8,9 @@ from hf_lossless.calibration.statistics import Calibration, LayerStatistics
 from hf_lossless.candidates.coded import propose_coded
 from hf_lossless.candidates.descent import aligned_factors, smallest_rank
 from hf_lossless.candidates.factored import propose_factored, propose_sums
+from hf_lossless.candidates.grids import Candidate, propose, refuse_infinite
 from hf_lossless.candidates.low_rank import Factors, Whitening, factorise
 from hf_lossless.candidates.parallel import for_each_layer
-from hf_lossless.candidates.proposal import Candidate, propose, refuse_infinite
 from hf_lossless.config import LosslessCompressionConfig
 from hf_lossless.storage.layers import Layer
 from hf_lossless.storage.plan import KEPT_BITS

@@ -8,10 +8,10 @@ from torch import Tensor, nn
 
 from hf_lossless import LosslessCompressionConfig
 from hf_lossless.calibration.statistics import Calibration, calibrate
-from hf_lossless.candidates import menu as menus
+from hf_lossless.candidates import propose as menus
+from hf_lossless.candidates.grids import Candidate, propose
 from hf_lossless.candidates.low_rank import Whitening, factorise
-from hf_lossless.candidates.menu import menu
-from hf_lossless.candidates.proposal import Candidate, propose
+from hf_lossless.candidates.propose import menu
 from hf_lossless.candidates.ranks import ranks_by_layer
 from hf_lossless.candidates.uniform import on_grid
 from hf_lossless.data.batches import batch_loss

@@ -6,7 +6,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from hf_lossless.calibration.statistics import LayerStatistics, Moments
-from hf_lossless.candidates.proposal import Candidate, propose
+from hf_lossless.candidates.grids import Candidate, propose
 from hf_lossless.candidates.uniform import dequantise, quantise
 from hf_lossless.errors import CalibrationError
 from hf_lossless.storage.apply import apply_plan

@@ -11,15 +11,15 @@ from torch.nn import functional as F
 
 from hf_lossless.calibration.model_labels import drawn_batches, with_fisher
 from hf_lossless.calibration.statistics import Calibration, calibrate
+from hf_lossless.candidates import damping as module_under_test
 from hf_lossless.candidates.coded import DAMPING
-from hf_lossless.candidates.settle_coded import settle_coded
+from hf_lossless.candidates.damping import LADDER, MOST_LAYERS, RESOLUTION, chosen_scale
+from hf_lossless.candidates.inverse_roots import Sides
+from hf_lossless.candidates.round_coded import settle_coded
 from hf_lossless.candidates.shaped import step_at
-from hf_lossless.candidates.sides import Sides
 from hf_lossless.data.batches import batch_loss
 from hf_lossless.storage.layers import Layer, find_layers
 from hf_lossless.storage.plan import CodedGrid, Damping
-from hf_lossless.theories import damping as module_under_test
-from hf_lossless.theories.damping import LADDER, MOST_LAYERS, RESOLUTION, chosen_scale
 
 FEATURES, CLASSES = 24, 5
 

@@ -22,9 +22,9 @@ from hf_lossless.calibration.model_labels import divergence, log_probabilities
 from hf_lossless.calibration.perturbation import weight_noise
 from hf_lossless.calibration.statistics import Calibration
 from hf_lossless.candidates.coded import damping_of
-from hf_lossless.candidates.settle_coded import settle_coded
+from hf_lossless.candidates.inverse_roots import Sides
+from hf_lossless.candidates.round_coded import settle_coded
 from hf_lossless.candidates.shaped import step_at
-from hf_lossless.candidates.sides import Sides
 from hf_lossless.data.batches import Batch
 from hf_lossless.storage.layers import Layer
 from hf_lossless.storage.plan import CodedGrid
