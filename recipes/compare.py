@@ -58,8 +58,8 @@ from hf_lossless.storage.apply import apply_plan
 from hf_lossless.storage.layers import find_layers
 from hf_lossless.storage.plan import LayerPlan
 from hf_lossless.theories import cet
-from hf_lossless.theories.cet_allocation import allocate
 from hf_lossless.theories.problem import Prediction, Problem
+from recipes.cet_allocation import allocate
 
 _HERE = Path(__file__).resolve().parent
 _OUT = _HERE / "compare.json"

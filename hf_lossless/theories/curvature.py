@@ -27,9 +27,9 @@ from hf_lossless.candidates.uniform import on_grid
 from hf_lossless.storage.layers import Layer
 from hf_lossless.storage.plan import CodedGrid, Grid
 from hf_lossless.theories.coded_rounding import coded_changes
+from hf_lossless.theories.cross_fit import CrossFit, rounding_change
 from hf_lossless.theories.fitted_rounding import feedback_changes
 from hf_lossless.theories.problem import Prediction, Problem
-from hf_lossless.theories.truncation import CrossFit, rounding_change
 
 
 def predict(problem: Problem) -> dict[str, list[Prediction]]:

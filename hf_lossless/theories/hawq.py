@@ -25,7 +25,7 @@ from hf_lossless.calibration.hessian import TraceEstimate, block_traces, hessian
 from hf_lossless.calibration.perturbation import seeded_number
 from hf_lossless.candidates.grids import Candidate
 from hf_lossless.storage.layers import Layer
-from hf_lossless.theories.boundary import refuse_beyond
+from hf_lossless.theories.noise_limits import refuse_beyond
 from hf_lossless.theories.problem import Prediction, Problem, layers_with_a_choice, predictions_of_kept
 
 MAX_ROWS = 32

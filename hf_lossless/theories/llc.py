@@ -44,7 +44,7 @@ from hf_lossless.candidates.uniform import per_weight
 from hf_lossless.data.processes import sum_over_processes
 from hf_lossless.storage.layers import Layer
 from hf_lossless.theories import llc_decomposition
-from hf_lossless.theories.boundary import ERROR_MAX, refuse_beyond
+from hf_lossless.theories.noise_limits import ERROR_MAX, refuse_beyond
 from hf_lossless.theories.problem import Prediction, Problem
 
 

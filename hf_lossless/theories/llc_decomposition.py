@@ -33,9 +33,8 @@ from torch import Tensor
 
 from hf_lossless.candidates.grids import Candidate
 from hf_lossless.storage.layers import Layer
-from hf_lossless.theories.boundary import ERROR_MAX, FIRST_ORDER, rms
-from hf_lossless.theories.measurement import measured_change
-from hf_lossless.theories.problem import Prediction, Problem
+from hf_lossless.theories.noise_limits import ERROR_MAX, FIRST_ORDER, rms
+from hf_lossless.theories.problem import Prediction, Problem, measured_change
 
 GAMMA = FIRST_ORDER
 """Radius of the neighbourhood (LLC section 3, Fig. 1), root mean square."""

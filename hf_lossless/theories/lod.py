@@ -29,8 +29,7 @@ from hf_lossless.candidates.grids import Candidate
 from hf_lossless.storage.layers import Layer
 from hf_lossless.storage.plan import Regime
 from hf_lossless.theories.llc_decomposition import within_neighbourhood
-from hf_lossless.theories.measurement import measured_change
-from hf_lossless.theories.problem import Prediction, Problem
+from hf_lossless.theories.problem import Prediction, Problem, measured_change
 
 LOSS_TOLERANCE = 1e-2
 """tau as a change of the mean loss, in nats: more leaves the neighbourhood."""

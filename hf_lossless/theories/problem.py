@@ -7,8 +7,9 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from torch import nn
+from torch import Tensor, nn
 
+from hf_lossless.calibration.perturbation import mean_loss, weight_noise
 from hf_lossless.calibration.statistics import Calibration
 from hf_lossless.candidates.grids import Candidate
 from hf_lossless.data.batches import Batch, LossFunction
@@ -90,3 +91,18 @@ def layers_with_a_choice(problem: Problem) -> list[Layer]:
         return candidate.kind != "kept"
 
     return [layer for layer in problem.layers if any(map(is_change, problem.candidates[layer.name]))]
+
+
+def measured_change(problem: Problem, layer: Layer, error: Tensor) -> float:
+    """f(M with W + d in this layer) - f(M) over the calibration data; one forward pass.
+
+    Args:
+        problem: Model and data.
+        layer: The layer.
+        error: d [out, in].
+
+    Returns:
+        The change, the same in every process; NaN or infinity where the loss is not finite.
+    """
+    with weight_noise(layer, error):
+        return mean_loss(problem.model, problem.batches, problem.loss) - problem.calibration.loss

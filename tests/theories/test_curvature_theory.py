@@ -14,10 +14,10 @@ from hf_lossless.config import LosslessCompressionConfig
 from hf_lossless.data.batches import batch_loss
 from hf_lossless.storage.layers import find_layers
 from hf_lossless.storage.plan import LayerPlan
+from hf_lossless.theories.cross_fit import CrossFit, rounding_change
 from hf_lossless.theories.curvature import predict
 from hf_lossless.theories.fitted_rounding import feedback_changes
 from hf_lossless.theories.problem import Problem
-from hf_lossless.theories.truncation import CrossFit, rounding_change
 
 
 def prepared(ranks="auto"):

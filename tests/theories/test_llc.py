@@ -24,7 +24,7 @@ from hf_lossless.theories.problem import Problem
 @pytest.fixture(autouse=True)
 def _no_boundary(monkeypatch):
     """The formula, whatever the size of the noise; see test_boundary for the refusals."""
-    monkeypatch.setattr("hf_lossless.theories.boundary.SECOND_ORDER", float("inf"))
+    monkeypatch.setattr("hf_lossless.theories.noise_limits.SECOND_ORDER", float("inf"))
 
 
 BITS = (2, 4, 16)

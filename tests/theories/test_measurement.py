@@ -11,8 +11,7 @@ from transformers.pytorch_utils import Conv1D
 from hf_lossless.calibration.statistics import calibrate
 from hf_lossless.data.batches import batch_loss
 from hf_lossless.storage.layers import find_layers
-from hf_lossless.theories.measurement import measured_change
-from hf_lossless.theories.problem import Prediction, Problem
+from hf_lossless.theories.problem import Prediction, Problem, measured_change
 
 
 class Model(nn.Module):

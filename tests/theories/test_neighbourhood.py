@@ -18,7 +18,6 @@ from hf_lossless.errors import CalibrationError, ConfigurationError
 from hf_lossless.pictures.neighbourhood import neighbourhood_figure
 from hf_lossless.report_neighbourhood import gap_tables, layer_table
 from hf_lossless.storage.layers import find_layers
-from hf_lossless.theories.measurement import measured_change
 from hf_lossless.theories.neighbourhood import (
     ABSOLUTE_TOLERANCE,
     SIZES,
@@ -30,7 +29,7 @@ from hf_lossless.theories.neighbourhood import (
     neighbourhood,
     spread_layers,
 )
-from hf_lossless.theories.problem import Problem
+from hf_lossless.theories.problem import Problem, measured_change
 
 
 class Model(nn.Module):

@@ -12,8 +12,8 @@ from hf_lossless.candidates.uniform import on_grid
 from hf_lossless.data.batches import batch_loss
 from hf_lossless.storage.layers import find_layers
 from hf_lossless.storage.plan import Grid, LowRank
-from hf_lossless.theories import truncation
-from hf_lossless.theories.truncation import CrossFit, changes_of_ranks, rounding_change
+from hf_lossless.theories import cross_fit as truncation
+from hf_lossless.theories.cross_fit import CrossFit, changes_of_ranks, rounding_change
 
 
 def random_matrix(rows: int, columns: int, seed: int = 0) -> Tensor:

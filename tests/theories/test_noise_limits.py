@@ -11,7 +11,7 @@ from hf_lossless.candidates.grids import propose
 from hf_lossless.data.batches import batch_loss
 from hf_lossless.storage.layers import find_layers
 from hf_lossless.theories import cet, hawq, llc
-from hf_lossless.theories.boundary import SECOND_ORDER, refuse_beyond, rms
+from hf_lossless.theories.noise_limits import SECOND_ORDER, refuse_beyond, rms
 from hf_lossless.theories.problem import Prediction, Problem
 
 

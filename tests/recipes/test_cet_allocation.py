@@ -10,9 +10,9 @@ from scipy.optimize import minimize
 
 from hf_lossless.errors import UnreachableTargetError
 from hf_lossless.storage.plan import KEPT_BITS
-from hf_lossless.theories import cet_allocation
 from hf_lossless.theories.cet import LayerSpectrum
-from hf_lossless.theories.cet_allocation import (
+from recipes import cet_allocation
+from recipes.cet_allocation import (
     allocate,
     real_errors,
     solve_errors,
