@@ -44,10 +44,10 @@ from hf_lossless.data.splits import (
 from hf_lossless.data.tasks.base import Task
 from hf_lossless.data.tasks.registry import task_of
 from hf_lossless.errors import CalibrationError, DataError, UnreachableTargetError
-from hf_lossless.knapsack import Frontier
-from hf_lossless.loss_check import LossCheck
 from hf_lossless.pipeline import CompressionResult, analyse, checks_of, evaluation_mode, no_rows_to_hold_back, realise
-from hf_lossless.planning import Planner
+from hf_lossless.planning.knapsack import Frontier
+from hf_lossless.planning.loss_check import LossCheck
+from hf_lossless.planning.planner import Planner
 from hf_lossless.storage.modules.base import CompressedModule
 from hf_lossless.storage.modules.tied import Tied
 from hf_lossless.storage.plan import CompressionPlan

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from hf_lossless import knapsack
 from hf_lossless.calibration.batch_norms import batch_norms, follow, input_moments
 from hf_lossless.calibration.biases import bias_corrections, correct_biases
 from hf_lossless.calibration.model_labels import drawn_batches, with_fisher
@@ -24,8 +23,9 @@ from hf_lossless.config import LosslessCheckpointConfig, LosslessCompressionConf
 from hf_lossless.data.batches import Batch, LossFunction, batch_loss
 from hf_lossless.data.processes import own_share, process_state, progress_bar, same_in_every_process
 from hf_lossless.errors import ConfigurationError, DataError
-from hf_lossless.loss_check import LossCheck, loss_check
-from hf_lossless.planning import Planned, Planner
+from hf_lossless.planning import knapsack
+from hf_lossless.planning.loss_check import LossCheck, loss_check
+from hf_lossless.planning.planner import Planned, Planner
 from hf_lossless.storage.apply import apply_plan
 from hf_lossless.storage.layers import Layer, find_layers
 from hf_lossless.storage.modules.base import CompressedModule

@@ -55,7 +55,7 @@ from hf_lossless import LosslessCompressionConfig
 from hf_lossless.data.batches import Batch
 from hf_lossless.data.rows import calibration_batches
 from hf_lossless.data.tasks.text_classification import TextClassification
-from hf_lossless.planning import Planned
+from hf_lossless.planning.planner import Planned
 
 _HERE = Path(__file__).resolve().parent
 _OUT = _HERE / "bench_information_limit.json"

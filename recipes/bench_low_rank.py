@@ -40,7 +40,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 import hf_lossless
-from hf_lossless import LosslessCompressionConfig, knapsack
+from hf_lossless import LosslessCompressionConfig
 from hf_lossless.calibration.curvature import KroneckerFactors, second_order_change
 from hf_lossless.calibration.statistics import Calibration, calibrate
 from hf_lossless.candidates.descent import aligned_factors, largest_errors
@@ -53,6 +53,7 @@ from hf_lossless.certification.evaluation import evaluate
 from hf_lossless.data.batches import Batch, batch_loss
 from hf_lossless.data.rows import calibration_batches
 from hf_lossless.data.tasks.registry import task_of
+from hf_lossless.planning import knapsack
 from hf_lossless.storage.apply import apply_plan
 from hf_lossless.storage.layers import Layer, as_matrix, find_layers
 from hf_lossless.storage.plan import LayerPlan, LowRank

@@ -53,7 +53,7 @@ from hf_lossless.config import THEORIES, LosslessCheckpointConfig
 from hf_lossless.data.batches import batch_loss
 from hf_lossless.errors import UnreachableTargetError
 from hf_lossless.pipeline import analyse, realise
-from hf_lossless.planning import Planner
+from hf_lossless.planning.planner import Planner
 from hf_lossless.storage.apply import apply_plan
 from hf_lossless.storage.layers import find_layers
 from hf_lossless.storage.plan import LayerPlan

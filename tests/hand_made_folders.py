@@ -11,7 +11,7 @@ from hf_lossless.certification.certificate import Certificate, Provenance
 from hf_lossless.certification.certify import certify
 from hf_lossless.certification.comparison import Outputs
 from hf_lossless.config import LosslessCheckpointConfig
-from hf_lossless.loss_check import LossCheck
+from hf_lossless.planning.loss_check import LossCheck
 from hf_lossless.record_of_compression import CompressionRecord, write_record
 from hf_lossless.storage.plan import ActivationGrid, CompressionPlan, Grid, LayerPlan, LowRank, activations_of
 

@@ -19,7 +19,7 @@ from hf_lossless.config import LosslessCheckpointConfig
 from hf_lossless.errors import UnreachableTargetError
 from hf_lossless.hf_plan import with_present_bytes
 from hf_lossless.pipeline import analyse, realise
-from hf_lossless.planning import Planned, Planner
+from hf_lossless.planning.planner import Planned, Planner
 from hf_lossless.storage.layers import LayerKind
 from hf_lossless.storage.plan import Damping
 from hf_lossless.theories.rate_distortion import rate_distortion

@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 from hf_lossless.config import LosslessCheckpointConfig, LosslessCompressionConfig
 from hf_lossless.errors import UnreachableTargetError
-from hf_lossless.knapsack import Frontier
+from hf_lossless.planning.knapsack import Frontier
 from hf_lossless.storage.plan import CompressionPlan
 
 

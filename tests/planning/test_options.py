@@ -6,7 +6,7 @@ from torch import nn
 
 from hf_lossless.candidates.grids import Candidate
 from hf_lossless.errors import CalibrationError
-from hf_lossless.options import Found, options_of, put_right, scaled
+from hf_lossless.planning.options import Found, options_of, put_right, scaled
 from hf_lossless.storage.layers import find_layers
 from hf_lossless.storage.plan import ActivationGrid, CodedGrid, Damping, Grid
 from hf_lossless.theories.activation_noise import ActivationOption

@@ -22,7 +22,6 @@ from functools import partial
 
 from torch import Tensor
 
-from hf_lossless import knapsack
 from hf_lossless.calibration.perturbation import LossChange, input_noise, loss_change, weight_noise
 from hf_lossless.candidates.activation_ranges import StaticGrid
 from hf_lossless.candidates.grids import Candidate
@@ -34,13 +33,14 @@ from hf_lossless.candidates.uniform import QuantisedMatrix, dequantise
 from hf_lossless.config import LosslessCompressionConfig
 from hf_lossless.data.processes import process_state
 from hf_lossless.errors import CalibrationError, UnreachableTargetError
-from hf_lossless.loss_check import LossCheck, loss_check
-from hf_lossless.options import Found, Option, Options, options_of, put_right, scaled
+from hf_lossless.planning import knapsack
+from hf_lossless.planning.loss_check import LossCheck, loss_check
+from hf_lossless.planning.options import Found, Option, Options, options_of, put_right, scaled
+from hf_lossless.planning.target import choose_plan
 from hf_lossless.storage.apply import quantised_input
 from hf_lossless.storage.layers import Layer
 from hf_lossless.storage.modules.activations import QuantisedInput
 from hf_lossless.storage.plan import CodedGrid, CompressionPlan, activations_of
-from hf_lossless.target import choose_plan
 from hf_lossless.theories.activation_noise import activation_options
 from hf_lossless.theories.problem import Prediction, Problem
 from hf_lossless.theories.rate_distortion import rate_distortion

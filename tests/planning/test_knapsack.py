@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 from scipy import sparse
 from scipy.optimize import Bounds, LinearConstraint, milp
 
-from hf_lossless import knapsack
 from hf_lossless.errors import ConfigurationError
-from hf_lossless.knapsack import Frontier, frontier
+from hf_lossless.planning import knapsack
+from hf_lossless.planning.knapsack import Frontier, frontier
 
 Rows = tuple[list[list[int]], list[list[float]]]
 

@@ -11,13 +11,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from hf_lossless import LosslessCompressionConfig, compress, pipeline, planning
+from hf_lossless import LosslessCompressionConfig, compress, pipeline
 from hf_lossless.calibration.perturbation import LossChange
 from hf_lossless.config import THEORIES, LosslessCheckpointConfig
 from hf_lossless.data.batches import batch_loss
 from hf_lossless.errors import PlanError, UnreachableTargetError
 from hf_lossless.pipeline import analyse
-from hf_lossless.planning import Planned, Planner
+from hf_lossless.planning import planner as planning
+from hf_lossless.planning.planner import Planned, Planner
 from hf_lossless.storage.apply import apply_plan
 from hf_lossless.theories import curvature
 from hf_lossless.theories.problem import Prediction
@@ -340,7 +341,7 @@ def test_what_stays_too_high_is_said(monkeypatch, caplog):
         Planner, "_plan", lambda *arguments, plan=Planner._plan: plans.append(plan(*arguments)) or plans[-1]
     )
     measure_as(monkeypatch, lambda planned, layers: (100 * (1 + planned.plan.predicted_loss_change), 0.0))
-    with caplog.at_level(logging.INFO, "hf_lossless.planning"):
+    with caplog.at_level(logging.INFO, "hf_lossless.planning.planner"):
         planned = planner.plan(config_of(ratio=7))
     assert planned.plan is plans[-1].plan and len(plans) == 1 + planning.REPLANS
     warnings = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]

@@ -1,0 +1,1 @@
+"""Choosing a candidate for every layer: the knapsack, the target, the check of the loss."""
