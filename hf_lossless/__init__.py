@@ -6,6 +6,7 @@ Importing the package registers it with transformers, so that `from_pretrained` 
 
 from hf_lossless.cards.details import CardDetails
 from hf_lossless.cards.model_card import model_card
+from hf_lossless.compression import CompressionResult, compress
 from hf_lossless.config import LosslessCheckpointConfig, LosslessCompressionConfig
 from hf_lossless.errors import (
     CalibrationError,
@@ -20,7 +21,6 @@ from hf_lossless.errors import (
 from hf_lossless.exports.export import ExportResult, export
 from hf_lossless.hf_quantizer import LosslessHfQuantizer
 from hf_lossless.hub.push import PushResult, push_to_hub
-from hf_lossless.pipeline import CompressionResult, compress
 from hf_lossless.report_html import html_report
 from hf_lossless.storage.apply import apply_plan
 from hf_lossless.storage.plan import CompressionPlan, Grid, LayerPlan

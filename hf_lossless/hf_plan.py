@@ -2,8 +2,8 @@
 
 from transformers import PreTrainedModel
 
+from hf_lossless.compression import tensor_bytes
 from hf_lossless.errors import PlanError
-from hf_lossless.pipeline import tensor_bytes
 from hf_lossless.storage.modules.base import CompressedModule
 from hf_lossless.storage.plan import CompressionPlan, LayerPlan, activations_of
 

@@ -15,7 +15,7 @@ from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING, register_quanti
 from transformers.quantizers.base import HfQuantizer
 
 from hf_lossless.certification.certificate import Certificate
-from hf_lossless.certified import compress_certified
+from hf_lossless.certified_search import compress_certified
 from hf_lossless.checkpoint import (
     check_files,
     guard_names,
@@ -23,6 +23,7 @@ from hf_lossless.checkpoint import (
     state_dict_with_guards,
     tensor_sizes,
 )
+from hf_lossless.compression import CompressionResult, compress
 from hf_lossless.config import QUANT_METHOD, LosslessCheckpointConfig, LosslessCompressionConfig
 from hf_lossless.data.rows import calibration_batches
 from hf_lossless.errors import CheckpointError, ConfigurationError
@@ -34,7 +35,6 @@ from hf_lossless.hf_weights import (
     name_in_model,
     restore_scales,
 )
-from hf_lossless.pipeline import CompressionResult, compress
 from hf_lossless.storage.apply import apply_plan
 from hf_lossless.storage.modules.base import compressed_layers
 from hf_lossless.storage.plan import CompressionPlan

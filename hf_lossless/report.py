@@ -9,8 +9,8 @@ from rich.table import Table
 from hf_lossless.certification.certificate import Certificate
 from hf_lossless.certification.comparison import Comparison
 from hf_lossless.certification.evaluation import Evaluation
+from hf_lossless.compression import CompressionResult
 from hf_lossless.config import LosslessCheckpointConfig
-from hf_lossless.pipeline import CompressionResult
 from hf_lossless.storage.plan import KEPT_BITS, CompressionPlan, LayerPlan, LowRank, Regime
 
 SAVES_TIME = 0.85

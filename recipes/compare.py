@@ -49,10 +49,10 @@ from hf_lossless.calibration.statistics import calibrate
 from hf_lossless.candidates.grids import Candidate
 from hf_lossless.candidates.propose import menu
 from hf_lossless.candidates.round_packed import settle
+from hf_lossless.compression import analyse, realise
 from hf_lossless.config import THEORIES, LosslessCheckpointConfig
 from hf_lossless.data.batches import batch_loss
 from hf_lossless.errors import UnreachableTargetError
-from hf_lossless.pipeline import analyse, realise
 from hf_lossless.planning.planner import Planner
 from hf_lossless.storage.apply import apply_plan
 from hf_lossless.storage.layers import find_layers

@@ -417,7 +417,7 @@ def test_from_compress_to_certify(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr("hf_lossless.certified.SEARCH_STEPS", 2)
+    monkeypatch.setattr("hf_lossless.certified_search.SEARCH_STEPS", 2)
     (rows, held_out), out = many_rows, tmp_path / "small"
     settings = ("--tolerance", 0.02, "--confidence", 0.9, "--metric-margin", 0.01)
     split = ("--certification-data", held_out, "--samples", 32, "--bits", "4,8,16")

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from hf_lossless import CheckpointError, ConfigurationError, LosslessCompressionConfig, PlanError
 from hf_lossless.checkpoint import read_entry
-from hf_lossless.pipeline import tensor_bytes
+from hf_lossless.compression import tensor_bytes
 from hf_lossless.storage.modules.coded import CodedModule
 
 SETTINGS = {

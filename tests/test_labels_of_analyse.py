@@ -9,14 +9,15 @@ from tiny_models import TINY_MODELS
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from hf_lossless import LosslessCompressionConfig, pipeline
+from hf_lossless import LosslessCompressionConfig
+from hf_lossless import compression as pipeline
 from hf_lossless.calibration.model_labels import drawn_batches, with_fisher
 from hf_lossless.calibration.statistics import Calibration, calibrate
 from hf_lossless.candidates.coded import damping_of
 from hf_lossless.candidates.damping import chosen_scale
+from hf_lossless.compression import analyse
 from hf_lossless.data.batches import batch_loss
 from hf_lossless.errors import CalibrationError, DataError
-from hf_lossless.pipeline import analyse
 from hf_lossless.storage.layers import find_layers
 
 FEATURES, CLASSES = 24, 4

@@ -26,8 +26,8 @@ from hf_lossless import (
     apply_plan,
 )
 from hf_lossless.checkpoint import read_entry
+from hf_lossless.compression import tensor_bytes
 from hf_lossless.hf_weights import forget_compressed_ties
-from hf_lossless.pipeline import tensor_bytes
 from hf_lossless.storage.layers import Layer, find_layers
 from hf_lossless.storage.modules.base import compressed_layers
 from hf_lossless.storage.modules.low_rank import LowRankModule

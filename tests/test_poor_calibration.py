@@ -9,9 +9,9 @@ from tiny_models import TINY_MODELS
 from torch import Tensor, nn
 
 from hf_lossless import LosslessCompressionConfig, compress
+from hf_lossless.compression import CompressionResult
 from hf_lossless.data.batches import batch_loss
 from hf_lossless.errors import LosslessError, UnreachableTargetError
-from hf_lossless.pipeline import CompressionResult
 from hf_lossless.storage.layers import find_layers
 from hf_lossless.storage.modules.base import CompressedModule
 

@@ -15,8 +15,8 @@ from tiny_models import TINY_MODELS
 from torch import Tensor, nn
 
 from hf_lossless import CheckpointError, LosslessCompressionConfig, compress
+from hf_lossless.compression import CompressionResult, tensor_bytes
 from hf_lossless.config import FORMAT_VERSION
-from hf_lossless.pipeline import CompressionResult, tensor_bytes
 from hf_lossless.storage.modules.activations import QuantisedInput
 from hf_lossless.storage.modules.base import CompressedModule
 

@@ -14,7 +14,7 @@ from torch import nn
 
 from hf_lossless import CheckpointError, LosslessCompressionConfig, compress
 from hf_lossless import record_of_compression as module
-from hf_lossless.pipeline import CompressionResult
+from hf_lossless.compression import CompressionResult
 from hf_lossless.planning.knapsack import frontier
 from hf_lossless.planning.loss_check import loss_check
 from hf_lossless.record_of_compression import (

@@ -11,12 +11,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from hf_lossless import LosslessCompressionConfig, compress, pipeline
+from hf_lossless import LosslessCompressionConfig, compress
+from hf_lossless import compression as pipeline
 from hf_lossless.calibration.perturbation import LossChange
+from hf_lossless.compression import analyse
 from hf_lossless.config import THEORIES, LosslessCheckpointConfig
 from hf_lossless.data.batches import batch_loss
 from hf_lossless.errors import PlanError, UnreachableTargetError
-from hf_lossless.pipeline import analyse
 from hf_lossless.planning import planner as planning
 from hf_lossless.planning.planner import Planned, Planner
 from hf_lossless.storage.apply import apply_plan

@@ -14,8 +14,8 @@ from hf_lossless.candidates.inverse_roots import Sides
 from hf_lossless.candidates.round_coded import settle_coded
 from hf_lossless.candidates.shaped import step_at
 from hf_lossless.candidates.two_sided import round_two_sided
+from hf_lossless.compression import tensor_bytes
 from hf_lossless.data.batches import batch_loss
-from hf_lossless.pipeline import tensor_bytes
 from hf_lossless.storage.layers import find_layers
 from hf_lossless.storage.plan import CodedGrid, Damping
 from hf_lossless.theories.problem import Problem

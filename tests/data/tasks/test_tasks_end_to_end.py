@@ -152,7 +152,7 @@ def test_in_python(case: Case, folder: Path, tmp_path: Path) -> None:
 
 
 def test_without_a_target_there_is_a_verdict(case: Case, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("hf_lossless.certified.SEARCH_STEPS", 1)
+    monkeypatch.setattr("hf_lossless.certified_search.SEARCH_STEPS", 1)
     config = LosslessCompressionConfig(
         case.rows(40), certification_dataset=case.rows(510, seed=1), tolerance=0.05, metric_margin=0.1, bits=(8, 16)
     )

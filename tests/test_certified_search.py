@@ -18,16 +18,17 @@ from safetensors.torch import load_file
 from tiny_checkpoints import save_text_model, text_rows, without
 from transformers import AutoModel, AutoModelForSequenceClassification, PreTrainedModel
 
-from hf_lossless import CalibrationError, ConfigurationError, DataError, LosslessCompressionConfig, certified, compress
+from hf_lossless import CalibrationError, ConfigurationError, DataError, LosslessCompressionConfig, compress
+from hf_lossless import certified_search as certified
 from hf_lossless.calibration.perturbation import LossChange
 from hf_lossless.certification.certify import certify
 from hf_lossless.certification.evaluation import answers
 from hf_lossless.checkpoint import read_entry
+from hf_lossless.compression import CompressionResult
 from hf_lossless.data.splits import fingerprint, three_splits
 from hf_lossless.data.tasks.question_answering import QuestionAnswering
 from hf_lossless.data.tasks.registry import TASKS
 from hf_lossless.data.tasks.text_classification import TextClassification
-from hf_lossless.pipeline import CompressionResult
 
 TASK = TASKS["text-classification"]
 ROWS = text_rows(1800)  # some 1,080 of them certify

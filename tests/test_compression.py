@@ -10,9 +10,11 @@ import torch
 from tiny_models import TINY_MODELS
 from torch import Tensor, nn
 
-from hf_lossless import LosslessCompressionConfig, compress, pipeline
+from hf_lossless import LosslessCompressionConfig, compress
+from hf_lossless import compression as pipeline
 from hf_lossless.calibration.statistics import calibrate
 from hf_lossless.candidates.grids import propose
+from hf_lossless.compression import CompressionResult, tensor_bytes
 from hf_lossless.config import THEORIES, LosslessCheckpointConfig
 from hf_lossless.data.batches import batch_loss
 from hf_lossless.errors import (
@@ -22,7 +24,6 @@ from hf_lossless.errors import (
     LosslessError,
     UnreachableTargetError,
 )
-from hf_lossless.pipeline import CompressionResult, tensor_bytes
 from hf_lossless.storage.layers import Layer, find_layers
 from hf_lossless.storage.modules.base import CompressedModule
 from hf_lossless.storage.plan import KEPT_BITS, CompressionPlan, LayerPlan, json_bytes

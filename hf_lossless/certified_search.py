@@ -31,6 +31,14 @@ from hf_lossless.certification.comparison import Outputs
 from hf_lossless.certification.evaluation import answers
 from hf_lossless.certification.selection import chance_to_pass, next_ratio, order_of_proposals
 from hf_lossless.certification.walk import Walk, walk
+from hf_lossless.compression import (
+    CompressionResult,
+    analyse,
+    checks_of,
+    evaluation_mode,
+    no_rows_to_hold_back,
+    realise,
+)
 from hf_lossless.config import LosslessCheckpointConfig, LosslessCompressionConfig
 from hf_lossless.data.rows import batches_of_rows, load_rows, processor_of, ready_batches
 from hf_lossless.data.splits import (
@@ -44,7 +52,6 @@ from hf_lossless.data.splits import (
 from hf_lossless.data.tasks.base import Task
 from hf_lossless.data.tasks.registry import task_of
 from hf_lossless.errors import CalibrationError, DataError, UnreachableTargetError
-from hf_lossless.pipeline import CompressionResult, analyse, checks_of, evaluation_mode, no_rows_to_hold_back, realise
 from hf_lossless.planning.knapsack import Frontier
 from hf_lossless.planning.loss_check import LossCheck
 from hf_lossless.planning.planner import Planner
