@@ -6,6 +6,8 @@ Importing the package registers it with transformers, so that `from_pretrained` 
 
 from hf_lossless.cards.details import CardDetails
 from hf_lossless.cards.model_card import model_card
+from hf_lossless.checkpoints.exports.export import ExportResult, export
+from hf_lossless.checkpoints.quantizer import LosslessHfQuantizer
 from hf_lossless.compression import CompressionResult, compress
 from hf_lossless.config import LosslessCheckpointConfig, LosslessCompressionConfig
 from hf_lossless.errors import (
@@ -18,8 +20,6 @@ from hf_lossless.errors import (
     PlanError,
     UnreachableTargetError,
 )
-from hf_lossless.exports.export import ExportResult, export
-from hf_lossless.hf_quantizer import LosslessHfQuantizer
 from hf_lossless.hub.push import PushResult, push_to_hub
 from hf_lossless.report_html import html_report
 from hf_lossless.storage.apply import apply_plan

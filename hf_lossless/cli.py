@@ -14,7 +14,8 @@ from hf_lossless.certification.certificate import Provenance
 from hf_lossless.certification.certify import certify
 from hf_lossless.certification.comparison import Comparison, compare
 from hf_lossless.certification.evaluation import Evaluation
-from hf_lossless.checkpoint import check_folder, new_folder, refuse_occupied
+from hf_lossless.checkpoints.files import check_folder, new_folder, refuse_occupied
+from hf_lossless.checkpoints.record import record_of, write_record
 from hf_lossless.cli_card import card
 from hf_lossless.cli_export import export_command
 from hf_lossless.cli_models import Judged, config_of, judge, load_model, refuse_quantised, task_of_model
@@ -37,7 +38,6 @@ from hf_lossless.data.tasks.registry import TASKS
 from hf_lossless.demo import run_demo
 from hf_lossless.errors import CheckpointError, LosslessError
 from hf_lossless.pictures.neighbourhood import neighbourhood_figure
-from hf_lossless.record_of_compression import record_of, write_record
 from hf_lossless.report import (
     certificate_table,
     certificate_texts,

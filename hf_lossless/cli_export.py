@@ -6,8 +6,8 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from hf_lossless.exports.carrying import largest_move
-from hf_lossless.exports.export import FORMATS, ExportResult, by_reason, export
+from hf_lossless.checkpoints.exports.convert import largest_move
+from hf_lossless.checkpoints.exports.export import FORMATS, ExportResult, by_reason, export
 
 _console = Console()
 

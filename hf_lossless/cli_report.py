@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from hf_lossless.checkpoint import write_file
+from hf_lossless.checkpoints.files import write_file
 from hf_lossless.errors import CheckpointError
 from hf_lossless.report_html import GENERATOR, html_report
 

@@ -19,13 +19,13 @@ from tqdm.auto import tqdm
 from transformers import AutoModelForImageClassification, ViTConfig, ViTForImageClassification, ViTImageProcessorPil
 
 from hf_lossless.certification.evaluation import evaluate
-from hf_lossless.checkpoint import new_folder
+from hf_lossless.checkpoints.files import new_folder
+from hf_lossless.checkpoints.record import record_of, write_record
 from hf_lossless.config import LosslessCompressionConfig
 from hf_lossless.data.rows import make_batches
 from hf_lossless.data.tasks.image_classification import ImageClassification
 from hf_lossless.errors import CheckpointError
 from hf_lossless.pictures.frontier import frontier_figure
-from hf_lossless.record_of_compression import record_of, write_record
 from hf_lossless.report import certificate_texts, comparison_table, plan_table
 
 _NUM_TRAIN, _NUM_CALIBRATION, _NUM_SELECTION = 800, 128, 128

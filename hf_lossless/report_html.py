@@ -18,13 +18,13 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from hf_lossless.certification.certificate import CERTIFIED, LOSS_DECREASED, Certificate
-from hf_lossless.checkpoint import read_config, read_entry, refuse_other_bytes
+from hf_lossless.checkpoints.files import read_config, read_entry, refuse_other_bytes
+from hf_lossless.checkpoints.record import CompressionRecord, plan_in_order, read_record_of
 from hf_lossless.config import LosslessCheckpointConfig
 from hf_lossless.pictures.agreement import agreement_figure
 from hf_lossless.pictures.frontier import frontier_figure
 from hf_lossless.pictures.layers import layers_figure
 from hf_lossless.pictures.style import svg_data_uri
-from hf_lossless.record_of_compression import CompressionRecord, plan_in_order, read_record_of
 from hf_lossless.report import layer_columns
 from hf_lossless.storage.plan import CompressionPlan, LayerPlan
 from hf_lossless.unchecked import unchecked

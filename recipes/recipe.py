@@ -16,7 +16,7 @@ from rich.console import Console
 from transformers import PreTrainedModel
 
 from hf_lossless.certification.evaluation import evaluate
-from hf_lossless.checkpoint import new_folder
+from hf_lossless.checkpoints.files import new_folder
 from hf_lossless.data.rows import load_rows
 from hf_lossless.data.tasks.registry import task_of
 from hf_lossless.report import certificate_texts, comparison_table, plan_table

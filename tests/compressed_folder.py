@@ -11,7 +11,7 @@ from hf_lossless import LosslessCheckpointConfig, LosslessCompressionConfig
 from hf_lossless.certification.certificate import Certificate, Provenance
 from hf_lossless.certification.certify import certify
 from hf_lossless.certification.comparison import Outputs
-from hf_lossless.record_of_compression import record_of, write_record
+from hf_lossless.checkpoints.record import record_of, write_record
 
 PROVENANCE = Provenance(data_fingerprint="ab12", calibration_rows=12, selection_rows=300, theory="curvature", seed=0)
 

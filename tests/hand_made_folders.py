@@ -10,9 +10,9 @@ from safetensors.torch import save_file
 from hf_lossless.certification.certificate import Certificate, Provenance
 from hf_lossless.certification.certify import certify
 from hf_lossless.certification.comparison import Outputs
+from hf_lossless.checkpoints.record import CompressionRecord, write_record
 from hf_lossless.config import LosslessCheckpointConfig
 from hf_lossless.planning.loss_check import LossCheck
-from hf_lossless.record_of_compression import CompressionRecord, write_record
 from hf_lossless.storage.plan import ActivationGrid, CompressionPlan, Grid, LayerPlan, LowRank, activations_of
 
 FACTORS = LowRank(rank=3, shape=(12, 20), left=Grid(bits=8), right=Grid(bits=4, group_size=8))

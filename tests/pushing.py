@@ -12,7 +12,7 @@ from transformers import AutoModelForSequenceClassification
 from hf_lossless import (
     LosslessCompressionConfig,
 )
-from hf_lossless.checkpoint import read_entry
+from hf_lossless.checkpoints.files import read_entry
 
 REPO = f"{USER}/small"
 WEIGHTS = "model.safetensors"

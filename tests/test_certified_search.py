@@ -23,7 +23,7 @@ from hf_lossless import certified_search as certified
 from hf_lossless.calibration.perturbation import LossChange
 from hf_lossless.certification.certify import certify
 from hf_lossless.certification.evaluation import answers
-from hf_lossless.checkpoint import read_entry
+from hf_lossless.checkpoints.files import read_entry
 from hf_lossless.compression import CompressionResult
 from hf_lossless.data.splits import fingerprint, three_splits
 from hf_lossless.data.tasks.question_answering import QuestionAnswering

@@ -23,10 +23,10 @@ from transformers import (
 
 from hf_lossless import cli
 from hf_lossless.certification.certificate import Certificate
-from hf_lossless.checkpoint import read_entry
+from hf_lossless.checkpoints.files import read_entry
+from hf_lossless.checkpoints.record import read_record_of
 from hf_lossless.data import rows as calibration_data
 from hf_lossless.data.splits import three_splits
-from hf_lossless.record_of_compression import read_record_of
 from hf_lossless.report import SAVES_TIME
 from hf_lossless.storage.modules.base import CompressedModule
 from hf_lossless.storage.plan import CompressionPlan

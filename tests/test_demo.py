@@ -13,10 +13,10 @@ from transformers import AutoModelForImageClassification
 
 from hf_lossless import demo, html_report
 from hf_lossless.certification.evaluation import Evaluation, evaluate
-from hf_lossless.checkpoint import read_entry
+from hf_lossless.checkpoints.files import read_entry
+from hf_lossless.checkpoints.record import read_record_of
 from hf_lossless.data.tasks.image_classification import ImageClassification
 from hf_lossless.errors import CheckpointError
-from hf_lossless.record_of_compression import read_record_of
 
 MARGIN = 0.01
 """Nats that the held-out loss may rise by; its standard error on 741 digits is about 0.003."""

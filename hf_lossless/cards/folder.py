@@ -7,9 +7,9 @@ from hf_lossless.cards.details import CardDetails, details_of_card
 from hf_lossless.cards.model_card import model_card
 from hf_lossless.cards.pictures import card_pictures
 from hf_lossless.cards.seal import own_text, reconciled
-from hf_lossless.checkpoint import read_entry, write_file
+from hf_lossless.checkpoints.files import read_entry, write_file
+from hf_lossless.checkpoints.record import plan_in_order, read_record_of
 from hf_lossless.errors import CheckpointError
-from hf_lossless.record_of_compression import plan_in_order, read_record_of
 
 CARD = "README.md"
 

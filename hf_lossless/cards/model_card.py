@@ -20,11 +20,11 @@ from hf_lossless.cards.text import (
     task_name,
 )
 from hf_lossless.certification.certificate import Certificate
-from hf_lossless.checkpoint import check_folder, read_config
+from hf_lossless.checkpoints.files import check_folder, read_config
+from hf_lossless.checkpoints.names import with_present_bytes
+from hf_lossless.checkpoints.record import CompressionRecord, plan_in_order, read_record_of, record_of
 from hf_lossless.config import LosslessCheckpointConfig
 from hf_lossless.errors import CheckpointError
-from hf_lossless.hf_plan import with_present_bytes
-from hf_lossless.record_of_compression import CompressionRecord, plan_in_order, read_record_of, record_of
 
 _TEMPLATE = Path(__file__).with_name("template.md")
 

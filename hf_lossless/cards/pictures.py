@@ -4,9 +4,9 @@ import io
 
 from matplotlib.figure import Figure
 
+from hf_lossless.checkpoints.record import CompressionRecord
 from hf_lossless.pictures.frontier import frontier_figure
 from hf_lossless.pictures.layers import layers_figure
-from hf_lossless.record_of_compression import CompressionRecord
 from hf_lossless.storage.plan import CompressionPlan
 
 LAYERS, FRONTIER = "layers.png", "frontier.png"

@@ -7,10 +7,10 @@ from typing import Any
 import transformers
 from transformers.modelcard import TASK_MAPPING
 
+from hf_lossless.checkpoints.record import CompressionRecord
 from hf_lossless.config import LosslessCheckpointConfig
 from hf_lossless.data.tasks.registry import task_of_class
 from hf_lossless.errors import ConfigurationError
-from hf_lossless.record_of_compression import CompressionRecord
 from hf_lossless.report import layer_columns
 from hf_lossless.storage.plan import KEPT_BITS, CompressionPlan, LayerPlan
 from hf_lossless.unchecked import unchecked

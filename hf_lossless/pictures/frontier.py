@@ -6,8 +6,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
 
+from hf_lossless.checkpoints.record import CompressionRecord
 from hf_lossless.pictures.style import BLUE, GREEN, ORANGE, VERMILION, byte_unit, loss_axis, new_figure, short
-from hf_lossless.record_of_compression import CompressionRecord
 
 
 def frontier_figure(record: CompressionRecord) -> Figure:

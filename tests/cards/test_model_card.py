@@ -27,8 +27,8 @@ from hf_lossless.cards.folder import write_card
 from hf_lossless.cards.seal import own_text
 from hf_lossless.cards.text import loading_code, task_name
 from hf_lossless.certification.certificate import library_versions
-from hf_lossless.checkpoint import read_entry
-from hf_lossless.record_of_compression import read_record_of, record_of, write_record
+from hf_lossless.checkpoints.files import read_entry
+from hf_lossless.checkpoints.record import read_record_of, record_of, write_record
 from hf_lossless.unchecked import unchecked
 
 BASE = "google-bert/bert-base-uncased"

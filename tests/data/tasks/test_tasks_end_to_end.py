@@ -17,7 +17,7 @@ from tiny_models import VOCABULARY
 
 from hf_lossless import LosslessCompressionConfig, cli
 from hf_lossless.certification.certificate import Certificate
-from hf_lossless.checkpoint import read_entry
+from hf_lossless.checkpoints.files import read_entry
 
 Row = dict[str, Any]
 SIZES: dict[str, Any] = {"vocab_size": VOCABULARY, "num_hidden_layers": 1, "pad_token_id": 1}

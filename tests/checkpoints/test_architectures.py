@@ -21,7 +21,7 @@ from tiny_models import TINY_MODELS, TinyModel
 from torch import Tensor
 
 from hf_lossless import CheckpointError, LosslessCompressionConfig
-from hf_lossless.checkpoint import read_entry
+from hf_lossless.checkpoints.files import read_entry
 from hf_lossless.compression import tensor_bytes
 from hf_lossless.data.batches import batch_loss
 from hf_lossless.storage.modules.base import CompressedModule

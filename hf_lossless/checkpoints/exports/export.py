@@ -20,10 +20,10 @@ import transformers
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from hf_lossless.checkpoint import new_folder, read_entry, refuse_occupied, tensor_sizes
+from hf_lossless.checkpoints.exports import compressed_tensors, dense, gemma
+from hf_lossless.checkpoints.exports.convert import NotCarried, Stored, model_dtype
+from hf_lossless.checkpoints.files import new_folder, read_entry, refuse_occupied, tensor_sizes
 from hf_lossless.errors import CheckpointError, ConfigurationError, reason
-from hf_lossless.exports import compressed_tensors, dense, gemma
-from hf_lossless.exports.carrying import NotCarried, Stored, model_dtype
 from hf_lossless.storage.modules.base import CompressedModule, compressed_layers
 from hf_lossless.storage.plan import LayerPlan, json_bytes
 
@@ -63,7 +63,7 @@ class ExportResult:
         carried: Names of the layers that the format carries.
         dense: Why the other compressed layers are in floating point now, by their names.
         dtype: That of the model.
-        rounded: Names of the layers whose scales had to be rounded to it (see `exports.carrying` for the bound).
+        rounded: Names of the layers whose scales had to be rounded to it (see `checkpoints.exports.convert` for the bound).
         float_inputs: Names of the layers whose inputs are quantised in the checkpoint, and are not any more.
         certified: Whether the checkpoint has a certificate, which the export has not.
     """

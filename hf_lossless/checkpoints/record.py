@@ -14,7 +14,7 @@ import numpy as np
 from pydantic import Field, field_validator
 
 from hf_lossless.certification.certificate import library_versions
-from hf_lossless.checkpoint import read_entry, read_json, write_file
+from hf_lossless.checkpoints.files import read_entry, read_json, write_file
 from hf_lossless.compression import CompressionResult
 from hf_lossless.errors import CheckpointError
 from hf_lossless.planning.knapsack import Frontier

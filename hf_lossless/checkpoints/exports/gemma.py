@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.quantizers.quantizers_utils import should_convert_module
 
-from hf_lossless.exports.carrying import (
+from hf_lossless.checkpoints.exports.convert import (
     NotCarried,
     Stored,
     compressed_module,

@@ -19,7 +19,7 @@ from tiny_models import TINY_MODELS, TinyModel
 from torch import Tensor
 
 from hf_lossless import CheckpointError, ConfigurationError, LosslessCompressionConfig, PlanError
-from hf_lossless.checkpoint import read_entry
+from hf_lossless.checkpoints.files import read_entry
 from hf_lossless.compression import tensor_bytes
 from hf_lossless.storage.modules.coded import CodedModule
 

@@ -25,9 +25,9 @@ from hf_lossless import (
     LosslessHfQuantizer,
     apply_plan,
 )
-from hf_lossless.checkpoint import read_entry
+from hf_lossless.checkpoints.files import read_entry
+from hf_lossless.checkpoints.names import forget_compressed_ties
 from hf_lossless.compression import tensor_bytes
-from hf_lossless.hf_weights import forget_compressed_ties
 from hf_lossless.storage.layers import Layer, find_layers
 from hf_lossless.storage.modules.base import compressed_layers
 from hf_lossless.storage.modules.low_rank import LowRankModule

@@ -13,11 +13,8 @@ from hand_made_folders import LAYERS, plan_of, record_for, save_folder
 from torch import nn
 
 from hf_lossless import CheckpointError, LosslessCompressionConfig, compress
-from hf_lossless import record_of_compression as module
-from hf_lossless.compression import CompressionResult
-from hf_lossless.planning.knapsack import frontier
-from hf_lossless.planning.loss_check import loss_check
-from hf_lossless.record_of_compression import (
+from hf_lossless.checkpoints import record as module
+from hf_lossless.checkpoints.record import (
     FILE_NAME,
     MAX_POINTS,
     plan_in_order,
@@ -25,6 +22,9 @@ from hf_lossless.record_of_compression import (
     record_of,
     write_record,
 )
+from hf_lossless.compression import CompressionResult
+from hf_lossless.planning.knapsack import frontier
+from hf_lossless.planning.loss_check import loss_check
 
 
 def compressed(batches: int = 3, **settings) -> CompressionResult:

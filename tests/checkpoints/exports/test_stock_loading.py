@@ -18,7 +18,7 @@ from tiny_models import TINY_MODELS, TinyModel
 from torch import Tensor
 
 from hf_lossless import ExportResult, export
-from hf_lossless.exports.carrying import largest_move
+from hf_lossless.checkpoints.exports.convert import largest_move
 from hf_lossless.storage.modules.base import compressed_layers
 
 STOCK = """

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from hf_lossless.exports.carrying import (
+from hf_lossless.checkpoints.exports.convert import (
     NotCarried,
     Stored,
     compressed_module,

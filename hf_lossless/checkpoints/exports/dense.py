@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from hf_lossless.exports.carrying import Stored, compressed_module
+from hf_lossless.checkpoints.exports.convert import Stored, compressed_module
 from hf_lossless.storage.modules.base import CompressedModule
 from hf_lossless.storage.plan import LayerPlan
 

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from hf_lossless import CheckpointError, LosslessCompressionConfig, compress
-from hf_lossless.checkpoint import guard_names, new_folder, refuse_occupied, state_dict_with_guards
+from hf_lossless.checkpoints.files import guard_names, new_folder, refuse_occupied, state_dict_with_guards
 
 
 def test_a_folder_takes_its_name_when_all_went_well(tmp_path: Path) -> None:
@@ -83,7 +83,7 @@ def test_a_place_that_cannot_be_written_is_refused_at_once(tmp_path: Path) -> No
 def test_a_process_that_ends_in_the_middle(tmp_path: Path, signal_number: signal.Signals) -> None:
     script = """
 import sys, time
-from hf_lossless.checkpoint import new_folder
+from hf_lossless.checkpoints.files import new_folder
 with new_folder(sys.argv[1]) as folder:
     (folder / "half.txt").write_text("de")
     print("half", flush=True)

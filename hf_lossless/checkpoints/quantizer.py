@@ -16,25 +16,28 @@ from transformers.quantizers.base import HfQuantizer
 
 from hf_lossless.certification.certificate import Certificate
 from hf_lossless.certified_search import compress_certified
-from hf_lossless.checkpoint import (
+from hf_lossless.checkpoints.files import (
     check_files,
     guard_names,
     refuse_other_bytes,
     state_dict_with_guards,
     tensor_sizes,
 )
+from hf_lossless.checkpoints.names import (
+    compute_in_float32,
+    decode_layers,
+    forget_compressed_ties,
+    is_saved_class,
+    name_in_model,
+    plan_of,
+    plans_for,
+    restore_scales,
+    with_present_bytes,
+)
 from hf_lossless.compression import CompressionResult, compress
 from hf_lossless.config import QUANT_METHOD, LosslessCheckpointConfig, LosslessCompressionConfig
 from hf_lossless.data.rows import calibration_batches
 from hf_lossless.errors import CheckpointError, ConfigurationError
-from hf_lossless.hf_plan import is_saved_class, plan_of, plans_for, with_present_bytes
-from hf_lossless.hf_weights import (
-    compute_in_float32,
-    decode_layers,
-    forget_compressed_ties,
-    name_in_model,
-    restore_scales,
-)
 from hf_lossless.storage.apply import apply_plan
 from hf_lossless.storage.modules.base import compressed_layers
 from hf_lossless.storage.plan import CompressionPlan

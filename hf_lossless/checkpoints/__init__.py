@@ -1,0 +1,1 @@
+"""The plug-in of transformers, and saved folders: reading, writing, loading, exporting."""
