@@ -4,8 +4,6 @@ Importing the package registers it with transformers, so that `from_pretrained` 
 `LosslessCompressionConfig` and loads what was compressed.
 """
 
-from hf_lossless.cards.details import CardDetails
-from hf_lossless.cards.model_card import model_card
 from hf_lossless.checkpoints.exports.export import ExportResult, export
 from hf_lossless.checkpoints.quantizer import LosslessHfQuantizer
 from hf_lossless.compression import CompressionResult, compress
@@ -20,8 +18,10 @@ from hf_lossless.errors import (
     PlanError,
     UnreachableTargetError,
 )
-from hf_lossless.hub.push import PushResult, push_to_hub
-from hf_lossless.report_html import html_report
+from hf_lossless.reports.card.details import CardDetails
+from hf_lossless.reports.card.model_card import model_card
+from hf_lossless.reports.html import html_report
+from hf_lossless.reports.hub.push import PushResult, push_to_hub
 from hf_lossless.storage.apply import apply_plan
 from hf_lossless.storage.plan import CompressionPlan, Grid, LayerPlan
 

@@ -37,16 +37,17 @@ from hf_lossless.data.splits import fingerprint
 from hf_lossless.data.tasks.registry import TASKS
 from hf_lossless.demo import run_demo
 from hf_lossless.errors import CheckpointError, LosslessError
-from hf_lossless.pictures.neighbourhood import neighbourhood_figure
-from hf_lossless.report import (
+from hf_lossless.reports.pictures.neighbourhood import neighbourhood_figure
+from hf_lossless.reports.tables import (
     certificate_table,
     certificate_texts,
     comparison_table,
     comparison_text,
+    gap_tables,
     inspection,
+    layer_table,
     plan_table,
 )
-from hf_lossless.report_neighbourhood import gap_tables, layer_table
 from hf_lossless.storage.layers import find_layers
 from hf_lossless.theories.neighbourhood import MAX_LAYERS, named_layers, neighbourhood, spread_layers
 

@@ -6,8 +6,8 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from hf_lossless.cards.details import CardDetails, details_of_card
-from hf_lossless.cards.folder import write_card
+from hf_lossless.reports.card.details import CardDetails, details_of_card
+from hf_lossless.reports.card.folder import write_card
 
 
 def card(

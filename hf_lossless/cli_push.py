@@ -6,8 +6,8 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from hf_lossless.cards.text import PROCESSORS
-from hf_lossless.hub.push import push_to_hub
+from hf_lossless.reports.card.text import PROCESSORS
+from hf_lossless.reports.hub.push import push_to_hub
 
 
 def push(

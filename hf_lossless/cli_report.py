@@ -7,7 +7,7 @@ import typer
 
 from hf_lossless.checkpoints.files import write_file
 from hf_lossless.errors import CheckpointError
-from hf_lossless.report_html import GENERATOR, html_report
+from hf_lossless.reports.html import GENERATOR, html_report
 
 
 def report(

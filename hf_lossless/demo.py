@@ -25,8 +25,8 @@ from hf_lossless.config import LosslessCompressionConfig
 from hf_lossless.data.rows import make_batches
 from hf_lossless.data.tasks.image_classification import ImageClassification
 from hf_lossless.errors import CheckpointError
-from hf_lossless.pictures.frontier import frontier_figure
-from hf_lossless.report import certificate_texts, comparison_table, plan_table
+from hf_lossless.reports.pictures.frontier import frontier_figure
+from hf_lossless.reports.tables import certificate_texts, comparison_table, plan_table
 
 _NUM_TRAIN, _NUM_CALIBRATION, _NUM_SELECTION = 800, 128, 128
 _EPOCHS = 30

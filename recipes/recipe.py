@@ -19,7 +19,7 @@ from hf_lossless.certification.evaluation import evaluate
 from hf_lossless.checkpoints.files import new_folder
 from hf_lossless.data.rows import load_rows
 from hf_lossless.data.tasks.registry import task_of
-from hf_lossless.report import certificate_texts, comparison_table, plan_table
+from hf_lossless.reports.tables import certificate_texts, comparison_table, plan_table
 
 Compress = Callable[[str, datasets.Dataset], PreTrainedModel]
 """A recipe: from a checkpoint's name and rows to the compressed model."""

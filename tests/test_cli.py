@@ -27,7 +27,7 @@ from hf_lossless.checkpoints.files import read_entry
 from hf_lossless.checkpoints.record import read_record_of
 from hf_lossless.data import rows as calibration_data
 from hf_lossless.data.splits import three_splits
-from hf_lossless.report import SAVES_TIME
+from hf_lossless.reports.tables import SAVES_TIME
 from hf_lossless.storage.modules.base import CompressedModule
 from hf_lossless.storage.plan import CompressionPlan
 

@@ -15,8 +15,8 @@ from transformers.pytorch_utils import Conv1D
 from hf_lossless.calibration.perturbation import seeded_number
 from hf_lossless.calibration.statistics import calibrate
 from hf_lossless.errors import CalibrationError, ConfigurationError
-from hf_lossless.pictures.neighbourhood import neighbourhood_figure
-from hf_lossless.report_neighbourhood import gap_tables, layer_table
+from hf_lossless.reports.pictures.neighbourhood import neighbourhood_figure
+from hf_lossless.reports.tables import gap_tables, layer_table
 from hf_lossless.storage.layers import find_layers
 from hf_lossless.theories.neighbourhood import (
     ABSOLUTE_TOLERANCE,

@@ -3,8 +3,8 @@ from typing import Any
 
 import pytest
 
-from hf_lossless.cards import folder as cards_folder
-from hf_lossless.cards import pictures
+from hf_lossless.reports.card import folder as cards_folder
+from hf_lossless.reports.card import pictures
 
 DRAWN: dict[str, dict[str, bytes]] = {}
 

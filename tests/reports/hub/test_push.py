@@ -22,7 +22,7 @@ from hf_lossless import (
     PushResult,
     push_to_hub,
 )
-from hf_lossless.cards.seal import own_text
+from hf_lossless.reports.card.digest import own_text
 
 
 def test_one_commit_with_all_files(folder: Path, hub: LoopbackHub) -> None:

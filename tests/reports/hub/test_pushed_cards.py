@@ -12,7 +12,7 @@ from hf_lossless import (
     HubError,
     push_to_hub,
 )
-from hf_lossless.cards.seal import own_text
+from hf_lossless.reports.card.digest import own_text
 
 
 def test_what_is_written_below_the_seal_is_kept(folder: Path, text_folder: Path, hub: LoopbackHub) -> None:

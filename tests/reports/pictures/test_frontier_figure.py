@@ -6,7 +6,7 @@ from hand_made_folders import plan_of, record_for
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from hf_lossless.pictures.frontier import frontier_figure
+from hf_lossless.reports.pictures.frontier import frontier_figure
 
 PLAN = plan_of()  # 4,300 bytes of 20,000; +0.3125
 

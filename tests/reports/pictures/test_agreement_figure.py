@@ -5,8 +5,8 @@ from drawn_figures import assert_readable
 from hand_made_folders import plan_of, record_for
 from matplotlib.figure import Figure
 
-from hf_lossless.pictures.agreement import agreement_figure
 from hf_lossless.planning.loss_check import LossCheck
+from hf_lossless.reports.pictures.agreement import agreement_figure
 
 
 def check(checked: str, predicted: float, measured: float | None, error: float | None = 0.01, **more) -> LossCheck:

@@ -7,7 +7,7 @@ import pytest
 from rich.console import Console
 
 from hf_lossless import CompressionPlan, Grid, LayerPlan, LosslessCheckpointConfig
-from hf_lossless.report import inspection, plan_table
+from hf_lossless.reports.tables import inspection, plan_table
 from hf_lossless.storage.plan import ActivationGrid, LowRank, Regime
 
 MIXED = LowRank(rank=3, shape=(12, 20), left=Grid(bits=8), right=Grid(bits=4, group_size=8))

@@ -22,14 +22,14 @@ from hf_lossless import (
     LosslessCompressionConfig,
     model_card,
 )
-from hf_lossless.cards.details import details_of_card
-from hf_lossless.cards.folder import write_card
-from hf_lossless.cards.seal import own_text
-from hf_lossless.cards.text import loading_code, task_name
 from hf_lossless.certification.certificate import library_versions
 from hf_lossless.checkpoints.files import read_entry
 from hf_lossless.checkpoints.record import read_record_of, record_of, write_record
-from hf_lossless.unchecked import unchecked
+from hf_lossless.reports.card.details import details_of_card
+from hf_lossless.reports.card.digest import own_text
+from hf_lossless.reports.card.folder import write_card
+from hf_lossless.reports.card.text import loading_code, task_name
+from hf_lossless.reports.words import unchecked
 
 BASE = "google-bert/bert-base-uncased"
 DETAILS = CardDetails(base_model=BASE, dataset="stanfordnlp/sst2", split="test", license="mit", language=("en", "de"))

@@ -7,7 +7,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
 
 from hf_lossless.checkpoints.record import CompressionRecord
-from hf_lossless.pictures.style import BLUE, GREEN, ORANGE, VERMILION, byte_unit, loss_axis, new_figure, short
+from hf_lossless.reports.pictures.style import BLUE, GREEN, ORANGE, VERMILION, byte_unit, loss_axis, new_figure, short
 
 
 def frontier_figure(record: CompressionRecord) -> Figure:

@@ -21,13 +21,13 @@ from hf_lossless.certification.certificate import CERTIFIED, LOSS_DECREASED, Cer
 from hf_lossless.checkpoints.files import read_config, read_entry, refuse_other_bytes
 from hf_lossless.checkpoints.record import CompressionRecord, plan_in_order, read_record_of
 from hf_lossless.config import LosslessCheckpointConfig
-from hf_lossless.pictures.agreement import agreement_figure
-from hf_lossless.pictures.frontier import frontier_figure
-from hf_lossless.pictures.layers import layers_figure
-from hf_lossless.pictures.style import svg_data_uri
-from hf_lossless.report import layer_columns
+from hf_lossless.reports.pictures.agreement import agreement_figure
+from hf_lossless.reports.pictures.frontier import frontier_figure
+from hf_lossless.reports.pictures.layers import layers_figure
+from hf_lossless.reports.pictures.style import svg_data_uri
+from hf_lossless.reports.tables import layer_columns
+from hf_lossless.reports.words import unchecked
 from hf_lossless.storage.plan import CompressionPlan, LayerPlan
-from hf_lossless.unchecked import unchecked
 
 GENERATOR = "hf-lossless report"
 """What a report calls its maker, by which it is known again."""
@@ -71,7 +71,7 @@ def html_report(folder: str | os.PathLike[str]) -> str:
     plan = plan_in_order(config.plan, record)
     about = read_config(folder)
     environment = Environment(
-        loader=PackageLoader("hf_lossless"),
+        loader=PackageLoader("hf_lossless.reports"),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
@@ -102,7 +102,7 @@ def html_report(folder: str | os.PathLike[str]) -> str:
 
 
 def _resource(name: str) -> str:
-    return resources.files("hf_lossless").joinpath("templates", name).read_text(encoding="utf-8")
+    return resources.files("hf_lossless.reports").joinpath("templates", name).read_text(encoding="utf-8")
 
 
 def _text(value: Any) -> str:

@@ -6,7 +6,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
-from hf_lossless.pictures.style import BLUE, GREEN, GREY, ORANGE, PURPLE, VERMILION, new_figure, short
+from hf_lossless.reports.pictures.style import BLUE, GREEN, GREY, ORANGE, PURPLE, VERMILION, new_figure, short
 from hf_lossless.storage.plan import KEPT_BITS, CompressionPlan, LayerPlan
 
 _KINDS = {

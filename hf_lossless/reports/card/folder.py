@@ -3,13 +3,13 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from hf_lossless.cards.details import CardDetails, details_of_card
-from hf_lossless.cards.model_card import model_card
-from hf_lossless.cards.pictures import card_pictures
-from hf_lossless.cards.seal import own_text, reconciled
 from hf_lossless.checkpoints.files import read_entry, write_file
 from hf_lossless.checkpoints.record import plan_in_order, read_record_of
 from hf_lossless.errors import CheckpointError
+from hf_lossless.reports.card.details import CardDetails, details_of_card
+from hf_lossless.reports.card.digest import own_text, reconciled
+from hf_lossless.reports.card.model_card import model_card
+from hf_lossless.reports.card.text import card_pictures
 
 CARD = "README.md"
 

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hf_lossless.cards.seal import own_text, reconciled, seal
+from hf_lossless.reports.card.digest import own_text, reconciled, seal
 
 TEXT = st.text(st.characters(codec="utf-8", exclude_characters="\r"))
 

@@ -8,10 +8,17 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from transformers import PreTrainedModel
 
-from hf_lossless.cards.details import UNKNOWN_DATASET, CardDetails, details_of_base, is_hub_id
-from hf_lossless.cards.pictures import CAPTIONS, FRONTIER
-from hf_lossless.cards.seal import seal
-from hf_lossless.cards.text import (
+from hf_lossless.certification.certificate import Certificate
+from hf_lossless.checkpoints.files import check_folder, read_config
+from hf_lossless.checkpoints.names import with_present_bytes
+from hf_lossless.checkpoints.record import CompressionRecord, plan_in_order, read_record_of, record_of
+from hf_lossless.config import LosslessCheckpointConfig
+from hf_lossless.errors import CheckpointError
+from hf_lossless.reports.card.details import UNKNOWN_DATASET, CardDetails, details_of_base, is_hub_id
+from hf_lossless.reports.card.digest import seal
+from hf_lossless.reports.card.text import (
+    CAPTIONS,
+    FRONTIER,
     layers_table,
     loading_code,
     markdown_table,
@@ -19,12 +26,6 @@ from hf_lossless.cards.text import (
     storage_table,
     task_name,
 )
-from hf_lossless.certification.certificate import Certificate
-from hf_lossless.checkpoints.files import check_folder, read_config
-from hf_lossless.checkpoints.names import with_present_bytes
-from hf_lossless.checkpoints.record import CompressionRecord, plan_in_order, read_record_of, record_of
-from hf_lossless.config import LosslessCheckpointConfig
-from hf_lossless.errors import CheckpointError
 
 _TEMPLATE = Path(__file__).with_name("template.md")
 
@@ -62,7 +63,7 @@ def model_card(
         token: For a base model that is not public.
 
     Returns:
-        The card; `str(card)` is the text of README.md, sealed (see `cards.seal`), `card.save(path)` writes it.
+        The card; `str(card)` is the text of README.md, sealed (see `reports.card.digest`), `card.save(path)` writes it.
 
     Raises:
         CheckpointError: The folder or the model is not compressed by this package, or the folder is not complete.

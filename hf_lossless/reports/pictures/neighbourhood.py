@@ -7,7 +7,7 @@ from statistics import median, median_low
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from hf_lossless.pictures.style import BLUE, ORANGE, new_figure, short
+from hf_lossless.reports.pictures.style import BLUE, ORANGE, new_figure, short
 from hf_lossless.theories.neighbourhood import Neighbourhood, NoiseGap, NoiseResponse
 
 PAPER_MARKS = {"weights": (8e-3, 2e-1), "activations": (1e-3, 8e-2)}

@@ -6,7 +6,7 @@ import math
 import pytest
 from matplotlib.figure import Figure
 
-from hf_lossless.pictures.style import byte_unit, loss_axis, new_figure, short, svg_data_uri
+from hf_lossless.reports.pictures.style import byte_unit, loss_axis, new_figure, short, svg_data_uri
 
 
 @pytest.mark.parametrize(

@@ -4,9 +4,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from hf_lossless.checkpoints.record import CompressionRecord
-from hf_lossless.pictures.style import BLUE, GREEN, GREY, VERMILION, loss_axis, new_figure
 from hf_lossless.planning.loss_check import LossCheck
 from hf_lossless.planning.planner import STATED_FACTOR
+from hf_lossless.reports.pictures.style import BLUE, GREEN, GREY, VERMILION, loss_axis, new_figure
 
 _CHECKED = {
     "layer": ("^", GREEN, "one layer alone"),

@@ -20,15 +20,15 @@ from huggingface_hub.hf_api import ModelInfo
 from transformers import PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
-from hf_lossless.cards.details import CardDetails
-from hf_lossless.cards.folder import CARD, FolderCard, card_text, folder_card
-from hf_lossless.cards.model_card import base_of, record_of_model
-from hf_lossless.cards.seal import own_text, reconciled
 from hf_lossless.checkpoints.files import check_folder
 from hf_lossless.checkpoints.record import write_record
 from hf_lossless.config import LosslessCheckpointConfig
 from hf_lossless.errors import HubError
-from hf_lossless.hub.refusals import hub_errors, refuse_bad_repo_id, token_for_pushing
+from hf_lossless.reports.card.details import CardDetails
+from hf_lossless.reports.card.digest import own_text, reconciled
+from hf_lossless.reports.card.folder import CARD, FolderCard, card_text, folder_card
+from hf_lossless.reports.card.model_card import base_of, record_of_model
+from hf_lossless.reports.hub.refusals import hub_errors, refuse_bad_repo_id, token_for_pushing
 
 _WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors")
 

@@ -6,7 +6,7 @@ from hand_made_folders import LAYERS, many_layers, plan_of
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from hf_lossless.pictures.layers import layers_figure
+from hf_lossless.reports.pictures.layers import layers_figure
 from hf_lossless.storage.plan import CompressionPlan
 
 
