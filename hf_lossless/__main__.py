@@ -1,5 +1,5 @@
 """`python -m hf_lossless`, which torchrun needs."""
 
-from hf_lossless.cli import main
+from hf_lossless.cli.main import main
 
 main()

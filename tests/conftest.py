@@ -18,7 +18,7 @@ from huggingface_hub import constants
 from loopback_hub import TOKEN, LoopbackHub
 from tiny_checkpoints import image_rows, save_image_model, save_text_model, text_rows
 
-from hf_lossless import cli
+from hf_lossless.cli import main as cli
 
 torch.set_num_threads(1)  # tiny models spend more on waking threads than on arithmetic
 

@@ -14,7 +14,7 @@ from tiny_models import LABELS, TinyModel
 from tiny_models import TINY_MODELS as MODELS
 from transformers import AutoModelForSequenceClassification, BertConfig
 
-from hf_lossless import cli
+from hf_lossless.cli import main as cli
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")

@@ -13,7 +13,8 @@ import pytest
 from hand_made_folders import LAYERS, certificate_of, many_layers, plan_of, record_for, save_folder
 
 import hf_lossless
-from hf_lossless import CheckpointError, PlanError, cli_report, html_report
+from hf_lossless import CheckpointError, PlanError, html_report
+from hf_lossless.cli import publish as cli_report
 from hf_lossless.storage.plan import Regime
 
 HOSTILE = {

@@ -13,9 +13,10 @@ from tiny_exports import Planned, all_widths, save_compressed
 from tiny_models import TINY_MODELS
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from hf_lossless import CheckpointError, ConfigurationError, cli, export
+from hf_lossless import CheckpointError, ConfigurationError, export
 from hf_lossless.checkpoints.exports import export as export_module
 from hf_lossless.checkpoints.files import read_entry
+from hf_lossless.cli import main as cli
 from hf_lossless.storage.activation_grid import may_quantise_input
 from hf_lossless.storage.layers import Layer
 from hf_lossless.storage.modules.base import compressed_layers

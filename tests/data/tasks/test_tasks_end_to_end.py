@@ -15,9 +15,10 @@ import transformers as hf
 from tiny_checkpoints import pair_tokenizer
 from tiny_models import VOCABULARY
 
-from hf_lossless import LosslessCompressionConfig, cli
+from hf_lossless import LosslessCompressionConfig
 from hf_lossless.certification.certificate import Certificate
 from hf_lossless.checkpoints.files import read_entry
+from hf_lossless.cli import main as cli
 
 Row = dict[str, Any]
 SIZES: dict[str, Any] = {"vocab_size": VOCABULARY, "num_hidden_layers": 1, "pad_token_id": 1}

@@ -11,10 +11,11 @@ import torch
 from rich.console import Console
 from transformers import AutoModelForImageClassification
 
-from hf_lossless import demo, html_report
+from hf_lossless import html_report
 from hf_lossless.certification.evaluation import Evaluation, evaluate
 from hf_lossless.checkpoints.files import read_entry
 from hf_lossless.checkpoints.record import read_record_of
+from hf_lossless.cli import demo
 from hf_lossless.data.tasks.image_classification import ImageClassification
 from hf_lossless.errors import CheckpointError
 

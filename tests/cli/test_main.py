@@ -21,10 +21,10 @@ from transformers import (
     AutoTokenizer,
 )
 
-from hf_lossless import cli
 from hf_lossless.certification.certificate import Certificate
 from hf_lossless.checkpoints.files import read_entry
 from hf_lossless.checkpoints.record import read_record_of
+from hf_lossless.cli import main as cli
 from hf_lossless.data import rows as calibration_data
 from hf_lossless.data.splits import three_splits
 from hf_lossless.reports.tables import SAVES_TIME

@@ -16,12 +16,10 @@ from hf_lossless.certification.comparison import Comparison, compare
 from hf_lossless.certification.evaluation import Evaluation
 from hf_lossless.checkpoints.files import check_folder, new_folder, refuse_occupied
 from hf_lossless.checkpoints.record import record_of, write_record
-from hf_lossless.cli_card import card
-from hf_lossless.cli_export import export_command
-from hf_lossless.cli_models import Judged, config_of, judge, load_model, refuse_quantised, task_of_model
-from hf_lossless.cli_options import activation_widths, bit_widths, ranks_by_name
-from hf_lossless.cli_push import push
-from hf_lossless.cli_report import report
+from hf_lossless.cli.demo import run_demo
+from hf_lossless.cli.models import Judged, config_of, judge, load_model, refuse_quantised, task_of_model
+from hf_lossless.cli.options import activation_widths, bit_widths, ranks_by_name
+from hf_lossless.cli.publish import card, export_command, push, report
 from hf_lossless.config import (
     CONFIDENCE,
     METRIC_MARGIN,
@@ -35,7 +33,6 @@ from hf_lossless.data.processes import process_state, progress_bar
 from hf_lossless.data.rows import calibration_batches, load_rows
 from hf_lossless.data.splits import fingerprint
 from hf_lossless.data.tasks.registry import TASKS
-from hf_lossless.demo import run_demo
 from hf_lossless.errors import CheckpointError, LosslessError
 from hf_lossless.reports.pictures.neighbourhood import neighbourhood_figure
 from hf_lossless.reports.tables import (
