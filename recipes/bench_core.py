@@ -29,12 +29,12 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 import hf_lossless
 from hf_lossless import LosslessCompressionConfig
 from hf_lossless.calibration.statistics import calibrate
-from hf_lossless.candidates.uniform import stored_bytes
 from hf_lossless.certification.evaluation import evaluate
 from hf_lossless.data.batches import batch_loss
 from hf_lossless.data.rows import calibration_batches
 from hf_lossless.data.tasks.registry import task_named
 from hf_lossless.planning import knapsack
+from hf_lossless.storage.grid import stored_bytes
 from hf_lossless.storage.layers import find_layers
 from hf_lossless.storage.packing import pack, unpack
 from hf_lossless.storage.plan import Grid

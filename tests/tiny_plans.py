@@ -6,7 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from hf_lossless.candidates.low_rank import Factors
-from hf_lossless.candidates.uniform import on_grid, quantise, stored_bytes
+from hf_lossless.candidates.uniform import on_grid, quantise
+from hf_lossless.storage.grid import stored_bytes
 from hf_lossless.storage.layers import Layer
 from hf_lossless.storage.plan import Grid, LayerPlan, LowRank
 

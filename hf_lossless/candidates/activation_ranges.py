@@ -13,7 +13,6 @@ difference.
 import itertools
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -21,26 +20,13 @@ from torch import Tensor
 from hf_lossless.calibration.activations import ActivationStatistics, bin_edges
 from hf_lossless.calibration.statistics import InputStatistics
 from hf_lossless.candidates.clipping import gaussian_clip, laplace_clip
-from hf_lossless.storage.activation_grid import scale_and_zero
+from hf_lossless.storage.activation_grid import StaticGrid, scale_and_zero
 
 SHRINKAGE = tuple(0.8**power for power in range(15))
 """What the ends of the whole range are multiplied by; the last is 0.04."""
 
 _NARROW = 1e-6
 """An interval of so small a part of a step counts as one value: the difference of its ends' integrals would cancel."""
-
-
-@dataclass(frozen=True, eq=False)
-class StaticGrid:
-    """Where the levels of a static grid lie, as it is stored.
-
-    Attributes:
-        scale: Distance between levels, float32 [1].
-        zero: Code of zero, uint8 [1].
-    """
-
-    scale: Tensor
-    zero: Tensor
 
 
 def best_static_grid(

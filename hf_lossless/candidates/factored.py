@@ -7,7 +7,8 @@ from torch import Tensor
 from hf_lossless.candidates.grids import Candidate, grid_of
 from hf_lossless.candidates.low_rank import Factors, Whitening, factorise
 from hf_lossless.candidates.ranks import largest_rank
-from hf_lossless.candidates.uniform import on_grid, quantise, stored_bytes
+from hf_lossless.candidates.uniform import on_grid, quantise
+from hf_lossless.storage.grid import stored_bytes
 from hf_lossless.storage.layers import Layer
 from hf_lossless.storage.plan import KEPT_BITS, Grid, LowRank
 

@@ -31,7 +31,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from hf_lossless.candidates.uniform import QuantisedMatrix, quantise, symmetric_zero
+from hf_lossless.candidates.uniform import quantise
+from hf_lossless.storage.grid import QuantisedMatrix, symmetric_zero
 from hf_lossless.storage.layers import LayerKind
 from hf_lossless.storage.plan import Grid
 

@@ -8,8 +8,9 @@ from torch import Tensor
 from hf_lossless.calibration.statistics import LayerStatistics
 from hf_lossless.candidates.low_rank import Factors
 from hf_lossless.candidates.rounding import aligned_rounding
-from hf_lossless.candidates.uniform import dequantise, on_grid, quantise, stored_bytes
+from hf_lossless.candidates.uniform import on_grid, quantise
 from hf_lossless.errors import CalibrationError
+from hf_lossless.storage.grid import dequantise, stored_bytes
 from hf_lossless.storage.layers import Layer
 from hf_lossless.storage.plan import KEPT_BITS, CodedGrid, Grid, LayerPlanKind, LowRank, Rounding, kind_of_parts
 

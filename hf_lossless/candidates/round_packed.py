@@ -7,7 +7,7 @@ import torch
 
 from hf_lossless.calibration.statistics import Calibration
 from hf_lossless.candidates.feedback import damping_of, quantise_in_metric
-from hf_lossless.candidates.uniform import QuantisedMatrix
+from hf_lossless.storage.grid import QuantisedMatrix
 from hf_lossless.storage.layers import Layer
 from hf_lossless.storage.plan import Grid, LayerPlan
 

@@ -9,7 +9,6 @@ more level on one side, and the sign gives it to the side that reaches further.
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass
 from itertools import chain, repeat
 
 import torch
@@ -17,7 +16,7 @@ from torch import Tensor
 
 from hf_lossless.candidates.clipping import gaussian_clip, laplace_clip
 from hf_lossless.candidates.rounding import round_positions
-from hf_lossless.storage.packing import packed_width
+from hf_lossless.storage.grid import QuantisedMatrix, dequantise, group_blocks, per_weight, symmetric_zero
 from hf_lossless.storage.plan import Grid
 
 _LADDER = tuple(step / 20 for step in range(6, 20))
@@ -27,23 +26,6 @@ _HALF_SMALLEST_NORMAL = 2.0**-14
 _HALF_LARGEST = 65504.0
 _HALF_LARGEST_ZERO = 256.0
 """Beyond it float16 would store a zero point with an error of more than a sixteenth of a step."""
-
-
-@dataclass(frozen=True)
-class QuantisedMatrix:
-    """A matrix on a grid.
-
-    Attributes:
-        codes: uint8 [out, in], each below 2^bits.
-        scales: [out, groups], in `grid.scale_dtype`.
-        zeros: [out, groups], in `grid.scale_dtype`; None for a symmetric grid.
-        grid: The grid, with the scale dtype that was needed.
-    """
-
-    codes: Tensor
-    scales: Tensor
-    zeros: Tensor | None
-    grid: Grid
 
 
 def quantise(matrix: Tensor, grid: Grid, column_weights: Tensor | None = None) -> QuantisedMatrix:
@@ -65,11 +47,11 @@ def quantise(matrix: Tensor, grid: Grid, column_weights: Tensor | None = None) -
         tensor([[-1.0000, -0.5000,  0.0000,  0.5000]])
     """
     matrix = matrix.detach().float()
-    blocks = list(_group_blocks(matrix, grid))
+    blocks = list(group_blocks(matrix, grid))
     if column_weights is None:
         ranges = [_best_range(block, grid, None) for block in blocks]
     else:
-        weights = _group_blocks(column_weights.float()[None], grid)
+        weights = group_blocks(column_weights.float()[None], grid)
         ranges = [_best_range(*pair) for pair in zip(blocks, repeat(grid), weights)]
     scales = torch.cat([scale for scale, _ in ranges], dim=1)
     zeros = None if grid.symmetric else torch.cat([zero for _, zero in ranges], dim=1)
@@ -81,74 +63,12 @@ def quantise(matrix: Tensor, grid: Grid, column_weights: Tensor | None = None) -
     return QuantisedMatrix(codes.to(torch.uint8), scales, zeros, grid)
 
 
-def dequantise(codes: Tensor, scales: Tensor, zeros: Tensor | None, grid: Grid) -> Tensor:
-    """The matrix that codes stand for: `scale * (code - zero)`, float32 [out, in].
-
-    Args:
-        codes: uint8 [out, in].
-        scales: [out, groups].
-        zeros: [out, groups], or None for a symmetric grid.
-        grid: The grid they were made with.
-    """
-    values = codes.float()
-    start = 0
-    # In place, group by group: spreading the scales over all weights first would be one more pass over a matrix.
-    for block in _group_blocks(values, grid):
-        groups = slice(start, start := start + block.shape[1])
-        block -= symmetric_zero(grid) if zeros is None else zeros[:, groups, None].float()
-        block *= scales[:, groups, None].float()
-    return values
-
-
 def on_grid(matrix: Tensor, grid: Grid | None) -> Tensor:
     """A matrix as it is after it went to a grid and back, float32 [out, in]; None: as it is."""
     if grid is None:
         return matrix.detach().float()
     quantised = quantise(matrix, grid)
     return dequantise(quantised.codes, quantised.scales, quantised.zeros, quantised.grid)
-
-
-def per_weight(per_group: Tensor, in_features: int, grid: Grid) -> Tensor:
-    """One number for each group, spread over its weights.
-
-    Args:
-        per_group: [out, groups].
-        in_features: Columns of the matrix.
-        grid: The grid.
-
-    Returns:
-        float32 [out, in], or [out, 1] where one group is the whole row.
-    """
-    per_group = per_group.float()
-    if grid.num_groups(in_features) == 1:
-        return per_group
-    return per_group.repeat_interleave(grid.group_size or in_features, dim=1)[:, :in_features]
-
-
-def stored_bytes(out_features: int, in_features: int, grid: Grid, *, rows: int) -> int:
-    """Bytes of codes, scales and zeros of a matrix as stored.
-
-    Args:
-        out_features: Rows of the matrix.
-        in_features: Columns of the matrix.
-        grid: The grid, its scale dtype settled.
-        rows: Rows in which the codes are packed (see `modules`): `out_features` for embeddings, else 1.
-    """
-    code_bytes = rows * packed_width(out_features * in_features // rows, grid.bits)
-    numbers_per_group = 1 if grid.symmetric else 2
-    scale_bytes = 2 if grid.scale_dtype == "float16" else 4
-    return code_bytes + out_features * grid.num_groups(in_features) * numbers_per_group * scale_bytes
-
-
-def _group_blocks(matrix: Tensor, grid: Grid) -> Iterable[Tensor]:
-    """Views [out, groups, size]: all full groups of a row, then the shorter last one if there is one."""
-    in_features = matrix.shape[1]
-    size = grid.group_size or in_features
-    full = in_features // size * size
-    if full:
-        yield matrix[:, :full].view(len(matrix), full // size, size)
-    if full < in_features:
-        yield matrix[:, full:].unsqueeze(1)
 
 
 def _best_range(block: Tensor, grid: Grid, weights: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -216,11 +136,6 @@ def _codes(values: Tensor, scales: Tensor, zeros: Tensor | float, grid: Grid) ->
     positions = values / _nonzero(scales)
     positions += zeros
     return round_positions(positions, grid.rounding, scales).clamp_(0, 2**grid.bits - 1)
-
-
-def symmetric_zero(grid: Grid) -> float:
-    """The code that stands for zero on a symmetric grid."""
-    return 2.0 ** (grid.bits - 1) if grid.bits > 1 else 0.5
 
 
 def _zero_points(zeros: Tensor | None, in_features: int, grid: Grid) -> Tensor | float:

@@ -10,9 +10,9 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from hf_lossless.candidates.activation_ranges import StaticGrid
 from hf_lossless.candidates.grids import Candidate
 from hf_lossless.errors import CalibrationError
+from hf_lossless.storage.activation_grid import StaticGrid
 from hf_lossless.storage.layers import Layer
 from hf_lossless.storage.plan import CodedGrid, LayerPlan
 from hf_lossless.theories.activation_noise import ActivationOption, choose_activation

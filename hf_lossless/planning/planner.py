@@ -23,13 +23,11 @@ from functools import partial
 from torch import Tensor
 
 from hf_lossless.calibration.perturbation import LossChange, input_noise, loss_change, weight_noise
-from hf_lossless.candidates.activation_ranges import StaticGrid
 from hf_lossless.candidates.grids import Candidate
 from hf_lossless.candidates.low_rank import Factors
 from hf_lossless.candidates.parallel import for_each_layer
 from hf_lossless.candidates.round_coded import CodedLayer, settle_coded
 from hf_lossless.candidates.round_packed import settle
-from hf_lossless.candidates.uniform import QuantisedMatrix, dequantise
 from hf_lossless.config import LosslessCompressionConfig
 from hf_lossless.data.processes import process_state
 from hf_lossless.errors import CalibrationError, UnreachableTargetError
@@ -37,7 +35,9 @@ from hf_lossless.planning import knapsack
 from hf_lossless.planning.loss_check import LossCheck, loss_check
 from hf_lossless.planning.options import Found, Option, Options, options_of, put_right, scaled
 from hf_lossless.planning.target import choose_plan
+from hf_lossless.storage.activation_grid import StaticGrid
 from hf_lossless.storage.apply import quantised_input
+from hf_lossless.storage.grid import QuantisedMatrix, dequantise
 from hf_lossless.storage.layers import Layer
 from hf_lossless.storage.modules.activations import QuantisedInput
 from hf_lossless.storage.plan import CodedGrid, CompressionPlan, activations_of

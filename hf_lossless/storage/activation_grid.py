@@ -9,6 +9,8 @@ beforehand, one pair for a whole tensor; "dynamic" that they are those of the va
 linear layer, of each image for a convolution.
 """
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -16,6 +18,19 @@ from hf_lossless.storage.layers import LayerKind
 
 DYNAMIC_AXES: dict[LayerKind, tuple[int, ...]] = {"linear": (-1,), "conv1d": (-1,), "conv2d": (-3, -2, -1)}
 """The axes of a layer's input that share a dynamic range; an embedding has no input to quantise."""
+
+
+@dataclass(frozen=True, eq=False)
+class StaticGrid:
+    """Where the levels of a static grid lie, as it is stored.
+
+    Attributes:
+        scale: Distance between levels, float32 [1].
+        zero: Code of zero, uint8 [1].
+    """
+
+    scale: Tensor
+    zero: Tensor
 
 
 def may_quantise_input(kind: LayerKind, tied: tuple[str, ...]) -> bool:

@@ -10,12 +10,12 @@ import torch
 from accelerate.hooks import add_hook_to_module
 from torch import Tensor, nn
 
-from hf_lossless.candidates.activation_ranges import StaticGrid
 from hf_lossless.candidates.low_rank import Factors
 from hf_lossless.candidates.round_coded import CodedLayer
-from hf_lossless.candidates.uniform import QuantisedMatrix, quantise
+from hf_lossless.candidates.uniform import quantise
 from hf_lossless.errors import PlanError
-from hf_lossless.storage.activation_grid import may_quantise_input
+from hf_lossless.storage.activation_grid import StaticGrid, may_quantise_input
+from hf_lossless.storage.grid import QuantisedMatrix
 from hf_lossless.storage.layers import Layer, kind_of
 from hf_lossless.storage.modules.activations import QuantisedInput
 from hf_lossless.storage.modules.base import CompressedModule

@@ -20,7 +20,8 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from hf_lossless.calibration.statistics import LayerStatistics
-from hf_lossless.candidates.activation_ranges import StaticGrid, best_static_grid
+from hf_lossless.candidates.activation_ranges import best_static_grid
+from hf_lossless.storage.activation_grid import StaticGrid
 from hf_lossless.storage.plan import ActivationGrid
 
 

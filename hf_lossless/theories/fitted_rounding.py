@@ -23,7 +23,7 @@ from torch import Tensor
 
 from hf_lossless.calibration.curvature import KroneckerFactors
 from hf_lossless.candidates.feedback import damping_of, quantise_in_metric
-from hf_lossless.candidates.uniform import dequantise
+from hf_lossless.storage.grid import dequantise
 from hf_lossless.storage.layers import Layer
 from hf_lossless.storage.plan import Grid
 from hf_lossless.theories.problem import Problem

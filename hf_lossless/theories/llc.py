@@ -40,8 +40,8 @@ from hf_lossless.calibration.statistics import LayerStatistics, Moments
 from hf_lossless.candidates.activations import ActivationNoise
 from hf_lossless.candidates.activations import activation_noise as activation_noise_of
 from hf_lossless.candidates.grids import Candidate
-from hf_lossless.candidates.uniform import per_weight
 from hf_lossless.data.processes import sum_over_processes
+from hf_lossless.storage.grid import per_weight
 from hf_lossless.storage.layers import Layer
 from hf_lossless.theories import llc_decomposition
 from hf_lossless.theories.noise_limits import ERROR_MAX, refuse_beyond

@@ -23,7 +23,8 @@ from hf_lossless.candidates.feedback import (
     quantise_in_metric,
     refit_scales,
 )
-from hf_lossless.candidates.uniform import QuantisedMatrix, dequantise, on_grid, quantise, symmetric_zero
+from hf_lossless.candidates.uniform import on_grid, quantise
+from hf_lossless.storage.grid import QuantisedMatrix, dequantise, symmetric_zero
 from hf_lossless.storage.plan import Grid
 
 SYMMETRIES = pytest.mark.parametrize("symmetric", [True, False], ids=["symmetric", "asymmetric"])

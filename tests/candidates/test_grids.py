@@ -7,9 +7,10 @@ from transformers.pytorch_utils import Conv1D
 
 from hf_lossless.calibration.statistics import LayerStatistics, Moments
 from hf_lossless.candidates.grids import Candidate, propose
-from hf_lossless.candidates.uniform import dequantise, quantise
+from hf_lossless.candidates.uniform import quantise
 from hf_lossless.errors import CalibrationError
 from hf_lossless.storage.apply import apply_plan
+from hf_lossless.storage.grid import dequantise
 from hf_lossless.storage.layers import Layer, find_layers
 from hf_lossless.storage.plan import Grid, LayerPlan
 

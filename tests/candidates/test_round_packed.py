@@ -8,8 +8,9 @@ from hf_lossless.calibration.statistics import Calibration, calibrate
 from hf_lossless.candidates import round_packed as module_under_test
 from hf_lossless.candidates.feedback import DAMPING, EMBEDDING_DAMPING, quantise_in_metric
 from hf_lossless.candidates.round_packed import settle
-from hf_lossless.candidates.uniform import dequantise, on_grid, quantise
+from hf_lossless.candidates.uniform import on_grid, quantise
 from hf_lossless.data.batches import batch_loss
+from hf_lossless.storage.grid import dequantise
 from hf_lossless.storage.layers import Layer, find_layers
 from hf_lossless.storage.plan import Grid, LayerPlan
 

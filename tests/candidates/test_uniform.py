@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from hf_lossless.candidates import uniform
 from hf_lossless.candidates.clipping import gaussian_clip, laplace_clip
-from hf_lossless.candidates.uniform import QuantisedMatrix, dequantise, per_weight, quantise, stored_bytes
+from hf_lossless.candidates.uniform import quantise
+from hf_lossless.storage.grid import QuantisedMatrix, dequantise, per_weight, stored_bytes
 from hf_lossless.storage.layers import find_layers
 from hf_lossless.storage.modules.packed import PACKED
 from hf_lossless.storage.plan import Grid

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from hf_lossless.candidates.grids import grid_of
 from hf_lossless.candidates.uniform import quantise
-from hf_lossless.candidates.uniform import stored_bytes as grid_bytes
 from hf_lossless.data.tasks.registry import task_of
+from hf_lossless.storage.grid import stored_bytes as grid_bytes
 from hf_lossless.storage.layers import find_layers
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "recipes"))

@@ -8,9 +8,10 @@ from tiny_plans import by_hand, dense_matrix, fitting_grid, truncated_svd
 from torch import nn
 
 from hf_lossless import PlanError, apply_plan
-from hf_lossless.candidates.activation_ranges import StaticGrid
 from hf_lossless.candidates.low_rank import Factors
-from hf_lossless.candidates.uniform import QuantisedMatrix, dequantise, quantise
+from hf_lossless.candidates.uniform import quantise
+from hf_lossless.storage.activation_grid import StaticGrid
+from hf_lossless.storage.grid import QuantisedMatrix, dequantise
 from hf_lossless.storage.layers import find_layers
 from hf_lossless.storage.modules.base import CompressedModule
 from hf_lossless.storage.modules.low_rank import LowRankConv2d, LowRankEmbedding, LowRankLinear

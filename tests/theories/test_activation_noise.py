@@ -7,9 +7,14 @@ import torch
 from torch import nn
 
 from hf_lossless.calibration.statistics import LayerStatistics, Moments, calibrate, layer_input, with_layer_input
-from hf_lossless.candidates.activation_ranges import StaticGrid
 from hf_lossless.data.batches import batch_loss
-from hf_lossless.storage.activation_grid import DYNAMIC_AXES, dynamic_range, on_activation_grid, scale_and_zero
+from hf_lossless.storage.activation_grid import (
+    DYNAMIC_AXES,
+    StaticGrid,
+    dynamic_range,
+    on_activation_grid,
+    scale_and_zero,
+)
 from hf_lossless.storage.layers import find_layers
 from hf_lossless.storage.plan import ActivationGrid
 from hf_lossless.theories.activation_noise import (

@@ -9,9 +9,9 @@ from hf_lossless.calibration.statistics import calibrate
 from hf_lossless.candidates.propose import menu
 from hf_lossless.candidates.ranks import ranks_by_layer
 from hf_lossless.candidates.round_packed import settle
-from hf_lossless.candidates.uniform import dequantise
 from hf_lossless.config import LosslessCompressionConfig
 from hf_lossless.data.batches import batch_loss
+from hf_lossless.storage.grid import dequantise
 from hf_lossless.storage.layers import find_layers
 from hf_lossless.storage.plan import LayerPlan
 from hf_lossless.theories.cross_fit import CrossFit, rounding_change

@@ -11,8 +11,9 @@ from hf_lossless.calibration.statistics import Calibration, LayerStatistics, Mom
 from hf_lossless.candidates.feedback import DAMPING, EMBEDDING_DAMPING, quantise_in_metric
 from hf_lossless.candidates.grids import Candidate
 from hf_lossless.candidates.round_packed import settle
-from hf_lossless.candidates.uniform import dequantise, quantise
+from hf_lossless.candidates.uniform import quantise
 from hf_lossless.data.batches import batch_loss
+from hf_lossless.storage.grid import dequantise
 from hf_lossless.storage.layers import Layer, find_layers
 from hf_lossless.storage.plan import Grid, LayerPlan
 from hf_lossless.theories import fitted_rounding

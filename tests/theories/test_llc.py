@@ -12,8 +12,9 @@ from torch.nn import functional as F
 from hf_lossless.calibration.statistics import calibrate
 from hf_lossless.candidates.activations import activation_noise as activation_noise_of
 from hf_lossless.candidates.grids import Candidate, propose
-from hf_lossless.candidates.uniform import dequantise, quantise
+from hf_lossless.candidates.uniform import quantise
 from hf_lossless.data.batches import batch_loss
+from hf_lossless.storage.grid import dequantise
 from hf_lossless.storage.layers import Layer, find_layers
 from hf_lossless.storage.plan import Grid
 from hf_lossless.theories import llc

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from hf_lossless.candidates.uniform import per_weight
+from hf_lossless.storage.grid import per_weight
 from hf_lossless.storage.modules.base import CompressedModule
 from hf_lossless.storage.modules.packed import PackedModule
 from hf_lossless.storage.packing import unpack

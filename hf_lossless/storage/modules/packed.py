@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from hf_lossless.candidates.uniform import QuantisedMatrix, dequantise
+from hf_lossless.storage.grid import QuantisedMatrix, dequantise
 from hf_lossless.storage.layers import Layer, LayerKind
 from hf_lossless.storage.modules.activations import keeping_dtype
 from hf_lossless.storage.modules.base import CompressedModule, WholeConv2d, WholeEmbedding, WholeLinear

@@ -12,11 +12,11 @@ from transformers.integrations import gemma_quant
 from transformers.quantizers.quantizers_utils import should_convert_module
 
 from hf_lossless import Grid, LayerPlan
-from hf_lossless.candidates.uniform import QuantisedMatrix
 from hf_lossless.checkpoints.exports.compressed_tensors import pack_words
 from hf_lossless.checkpoints.exports.convert import NotCarried, largest_move, name_pattern, pack_bytes, whole_numbers
 from hf_lossless.checkpoints.exports.gemma import pack_numbers
 from hf_lossless.storage.apply import apply_plan
+from hf_lossless.storage.grid import QuantisedMatrix
 from hf_lossless.storage.layers import find_layers
 from hf_lossless.storage.modules.packed import PACKED, PackedModule
 

@@ -8,8 +8,13 @@ from tiny_plans import by_hand, dense_matrix, dense_twin
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from hf_lossless.candidates.activation_ranges import StaticGrid
-from hf_lossless.storage.activation_grid import DYNAMIC_AXES, dynamic_range, on_activation_grid, scale_and_zero
+from hf_lossless.storage.activation_grid import (
+    DYNAMIC_AXES,
+    StaticGrid,
+    dynamic_range,
+    on_activation_grid,
+    scale_and_zero,
+)
 from hf_lossless.storage.apply import apply_plan
 from hf_lossless.storage.layers import find_layers
 from hf_lossless.storage.plan import ActivationGrid
