@@ -16,7 +16,7 @@ from hf_lossless.calibration.model_labels import drawn_batches, with_fisher
 from hf_lossless.calibration.perturbation import LossChange, loss_change
 from hf_lossless.calibration.statistics import Calibration, calibrate
 from hf_lossless.candidates.damping import chosen_scale
-from hf_lossless.candidates.propose import Truncation, menu
+from hf_lossless.candidates.propose import Truncation, propose
 from hf_lossless.candidates.ranks import ranks_by_layer
 from hf_lossless.certification.certificate import Certificate
 from hf_lossless.config import LosslessCheckpointConfig, LosslessCompressionConfig
@@ -26,7 +26,7 @@ from hf_lossless.errors import ConfigurationError, DataError
 from hf_lossless.planning import knapsack
 from hf_lossless.planning.loss_check import LossCheck, loss_check
 from hf_lossless.planning.planner import Planned, Planner
-from hf_lossless.storage.apply import apply_plan
+from hf_lossless.storage.apply import apply
 from hf_lossless.storage.layers import Layer, find_layers
 from hf_lossless.storage.modules.base import CompressedModule
 from hf_lossless.storage.plan import CompressionPlan
@@ -209,7 +209,7 @@ def analyse(
         if drawn is not None:
             calibration = with_fisher(calibration, model, drawn, layers, advance)
     damping_scale = chosen_scale(model, batches, layers, calibration) if drawn is not None else 1.0
-    candidates = menu(
+    candidates = propose(
         layers,
         calibration,
         config,
@@ -256,7 +256,7 @@ def realise(model: nn.Module, problem: Problem, planned: Planned) -> LossChange:
     batches, loss = problem.batches, problem.loss
     corrections = bias_corrections(problem.model, problem.layers, problem.calibration, planned.error)
     moments = input_moments(model, batches, loss) if batch_norms(model) else None
-    apply_plan(model, planned.plan.layers, planned.factors, planned.quantised, planned.coded, planned.static_grids)
+    apply(model, planned.stored)
     correct_biases(model, corrections)
     if moments is not None:
         follow(model, batches, loss, moments)

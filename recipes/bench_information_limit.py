@@ -56,6 +56,7 @@ from hf_lossless.data.batches import Batch
 from hf_lossless.data.rows import calibration_batches
 from hf_lossless.data.tasks.text_classification import TextClassification
 from hf_lossless.planning.planner import Planned
+from hf_lossless.storage.values import EncodedMatrix
 
 _HERE = Path(__file__).resolve().parent
 _OUT = _HERE / "bench_information_limit.json"
@@ -90,10 +91,11 @@ def bench_frontier(
     report["original"] = {**bench.judged(bench.original), "file_bytes": original.file_bytes}
 
     def keep(ratio: float, planned: Planned, saved: Path) -> None:
-        if ratio != _SHOWN_RATIO or not planned.coded:
+        coded = [one.values for one in planned.stored.values() if isinstance(one.values, EncodedMatrix)]
+        if ratio != _SHOWN_RATIO or not coded:
             return
         if "coder" in parts:
-            report["coder"] = coder_figures(planned.coded.values())
+            report["coder"] = coder_figures(coded)
         if "loading" in parts:
             text = isinstance(bench.problem.task, TextClassification)
             auto = "AutoModelForSequenceClassification" if text else "AutoModelForImageClassification"

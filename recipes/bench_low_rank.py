@@ -49,12 +49,13 @@ from hf_lossless.candidates.grids import Candidate
 from hf_lossless.candidates.low_rank import DAMPING, Factorisation, Factors, Whitening, factorise
 from hf_lossless.candidates.parallel import for_each_layer
 from hf_lossless.candidates.ranks import largest_rank, ranks_to_try
+from hf_lossless.candidates.stored import stored_layer
 from hf_lossless.certification.evaluation import evaluate
 from hf_lossless.data.batches import Batch, batch_loss
 from hf_lossless.data.rows import calibration_batches
 from hf_lossless.data.tasks.registry import task_of
 from hf_lossless.planning import knapsack
-from hf_lossless.storage.apply import apply_plan
+from hf_lossless.storage.apply import apply
 from hf_lossless.storage.layers import Layer, as_matrix, find_layers
 from hf_lossless.storage.plan import LayerPlan, LowRank
 from hf_lossless.theories import curvature, llc_decomposition
@@ -272,16 +273,15 @@ METHODS: dict[str, Callable[[Bench], Callable[[float], Ranks]]] = {
 def factorised(model: PreTrainedModel, ranks: Ranks) -> PreTrainedModel:
     """A copy of the model with these layers factorised."""
     twin = copy.deepcopy(model)
-    plans = {}
+    stored = {}
     for layer in find_layers(twin):
         if layer.name in ranks:
             out_features, in_features = layer.matrix.shape
             low_rank = LowRank(rank=ranks[layer.name].rank, shape=(out_features, in_features))
             cost = low_rank.rank * (out_features + in_features) * 4
-            plans[layer.name] = LayerPlan(
-                kind="low_rank", low_rank=low_rank, cost_bytes=cost, predicted_loss_change=0.0
-            )
-    apply_plan(twin, plans, ranks)
+            plan = LayerPlan(kind="low_rank", low_rank=low_rank, cost_bytes=cost, predicted_loss_change=0.0)
+            stored[layer.name] = stored_layer(layer, plan, factors=ranks[layer.name])
+    apply(twin, stored)
     return twin
 
 
@@ -379,7 +379,7 @@ def bench_latency() -> list[dict[str, Any]]:
             out_features, in_features = layer.matrix.shape
             low_rank = LowRank(rank=rank, shape=(out_features, in_features))
             plan = LayerPlan(kind="low_rank", low_rank=low_rank, cost_bytes=0, predicted_loss_change=0.0)
-            variants[rank] = apply_plan(holder, {"0": plan}, {"0": found.truncated(rank)})[0]
+            variants[rank] = apply(holder, {"0": stored_layer(layer, plan, factors=found.truncated(rank))})[0]
         times: dict[int, list[float]] = {rank: [] for rank in variants}
         with torch.no_grad():
             for _ in range(60):  # in turn, so that noise meets all alike

@@ -47,14 +47,15 @@ from hf_lossless import LosslessCompressionConfig
 from hf_lossless.calibration.perturbation import weight_noise
 from hf_lossless.calibration.statistics import calibrate
 from hf_lossless.candidates.grids import Candidate
-from hf_lossless.candidates.propose import menu
-from hf_lossless.candidates.round_packed import settle
+from hf_lossless.candidates.propose import propose
+from hf_lossless.candidates.round_packed import round_with_feedback
+from hf_lossless.candidates.stored import stored_layer
 from hf_lossless.compression import analyse, realise
 from hf_lossless.config import THEORIES, LosslessCheckpointConfig
 from hf_lossless.data.batches import batch_loss
 from hf_lossless.errors import UnreachableTargetError
 from hf_lossless.planning.planner import Planner
-from hf_lossless.storage.apply import apply_plan
+from hf_lossless.storage.apply import apply
 from hf_lossless.storage.layers import find_layers
 from hf_lossless.storage.plan import LayerPlan
 from hf_lossless.theories import cet
@@ -191,7 +192,7 @@ def nearest_problem(peer_problem: PeerProblem) -> Problem:
     layers = find_layers(model)
     calibration = calibrate(model, batches, layers, batch_loss)
     config = LosslessCompressionConfig(ratio=6)
-    return Problem(model, batches, batch_loss, layers, calibration, menu(layers, calibration, config, {}, "plain"))
+    return Problem(model, batches, batch_loss, layers, calibration, propose(layers, calibration, config, {}, "plain"))
 
 
 def analysed(
@@ -262,7 +263,14 @@ def one_width(peer_problem: PeerProblem, problem: Problem, judged: Judge) -> lis
                 kind=one.kind, grid=one.grid, cost_bytes=one.cost_bytes, predicted_loss_change=0.0
             )
         model = peer_problem.copy()
-        apply_plan(model, layer_plans, quantised=settle(problem.layers, layer_plans, problem.calibration))
+        rounded = round_with_feedback(problem.layers, layer_plans, problem.calibration)
+        apply(
+            model,
+            {
+                layer.name: stored_layer(layer, layer_plans[layer.name], rounded=rounded.get(layer.name))
+                for layer in problem.layers
+            },
+        )
         size_bytes = other_bytes + sum(layer_plan.cost_bytes for layer_plan in layer_plans.values())
         row = {
             "peer": f"one width, feedback, {bits} bits",
@@ -293,13 +301,12 @@ def as_printed(
             continue
         stored = other_bytes + sum(one.cost_bytes for one in fitting[-1].values())
         model = peer_problem.copy()
-        apply_plan(
-            model,
-            {
-                layer: LayerPlan(kind=one.kind, grid=one.grid, cost_bytes=one.cost_bytes, predicted_loss_change=0.0)
-                for layer, one in fitting[-1].items()
-            },
-        )
+        layers = {layer.name: layer for layer in problem.layers}
+        plans = {
+            name: LayerPlan(kind=one.kind, grid=one.grid, cost_bytes=one.cost_bytes, predicted_loss_change=0.0)
+            for name, one in fitting[-1].items()
+        }
+        apply(model, {name: stored_layer(layers[name], plan) for name, plan in plans.items()})
         rows[str(ratio)] = {"ratio": round(peer_problem.original_bytes / stored, 3), **judged(model)}
         print(_AS_PRINTED, ratio, rows[str(ratio)], flush=True)
     return rows

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from hf_lossless import LosslessCompressionConfig, compress
 from hf_lossless import compression as pipeline
 from hf_lossless.calibration.statistics import calibrate
-from hf_lossless.candidates.grids import propose
+from hf_lossless.candidates.grids import propose_grids
 from hf_lossless.compression import CompressionResult, tensor_bytes
 from hf_lossless.config import THEORIES, LosslessCheckpointConfig
 from hf_lossless.data.batches import batch_loss
@@ -115,7 +115,7 @@ def every_plan(bits: tuple[int, ...]) -> list[CompressionPlan]:
     model = network().eval()
     layers = find_layers(model)
     calibration = calibrate(model, BATCHES, layers, batch_loss)
-    candidates = {layer.name: propose(layer, calibration.layers[layer.name], bits, 16, True) for layer in layers}
+    candidates = {layer.name: propose_grids(layer, calibration.layers[layer.name], bits, 16, True) for layer in layers}
     predictions = llc.predict(Problem(model, BATCHES, batch_loss, layers, calibration, candidates))
     groups = []
     for name, group in candidates.items():

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import transformers as hf
+from rounded_plans import apply_rounded
 from tiny_models import TinyModel
 from tiny_plans import by_hand, fitting_grid
 from torch import nn
@@ -13,7 +14,6 @@ from hf_lossless import CompressionPlan, LayerPlan, LosslessCheckpointConfig, Lo
 from hf_lossless.candidates.low_rank import Factors
 from hf_lossless.checkpoints.names import forget_compressed_ties, with_present_bytes
 from hf_lossless.compression import tensor_bytes
-from hf_lossless.storage.apply import apply_plan
 from hf_lossless.storage.layers import Layer, find_layers
 from hf_lossless.storage.modules.base import compressed_layers
 from hf_lossless.storage.modules.tied import Tied
@@ -60,7 +60,7 @@ def save_compressed(
     before = tensor_bytes(model)
     planned = {layer.name: plan(index, layer) for index, layer in enumerate(find_layers(model))}
     plans = {name: layer_plan for name, (layer_plan, _) in planned.items()}
-    apply_plan(model, plans, {name: factors for name, (_, factors) in planned.items() if factors is not None})
+    apply_rounded(model, plans, {name: factors for name, (_, factors) in planned.items() if factors is not None})
     forget_compressed_ties(model)
     activations = "quantised" if any(one.activation for one in plans.values()) else "float"
     whole = CompressionPlan(theory="llc", layers=plans, other_bytes=0, original_bytes=before, activations=activations)

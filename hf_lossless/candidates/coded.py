@@ -8,7 +8,7 @@ import torch
 
 from hf_lossless.calibration.statistics import LayerStatistics
 from hf_lossless.candidates.grids import Candidate
-from hf_lossless.candidates.inverse_roots import Sides
+from hf_lossless.candidates.inverse_roots import InverseRoots
 from hf_lossless.candidates.shaped import Sample, coded_bytes, ladder, try_step
 from hf_lossless.storage.layers import Layer, LayerKind
 from hf_lossless.storage.plan import CodedGrid, Damping
@@ -41,7 +41,7 @@ def propose_coded(layer: Layer, statistics: LayerStatistics, seed: int, damping_
     if curvature is None or not curvature.scale > 0 or not curvature.is_finite:
         return []
     damping = damping_of(layer.kind, damping_scale)
-    sides = Sides.of(curvature, damping)
+    sides = InverseRoots.of(curvature, damping)
     matrix = layer.matrix.detach().float()
     sample = Sample.of(matrix, sides, torch.Generator().manual_seed(seed))
     out_features, in_features = matrix.shape

@@ -22,8 +22,8 @@ from hf_lossless.calibration.model_labels import divergence, log_probabilities
 from hf_lossless.calibration.perturbation import weight_noise
 from hf_lossless.calibration.statistics import Calibration
 from hf_lossless.candidates.coded import damping_of
-from hf_lossless.candidates.inverse_roots import Sides
-from hf_lossless.candidates.round_coded import settle_coded
+from hf_lossless.candidates.inverse_roots import InverseRoots
+from hf_lossless.candidates.round_coded import round_coded
 from hf_lossless.candidates.shaped import step_at
 from hf_lossless.data.batches import Batch
 from hf_lossless.storage.layers import Layer
@@ -61,13 +61,13 @@ def chosen_scale(model: nn.Module, batches: list[Batch], layers: list[Layer], ca
     fitted = replace(calibration, layers=even)
     costs = {}
     for scale in LADDER:
-        rounded = settle_coded(tried, {layer.name: _grid(layer, fitted, scale) for layer in tried}, fitted)
-        bits = 8 * sum(len(one.stored) for one in rounded.values()) / sum(layer.matrix.numel() for layer in tried)
+        rounded = round_coded(tried, {layer.name: _grid(layer, fitted, scale) for layer in tried}, fitted)
+        bits = 8 * sum(one.cost_bytes for one in rounded.values()) / sum(layer.matrix.numel() for layer in tried)
         with ExitStack() as stack:
             for layer in tried:
                 stack.enter_context(
                     weight_noise(
-                        layer, rounded[layer.name].dense.to(layer.weight.device) - layer.matrix.detach().float()
+                        layer, rounded[layer.name].values.dense.to(layer.weight.device) - layer.matrix.detach().float()
                     )
                 )
             after = log_probabilities(model, batches[1::2])
@@ -94,5 +94,5 @@ def _grid(layer: Layer, calibration: Calibration, scale: float) -> CodedGrid:
     assert curvature is not None
     damping = damping_of(layer.kind, scale)
     out_features, in_features = layer.matrix.shape
-    step = step_at(RESOLUTION, layer.matrix, Sides.of(curvature, damping))
+    step = step_at(RESOLUTION, layer.matrix, InverseRoots.of(curvature, damping))
     return CodedGrid(step=step, damping=damping, shape=(out_features, in_features))

@@ -72,7 +72,7 @@ def _as_stored(factor: Tensor, grid: Grid | None, dtype: torch.dtype) -> Tensor:
     return on_grid(factor if grid is not None else factor.to(dtype), grid)
 
 
-def propose(
+def propose_grids(
     layer: Layer, statistics: LayerStatistics, bits: tuple[int, ...], group_size: int | None, symmetric: bool
 ) -> list[Candidate]:
     """The candidates of a layer, widest last.

@@ -18,7 +18,7 @@ from hf_lossless.storage.plan import Damping
 
 
 @dataclass(frozen=True)
-class Side:
+class InverseRoot:
     """One side of the metric.
 
     Attributes:
@@ -30,7 +30,7 @@ class Side:
     root: Tensor
 
     @classmethod
-    def of(cls, factor: Tensor, damping: float) -> "Side":
+    def of(cls, factor: Tensor, damping: float) -> "InverseRoot":
         """The side of a factor [n, n], or of a diagonal one [n].
 
         Args:
@@ -49,7 +49,7 @@ class Side:
         return self.root.ndim == 1
 
     @property
-    def spreads(self) -> Tensor:
+    def unit_steps(self) -> Tensor:
         """U_ii in the original order, [n]: the step that costs 1."""
         return self._unordered(self.root if self.is_diagonal else self.root.diagonal())
 
@@ -85,30 +85,30 @@ class Side:
 
 
 @dataclass(frozen=True)
-class Sides:
+class InverseRoots:
     """Both sides of a layer's metric, and its scale.
 
     Attributes:
-        rows: Side of R; its root is V.
-        columns: Side of C; its root is U.
+        rows: InverseRoot of R; its root is V.
+        columns: InverseRoot of C; its root is U.
         scale: The curvature's scale.
     """
 
-    rows: Side
-    columns: Side
+    rows: InverseRoot
+    columns: InverseRoot
     scale: float
 
     @classmethod
-    def of(cls, curvature: KroneckerFactors, damping: Damping) -> "Sides":
+    def of(cls, curvature: KroneckerFactors, damping: Damping) -> "InverseRoots":
         """The sides of a layer's curvature."""
-        rows, columns = Side.of(curvature.rows, damping.rows), Side.of(curvature.columns, damping.columns)
+        rows, columns = InverseRoot.of(curvature.rows, damping.rows), InverseRoot.of(curvature.columns, damping.columns)
         return cls(rows, columns, curvature.scale)
 
     def row_steps(self, step: float) -> Tensor:
         """`step V_kk / sqrt(scale)`, [out]: with `column_steps`, every weight's rounding costs `step^2 / 24` nats."""
-        return self.rows.spreads * (step / math.sqrt(self.scale))
+        return self.rows.unit_steps * (step / math.sqrt(self.scale))
 
     @property
     def column_steps(self) -> Tensor:
         """`U_ii`, [in]."""
-        return self.columns.spreads
+        return self.columns.unit_steps

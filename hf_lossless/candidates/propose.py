@@ -8,7 +8,7 @@ from hf_lossless.calibration.statistics import Calibration, LayerStatistics
 from hf_lossless.candidates.coded import propose_coded
 from hf_lossless.candidates.descent import aligned_factors, smallest_rank
 from hf_lossless.candidates.factored import propose_factored, propose_sums
-from hf_lossless.candidates.grids import Candidate, propose, refuse_infinite
+from hf_lossless.candidates.grids import Candidate, propose_grids, refuse_infinite
 from hf_lossless.candidates.low_rank import Factors, Whitening, factorise
 from hf_lossless.candidates.parallel import for_each_layer
 from hf_lossless.config import LosslessCompressionConfig
@@ -20,7 +20,7 @@ Truncation = Literal["plain", "descent", "metric"]
 in the metric of the loss."""
 
 
-def menu(
+def propose(
     layers: list[Layer],
     calibration: Calibration,
     config: LosslessCompressionConfig,
@@ -58,7 +58,7 @@ def menu(
         if by_derivatives and not statistics.has_derivatives:
             return [Candidate(None, layer.weight.nbytes)]
         bits = config.bits if "fixed" in config.storage else tuple(set(config.bits) & {KEPT_BITS})
-        widths = propose(layer, statistics, bits, config.group_size, config.symmetric)
+        widths = propose_grids(layer, statistics, bits, config.group_size, config.symmetric)
         candidates = [*widths, *_with_feedback(widths)] if truncation == "metric" else widths
         if "entropy" in config.storage:
             candidates = [*candidates, *propose_coded(layer, statistics, config.seed, damping_scale)]

@@ -4,52 +4,45 @@ from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
-from torch import Tensor
 
 from hf_lossless.calibration.curvature import second_order_change
 from hf_lossless.calibration.statistics import Calibration
-from hf_lossless.candidates.inverse_roots import Sides
+from hf_lossless.candidates.inverse_roots import InverseRoots
 from hf_lossless.candidates.shaped import stored_steps
 from hf_lossless.candidates.two_sided import round_two_sided
 from hf_lossless.storage.entropy.matrix import LARGEST_CODE, CodedMatrix, encode
 from hf_lossless.storage.layers import Layer
 from hf_lossless.storage.plan import CodedGrid
+from hf_lossless.storage.values import EncodedMatrix
 
 _LARGEST_BATCH = 2**23
 """Numbers in the weights of a batch, or in its metrics: 32 MiB in float32, of which rounding holds about ten copies."""
 
 
 @dataclass(frozen=True)
-class CodedLayer:
+class CodedRounding:
     """A layer rounded on a shaped grid.
 
     Attributes:
         grid: The grid.
-        matrix: Codes and steps.
-        stored: Their bytes, uint8.
+        values: Codes, steps and bytes.
         cost: What it costs in the damped metric that shaped it, in nats.
     """
 
     grid: CodedGrid
-    matrix: CodedMatrix
-    stored: NDArray[np.uint8]
+    values: EncodedMatrix
     cost: float
 
     @property
-    def dense(self) -> Tensor:
-        """The weight that it stands for, float32 [out, in]."""
-        levels = torch.from_numpy(self.matrix.codes).float()
-        levels.view(-1)[torch.from_numpy(self.matrix.far_positions)] = torch.from_numpy(self.matrix.far_codes).float()
-        row_steps, column_steps = (torch.from_numpy(one) for one in (self.matrix.row_steps, self.matrix.column_steps))
-        return levels.mul_(column_steps).mul_(row_steps[:, None])
+    def cost_bytes(self) -> int:
+        """Bytes that it is stored in."""
+        return len(self.values.stored)
 
 
-def settle_coded(
+def round_coded(
     layers: list[Layer], grids: Mapping[str, CodedGrid], calibration: Calibration
-) -> dict[str, CodedLayer]:
+) -> dict[str, CodedRounding]:
     """Rounds layers by feedback from both sides, those of one shape together, and codes them.
 
     Args:
@@ -64,13 +57,13 @@ def settle_coded(
             assert curvature is not None
             key = tuple(layer.matrix.shape), curvature.rows.ndim, curvature.columns.ndim, layer.weight.device
             batches[key].append((layer, grids[layer.name], curvature))
-    settled = {}
+    rounded = {}
     for members in batches.values():
         largest = max(tensor.numel() for tensor in (members[0][0].weight, members[0][2].rows, members[0][2].columns))
         at_once = max(1, _LARGEST_BATCH // largest)
         for start in range(0, len(members), at_once):
             part = members[start : start + at_once]
-            sides = [Sides.of(curvature, grid.damping) for _, grid, curvature in part]
+            sides = [InverseRoots.of(curvature, grid.damping) for _, grid, curvature in part]
             matrices = torch.stack([layer.matrix.detach().float() for layer, _, _ in part])
             row_steps = torch.stack(
                 [stored_steps(one.row_steps(grid.step)) for one, (_, grid, _) in zip(sides, part, strict=True)]
@@ -89,5 +82,5 @@ def settle_coded(
                 )
                 rows, columns = curvature.damped(grid.damping.rows).rows, curvature.damped(grid.damping.columns).columns
                 cost = second_order_change(errors[member], replace(curvature, rows=rows, columns=columns))
-                settled[layer.name] = CodedLayer(grid, coded, encode(coded), cost)
-    return settled
+                rounded[layer.name] = CodedRounding(grid, EncodedMatrix(coded, encode(coded)), cost)
+    return rounded

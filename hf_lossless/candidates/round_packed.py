@@ -15,7 +15,7 @@ _LARGEST_BATCH = 2**24
 """Numbers in the weights of a batch, or in its metrics: 64 MiB in float32, of which rounding holds about ten copies."""
 
 
-def settle(
+def round_with_feedback(
     layers: list[Layer], layer_plans: Mapping[str, LayerPlan], calibration: Calibration
 ) -> dict[str, QuantisedMatrix]:
     """Codes and scales by layer name, for every layer that is planned on a grid with the rounding "feedback".
@@ -36,7 +36,7 @@ def settle(
         grid = layer_plans[layer.name].grid
         if grid is not None and grid.rounding == "feedback":
             batches[_key(layer, grid, calibration)].append((layer, grid))
-    settled = {}
+    rounded = {}
     for members in batches.values():
         largest = max(members[0][0].weight.numel(), _columns(members[0][0], calibration).numel())
         at_once = max(1, _LARGEST_BATCH // largest)
@@ -48,8 +48,8 @@ def settle(
                 torch.stack([_columns(layer, calibration) for layer, _ in part]),
                 damping_of(part[0][0].kind),
             )
-            settled.update({layer.name: one for (layer, _), (one,) in zip(part, results, strict=True)})
-    return settled
+            rounded.update({layer.name: one for (layer, _), (one,) in zip(part, results, strict=True)})
+    return rounded
 
 
 def _columns(layer: Layer, calibration: Calibration) -> torch.Tensor:

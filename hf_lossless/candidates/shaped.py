@@ -23,9 +23,9 @@ import torch
 from torch import Tensor
 
 from hf_lossless.calibration.curvature import KroneckerFactors
-from hf_lossless.candidates.inverse_roots import Sides
+from hf_lossless.candidates.inverse_roots import InverseRoots
 from hf_lossless.storage.entropy.coder import entropy_bytes
-from hf_lossless.storage.entropy.levels import best_spread
+from hf_lossless.storage.entropy.levels import best_levels
 from hf_lossless.storage.entropy.matrix import OVERHEAD_BYTES, CodedMatrix
 from hf_lossless.storage.entropy.steps import decode_steps, encode_steps
 
@@ -47,7 +47,7 @@ _SETTLED = 0.02
 """A round that makes squared errors grow by less is the last."""
 
 
-def ladder(matrix: Tensor, sides: Sides) -> list[float]:
+def ladder(matrix: Tensor, sides: InverseRoots) -> list[float]:
     """The numbers c for a layer, from the finest up: powers of `sqrt(2)`, common to all layers.
 
     At high rate each takes half a bit a weight less than the one before.
@@ -60,7 +60,7 @@ def ladder(matrix: Tensor, sides: Sides) -> list[float]:
     return [2.0 ** (half_octaves / 2) for half_octaves in range(first, last)]
 
 
-def step_at(resolution: float, matrix: Tensor, sides: Sides) -> float:
+def step_at(resolution: float, matrix: Tensor, sides: InverseRoots) -> float:
     """The c at which the weights' root mean square is so many times the geometric mean of the steps."""
     size = matrix.detach().float().square().mean().sqrt().item()
     unit = (sides.row_steps(1.0).log().mean() + sides.column_steps.log().mean()).exp().item()
@@ -91,15 +91,15 @@ class Sample:
     stand_ins: Tensor
 
     @classmethod
-    def of(cls, matrix: Tensor, sides: Sides, generator: torch.Generator) -> "Sample":
+    def of(cls, matrix: Tensor, sides: InverseRoots, generator: torch.Generator) -> "Sample":
         """The sample of a layer's matrix [out, in]."""
         num_rows = len(matrix)
         size = min(num_rows, SAMPLED_ROWS)
         places = ((torch.arange(size) + 0.5) * (num_rows / size)).long().to(matrix.device)
-        rows = sides.rows.spreads.argsort()[places]
+        rows = sides.rows.unit_steps.argsort()[places]
         weights = matrix.detach().index_select(0, rows).float()
         noise = torch.randn(weights.shape, generator=generator).to(weights)
-        order = sides.rows.spreads.argsort()
+        order = sides.rows.unit_steps.argsort()
         stand_ins = torch.empty_like(order).index_copy_(0, order, (torch.arange(num_rows).to(order) * size) // num_rows)
         return cls(rows, weights, noise, num_rows / size, stand_ins)
 
@@ -126,7 +126,7 @@ class Trial:
         return 0.5 * step**2 * share * self.errors.square().sum(dtype=torch.float64).item()
 
 
-def try_step(step: float, sample: Sample, sides: Sides) -> Trial:
+def try_step(step: float, sample: Sample, sides: InverseRoots) -> Trial:
     """Rounds a sample of rows as feedback would.
 
     Args:
@@ -139,14 +139,14 @@ def try_step(step: float, sample: Sample, sides: Sides) -> Trial:
     # The variance of the normalised errors in units of c^2 / scale, by column: 1/12 but where codes are mostly zero.
     # Without feedback first, then once more with the feedback that this makes.
     trial = _rounded(sample.weights / steps)
-    own = sides.rows.spreads[sample.rows, None] * sides.columns.spreads  # V_kk U_ii
+    own = sides.rows.unit_steps[sample.rows, None] * sides.columns.unit_steps  # V_kk U_ii
     for _ in range(_ROUNDS):
         before = trial.errors
         squares = trial.errors.square()
         mean = squares.mean().clamp(min=torch.finfo(torch.float32).tiny)  # zero where the weights are on their levels
         shares, row_shares = squares.mean(0), (squares.mean(1) / mean).index_select(0, sample.stand_ins)
-        row_variance = sides.rows.carried(row_shares) + sides.rows.spreads.square() * row_shares
-        column_variance = sides.columns.carried(shares) + sides.columns.spreads.square() * shares
+        row_variance = sides.rows.carried(row_shares) + sides.rows.unit_steps.square() * row_shares
+        column_variance = sides.columns.carried(shares) + sides.columns.unit_steps.square() * shares
         both = row_variance[sample.rows, None] * column_variance
         carried = (both - own.square() * row_shares[sample.rows, None] * shares).clamp(min=0)
         trial = _rounded((sample.weights / steps).addcmul(sample.noise, carried.sqrt() / own))
@@ -160,12 +160,12 @@ def _rounded(positions: Tensor) -> Trial:
     return Trial(codes, codes - positions)
 
 
-def coded_bytes(step: float, trial: Trial, sample: Sample, sides: Sides) -> int:
+def coded_bytes(step: float, trial: Trial, sample: Sample, sides: InverseRoots) -> int:
     """Bytes that a layer takes whose rows become what a sample became."""
     codes = trial.codes.clamp(-(2.0**31), 2.0**31 - 256).to(torch.int32).cpu().numpy()
     ones = [np.ones(size, np.float32) for size in codes.shape]
     coded = CodedMatrix.of(codes, *ones)
-    _, num_bytes = best_spread(coded.codes, sample.share)
+    _, num_bytes = best_levels(coded.codes, sample.share)
     steps = sum(
         entropy_bytes(np.bincount(encode_steps(side.float().cpu().numpy())[0]))
         for side in (sides.row_steps(step), sides.column_steps)
@@ -189,7 +189,7 @@ class Judge:
     scale: float
 
     @classmethod
-    def of(cls, judge: KroneckerFactors, sample: Sample, sides: Sides) -> "Judge":
+    def of(cls, judge: KroneckerFactors, sample: Sample, sides: InverseRoots) -> "Judge":
         """The judge that factors R_j and C_j make of errors in the roots of `sides`."""
         rows = sides.rows.charges(judge.rows)[sample.rows].double()
         return cls(rows, sides.columns.charges(judge.columns).double(), judge.scale / sides.scale * sample.share)

@@ -23,17 +23,21 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from hf_lossless.candidates.feedback import Metric, error_feedback
-from hf_lossless.candidates.inverse_roots import Side
+from hf_lossless.candidates.inverse_roots import InverseRoot
 
 _BLOCK = 32
-"""Side of a block."""
+"""InverseRoot of a block."""
 
 _ROWS_AT_ONCE = 8192
 """Rows that are rounded at a time where rows do not depend on each other."""
 
 
 def round_two_sided(
-    weights: Tensor, row_steps: Tensor, column_steps: Tensor, rows: Sequence[Side], columns: Sequence[Side]
+    weights: Tensor,
+    row_steps: Tensor,
+    column_steps: Tensor,
+    rows: Sequence[InverseRoot],
+    columns: Sequence[InverseRoot],
 ) -> Tensor:
     """Codes of matrices of one shape, whole numbers in float32, [batch, out, in]: `W ~ row_steps code column_steps`.
 
@@ -41,8 +45,8 @@ def round_two_sided(
         weights: W, [batch, out, in], float32.
         row_steps: [batch, out], positive.
         column_steps: [batch, in], positive.
-        rows: Side of R of each matrix; all of them diagonal, or none.
-        columns: Side of C of each; likewise.
+        rows: InverseRoot of R of each matrix; all of them diagonal, or none.
+        columns: InverseRoot of C of each; likewise.
     """
     if rows[0].is_diagonal:
         if columns[0].is_diagonal:
@@ -82,7 +86,7 @@ class _Steps:
         return codes * (self.row_steps * self.column_steps[:, column, None])
 
 
-def _round_columns(weights: Tensor, row_steps: Tensor, column_steps: Tensor, columns: Side) -> Tensor:
+def _round_columns(weights: Tensor, row_steps: Tensor, column_steps: Tensor, columns: InverseRoot) -> Tensor:
     """Feedback along the columns alone, for rows that do not depend on each other."""
     metric = Metric(columns.root[None], columns.order[None], columns.root[None])
     parts = [

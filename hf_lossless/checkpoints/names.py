@@ -86,7 +86,8 @@ def forget_compressed_ties(model: PreTrainedModel) -> None:
     """Takes what is compressed out of the model's lists of tied weights.
 
     Transformers ties by parameter name, and a compressed module has no parameter of that name; the sharing is done by
-    `storage.modules.tied` now. The class attribute is shadowed on the instance, so that a later `tie_weights()` keeps to it.
+    `storage.modules.tied` now. The class attribute is shadowed on the instance, so that a later `tie_weights()` keeps
+    to it.
     """
     tied = (name for name, module in model.named_modules() if isinstance(module, Tied))
     gone = {f"{name}.weight" for name in (*compressed_layers(model), *tied)}

@@ -36,7 +36,7 @@ Options = dict[str, list[Option]]
 
 
 @dataclass(frozen=True)
-class Found:
+class RoundedCost:
     """What rounding a layer on a coded grid found: its bytes, and the cost in its damped metric."""
 
     num_bytes: int
@@ -97,7 +97,7 @@ def scaled(option: Option, factor: float) -> Option:
     return _with(option, predicted_loss_change=_rounded(change * factor))
 
 
-def put_right(options: list[Option], found: Mapping[CodedGrid, Found]) -> list[Option]:
+def with_rounded_costs(options: list[Option], found: Mapping[CodedGrid, RoundedCost]) -> list[Option]:
     """A layer's options with the bytes and costs of the coded grids that it has been rounded on.
 
     Args:

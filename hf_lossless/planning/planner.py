@@ -20,27 +20,27 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from functools import partial
 
+import torch
 from torch import Tensor
 
 from hf_lossless.calibration.perturbation import LossChange, input_noise, loss_change, weight_noise
-from hf_lossless.candidates.grids import Candidate
-from hf_lossless.candidates.low_rank import Factors
 from hf_lossless.candidates.parallel import for_each_layer
-from hf_lossless.candidates.round_coded import CodedLayer, settle_coded
-from hf_lossless.candidates.round_packed import settle
+from hf_lossless.candidates.round_coded import CodedRounding, round_coded
+from hf_lossless.candidates.round_packed import round_with_feedback
+from hf_lossless.candidates.stored import stored_layer
 from hf_lossless.config import LosslessCompressionConfig
 from hf_lossless.data.processes import process_state
 from hf_lossless.errors import CalibrationError, UnreachableTargetError
 from hf_lossless.planning import knapsack
 from hf_lossless.planning.loss_check import LossCheck, loss_check
-from hf_lossless.planning.options import Found, Option, Options, options_of, put_right, scaled
+from hf_lossless.planning.options import Option, Options, RoundedCost, options_of, scaled, with_rounded_costs
 from hf_lossless.planning.target import choose_plan
-from hf_lossless.storage.activation_grid import StaticGrid
 from hf_lossless.storage.apply import quantised_input
-from hf_lossless.storage.grid import QuantisedMatrix, dequantise
+from hf_lossless.storage.grid import QuantisedMatrix
 from hf_lossless.storage.layers import Layer
 from hf_lossless.storage.modules.activations import QuantisedInput
 from hf_lossless.storage.plan import CodedGrid, CompressionPlan, activations_of
+from hf_lossless.storage.values import EncodedMatrix, StoredLayer
 from hf_lossless.theories.activation_noise import activation_options
 from hf_lossless.theories.problem import Prediction, Problem
 from hf_lossless.theories.rate_distortion import rate_distortion
@@ -57,7 +57,7 @@ REMEASURED_LAYERS = 8
 REPLANS = 2
 """How often the knapsack may run again."""
 
-SETTLINGS = 5
+CHOICES_BY_ESTIMATE = 5
 """How often entropy-coded layers are chosen by estimates."""
 
 _logger = logging.getLogger(__name__)
@@ -70,37 +70,19 @@ class Planned:
     Attributes:
         plan: The plan.
         frontier: What it was chosen from.
-        factors: Factors by layer name, where it has any.
-        quantised: Codes by layer name, where their rounding needs the calibration data.
-        coded: The same of entropy-coded layers.
-        static_grids: Where the levels of static activations lie, by layer name.
+        stored: What becomes of each layer, by its name; in the order of the plan.
         checks: What was measured on the way to it: this plan, those that it took the place of, and layers alone.
     """
 
     plan: CompressionPlan
     frontier: knapsack.Frontier
-    factors: dict[str, Factors]
-    quantised: dict[str, QuantisedMatrix]
-    coded: dict[str, CodedLayer]
-    static_grids: dict[str, StaticGrid]
+    stored: dict[str, StoredLayer]
     checks: tuple[LossCheck, ...] = ()
 
     def error(self, layer: Layer) -> Tensor:
         """What the plan does to a layer's weight, stored less original, float32 [out, in]."""
-        if layer.name in self.coded:
-            return self.coded[layer.name].dense.to(layer.weight.device) - layer.matrix.detach().float()
-        quantised = self.quantised.get(layer.name)
-        if quantised is not None:
-            stored = dequantise(quantised.codes, quantised.scales, quantised.zeros, quantised.grid)
-            return stored - layer.matrix.detach().float()
-        layer_plan = self.plan.layers[layer.name]
-        candidate = Candidate(
-            layer_plan.grid,
-            layer_plan.cost_bytes,
-            low_rank=layer_plan.low_rank,
-            factors=self.factors.get(layer.name),
-        )
-        return candidate.error(layer.matrix)
+        matrix, values = layer.matrix.detach().float(), self.stored[layer.name].values
+        return torch.zeros_like(matrix) if values is None else values.dense.to(matrix.device) - matrix
 
 
 @dataclass(frozen=True)
@@ -120,8 +102,8 @@ class Planner:
     checked: bool
     other_bytes: int
     original_bytes: int
-    _found: dict[str, dict[CodedGrid, Found]] = field(default_factory=lambda: defaultdict(dict), repr=False)
-    _coded: dict[str, CodedLayer] = field(default_factory=dict, repr=False)
+    _found: dict[str, dict[CodedGrid, RoundedCost]] = field(default_factory=lambda: defaultdict(dict), repr=False)
+    _coded: dict[str, CodedRounding] = field(default_factory=dict, repr=False)
 
     def plan(self, config: LosslessCompressionConfig) -> Planned:
         """The plan that meets the target of `config` at the least predicted loss; the model is left as it was.
@@ -203,8 +185,8 @@ class Planner:
         Entropy-coded layers are chosen by estimates, rounded, and chosen again with what was found, until no chosen
         layer is left that has not been rounded. In the last round there is no other choice.
         """
-        for last in (*[False] * SETTLINGS, True):
-            present = {name: put_right(group, self._found[name]) for name, group in options.items()}
+        for last in (*[False] * CHOICES_BY_ESTIMATE, True):
+            present = {name: with_rounded_costs(group, self._found[name]) for name, group in options.items()}
             if last:
                 present = {name: self._rounded_of(name, group) for name, group in present.items()}
             plan, frontier = self._chosen(present, config)
@@ -213,26 +195,30 @@ class Planner:
                 break
             self._round(grids)
         self._round(grids)
-        chosen = {
-            name: next(option for option in present[name] if option.plan == layer_plan)
-            for name, layer_plan in plan.layers.items()
+        rounded: dict[str, QuantisedMatrix | EncodedMatrix] = {
+            **round_with_feedback(self.problem.layers, plan.layers, self.problem.calibration),
+            **{name: self._coded[name].values for name in grids},
         }
-        return Planned(
-            plan,
-            frontier,
-            factors={name: one.candidate.factors for name, one in chosen.items() if one.candidate.factors is not None},
-            quantised=settle(self.problem.layers, plan.layers, self.problem.calibration),
-            coded={name: self._coded[name] for name in grids},
-            static_grids={name: one.static for name, one in chosen.items() if one.static is not None},
-        )
+        stored = {}
+        for layer in self.problem.layers:
+            layer_plan = plan.layers[layer.name]
+            option = next(option for option in present[layer.name] if option.plan == layer_plan)
+            stored[layer.name] = stored_layer(
+                layer,
+                layer_plan,
+                factors=option.candidate.factors,
+                rounded=rounded.get(layer.name),
+                static=option.static,
+            )
+        return Planned(plan, frontier, stored)
 
     def _round(self, grids: dict[str, CodedGrid]) -> None:
         """Rounds the layers that are not held on these grids, and notes what was found; others are let go."""
         held = {name: one for name, one in self._coded.items() if grids.get(name) == one.grid}
         missing = {name: grid for name, grid in grids.items() if name not in held}
-        rounded = settle_coded(self.problem.layers, missing, self.problem.calibration)
+        rounded = round_coded(self.problem.layers, missing, self.problem.calibration)
         for name, one in rounded.items():
-            self._found[name][one.grid] = Found(len(one.stored), one.cost)
+            self._found[name][one.grid] = RoundedCost(one.cost_bytes, one.cost)
         self._coded.clear()
         self._coded.update(held | rounded)
 
@@ -285,7 +271,7 @@ class Planner:
                 if layer_plan.kind != "kept":
                     stack.enter_context(weight_noise(layer, planned.error(layer)))
                 if layer_plan.activation is not None:
-                    rounded = quantised_input(layer, layer_plan.activation, planned.static_grids.get(layer.name))
+                    rounded = quantised_input(layer, layer_plan.activation, planned.stored[layer.name].static)
                     stack.enter_context(input_noise(self.problem.model, layer, partial(_rounding_of, rounded)))
             return loss_change(
                 self.problem.model, self.problem.batches, self.problem.loss, self.problem.calibration.batch_losses

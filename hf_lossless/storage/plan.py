@@ -181,6 +181,11 @@ class LayerPlan(Record):
         return self
 
     @property
+    def weight_bytes(self) -> int:
+        """Bytes of the weight as stored, without those of its input's range."""
+        return self.cost_bytes - (0 if self.activation is None else self.activation.stored_bytes)
+
+    @property
     def multiplications_share(self) -> float | None:
         """Multiplications of the layer's product over those of the dense `W x`.
 

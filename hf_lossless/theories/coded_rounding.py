@@ -19,7 +19,7 @@ import torch
 from hf_lossless.calibration.curvature import KroneckerFactors
 from hf_lossless.calibration.statistics import LayerStatistics
 from hf_lossless.candidates.grids import Candidate
-from hf_lossless.candidates.inverse_roots import Sides
+from hf_lossless.candidates.inverse_roots import InverseRoots
 from hf_lossless.candidates.parallel import for_each_layer
 from hf_lossless.candidates.shaped import Judge, Sample, try_step
 from hf_lossless.storage.layers import Layer
@@ -73,6 +73,6 @@ def _damped_and_judged(
 
 
 def _judged(layer: Layer, grid: CodedGrid, fit: KroneckerFactors, judge: KroneckerFactors, seed: int) -> float:
-    sides = Sides.of(fit, grid.damping)
+    sides = InverseRoots.of(fit, grid.damping)
     sample = Sample.of(layer.matrix, sides, torch.Generator().manual_seed(seed))
     return Judge.of(judge, sample, sides).cost(grid.step, try_step(grid.step, sample, sides))

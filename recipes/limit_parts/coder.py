@@ -7,18 +7,18 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from hf_lossless.candidates.round_coded import CodedLayer
 from hf_lossless.storage.entropy.coder import entropy_bytes
 from hf_lossless.storage.entropy.frequencies import Frequencies
-from hf_lossless.storage.entropy.levels import best_spread, model_counts
+from hf_lossless.storage.entropy.levels import best_levels, model_counts
 from hf_lossless.storage.entropy.matrix import OVERHEAD_BYTES, decode
 from hf_lossless.storage.entropy.steps import encode_steps
+from hf_lossless.storage.values import EncodedMatrix
 
 _BYTES_PER_FAR_CODE = 8
 _TRIES = 5
 
 
-def coder_figures(layers: Iterable[CodedLayer]) -> dict[str, Any]:
+def coder_figures(layers: Iterable[EncodedMatrix]) -> dict[str, Any]:
     """Bytes of the coded layers by what they are for, and weights a second of one thread.
 
     The zeroth-order entropy is that of each layer's codes with one model, and with no word on that model.
@@ -29,7 +29,7 @@ def coder_figures(layers: Iterable[CodedLayer]) -> dict[str, Any]:
     num_weights = 0
     for layer in layers:
         matrix = layer.matrix
-        spread, _ = best_spread(matrix.codes)
+        spread, _ = best_levels(matrix.codes)
         counts = model_counts(matrix.codes, spread)
         entropy += sum(map(_entropy_bits, counts)) / 8
         zeroth += _entropy_bits(counts.sum(0)) / 8
@@ -68,12 +68,12 @@ def _entropy_bits(counts: NDArray[np.int64]) -> float:
     return float(-(present * np.log2(present / present.sum())).sum()) if len(present) else 0.0
 
 
-def _decoding_seconds(layers: list[CodedLayer]) -> float:
+def _decoding_seconds(layers: list[EncodedMatrix]) -> float:
     """Processor time, the least of some tries: others use the machine."""
     times = []
     for _ in range(_TRIES):
         start = time.process_time()
         for layer in layers:
-            decode(layer.stored, layer.grid.shape)
+            decode(layer.stored, layer.matrix.codes.shape)
         times.append(time.process_time() - start)
     return min(times)

@@ -19,7 +19,7 @@ from hf_lossless.storage.plan import Damping
 from limit_parts.rate_aware import rounding_with
 from limit_parts.trial import Bench, DampingOf, Variant, with_factors
 
-Found = Iterator[tuple[str, dict[str, Any]]]
+Effects = Iterator[tuple[str, dict[str, Any]]]
 """Variants, each with what it comes to by ratio."""
 
 _ROW_DAMPINGS = (0.03, 0.1, 1.0, 3.0)
@@ -39,7 +39,7 @@ def at_ratios(variant: Variant, ratios: tuple[float, ...]) -> dict[str, Any]:
     return {str(ratio): variant.row(ratio) for ratio in ratios}
 
 
-def damping(bench: Bench, calibration: Calibration, ratios: tuple[float, ...]) -> Found:
+def damping(bench: Bench, calibration: Calibration, ratios: tuple[float, ...]) -> Effects:
     """A ladder for rows, and one for columns; the embeddings keep theirs."""
     ladder = [Damping(rows=rows, columns=_USUAL.columns) for rows in _ROW_DAMPINGS]
     ladder += [Damping(rows=_USUAL.rows, columns=columns) for columns in _COLUMN_DAMPINGS]
@@ -48,7 +48,7 @@ def damping(bench: Bench, calibration: Calibration, ratios: tuple[float, ...]) -
         yield f"rows {one.rows:g}, columns {one.columns:g}", at_ratios(variant, ratios)
 
 
-def one_sided(bench: Bench, calibration: Calibration, ratios: tuple[float, ...]) -> Found:
+def one_sided(bench: Bench, calibration: Calibration, ratios: tuple[float, ...]) -> Effects:
     """Feedback along the columns only: rows with the diagonal of their factor."""
 
     def diagonal_rows(factors: KroneckerFactors) -> KroneckerFactors:
@@ -58,7 +58,7 @@ def one_sided(bench: Bench, calibration: Calibration, ratios: tuple[float, ...])
     yield "columns only", at_ratios(variant, ratios)
 
 
-def rate_aware(bench: Bench, calibration: Calibration, ratios: tuple[float, ...]) -> Found:
+def rate_aware(bench: Bench, calibration: Calibration, ratios: tuple[float, ...]) -> Effects:
     """Rounding that counts bits, with shares of the high-rate lambda."""
     for share in (0.5, 1.0):
         with rounding_with(share):
@@ -67,14 +67,14 @@ def rate_aware(bench: Bench, calibration: Calibration, ratios: tuple[float, ...]
 
 def calibration_rows(
     bench: Bench, batches_of: Callable[[int], list[Batch]], counts: tuple[int, ...], ratios: tuple[float, ...]
-) -> Found:
+) -> Effects:
     """The curvature of fewer or more rows."""
     for count in counts:
         calibration = bench.calibrated(batches_of(count))
         yield f"{calibration.num_examples} rows", at_ratios(Variant(bench, calibration, usual_damping), ratios)
 
 
-def true_fisher(bench: Bench, draws: tuple[int, ...], ratios: tuple[float, ...]) -> Found:
+def true_fisher(bench: Bench, draws: tuple[int, ...], ratios: tuple[float, ...]) -> Effects:
     """Labels drawn from the model's own predictions, in place of the data's."""
     for number in draws:
         generator = torch.Generator().manual_seed(0)
@@ -88,7 +88,7 @@ def true_fisher(bench: Bench, draws: tuple[int, ...], ratios: tuple[float, ...])
         yield f"{number} draws", at_ratios(Variant(bench, calibration, usual_damping), ratios)
 
 
-def embedding_floor(bench: Bench, calibration: Calibration, ratios: tuple[float, ...]) -> Found:
+def embedding_floor(bench: Bench, calibration: Calibration, ratios: tuple[float, ...]) -> Effects:
     """Row damping of the embeddings, and what it does to rows with tokens that calibration did not see."""
     seen = torch.cat([batch["input_ids"].flatten() for batch in bench.problem.batches]).unique()
     unseen = torch.cat(
@@ -113,10 +113,11 @@ def embedding_floor(bench: Bench, calibration: Calibration, ratios: tuple[float,
                     name: [int(group.sum()), kl[group].mean().item()] for name, group in groups.items() if group.any()
                 },
                 "embedding_bits_per_weight": {
-                    layer.name: 8 * len(coded[layer.name].stored) / layer.weight.numel() for layer in embeddings
+                    layer.name: 8 * len(coded[layer.name].values.stored) / layer.weight.numel() for layer in embeddings
                 },
                 "zero_rows_of_embedding": {
-                    layer.name: float((coded[layer.name].dense == 0).all(1).float().mean()) for layer in embeddings
+                    layer.name: float((coded[layer.name].values.dense == 0).all(1).float().mean())
+                    for layer in embeddings
                 },
             }
         yield f"rows {rows:g}", found
@@ -129,6 +130,6 @@ def _damped(others: Damping, embeddings: Damping) -> DampingOf:
     return damping_of
 
 
-def usual(bench: Bench, calibration: Calibration, ratios: tuple[float, ...]) -> Found:
+def usual(bench: Bench, calibration: Calibration, ratios: tuple[float, ...]) -> Effects:
     """What the others are compared with."""
     yield "usual", at_ratios(Variant(bench, calibration, usual_damping), ratios)

@@ -18,8 +18,8 @@ from torch import Tensor
 from hf_lossless.calibration.curvature import KroneckerFactors
 from hf_lossless.calibration.perturbation import weight_noise
 from hf_lossless.calibration.statistics import Calibration, calibrate
-from hf_lossless.candidates.inverse_roots import Sides
-from hf_lossless.candidates.round_coded import CodedLayer, settle_coded
+from hf_lossless.candidates.inverse_roots import InverseRoots
+from hf_lossless.candidates.round_coded import CodedRounding, round_coded
 from hf_lossless.candidates.shaped import step_at
 from hf_lossless.data.batches import LossFunction, batch_loss
 from hf_lossless.storage.layers import Layer, find_layers
@@ -63,11 +63,11 @@ class Bench:
         batches = self.problem.batches if batches is None else batches
         return calibrate(self.problem.model, batches, self.layers, loss, curvature=True)
 
-    def scores_of(self, coded: dict[str, CodedLayer]) -> Tensor:
+    def scores_of(self, coded: dict[str, CodedRounding]) -> Tensor:
         """What the model answers with its layers as coded."""
         with ExitStack() as stack:
             for layer in self.layers:
-                error = coded[layer.name].dense - layer.matrix.detach().float()
+                error = coded[layer.name].values.dense - layer.matrix.detach().float()
                 stack.enter_context(weight_noise(layer, error))
             return scores(logits_of(self.problem.model), self.test_batches)
 
@@ -89,17 +89,17 @@ class Variant:
     def __post_init__(self) -> None:
         self._is_first = not self.bench.known
 
-    def coded(self, step: float) -> dict[str, CodedLayer]:
+    def coded(self, step: float) -> dict[str, CodedRounding]:
         """All layers at one c."""
         grids = {
             layer.name: CodedGrid(step=step, damping=self.damping(layer), shape=tuple(layer.matrix.shape))
             for layer in self.bench.layers
         }
-        coded = settle_coded(self.bench.layers, grids, self.calibration)
-        self._sizes[step] = self.bench.other_bytes + sum(len(one.stored) for one in coded.values())
+        coded = round_coded(self.bench.layers, grids, self.calibration)
+        self._sizes[step] = self.bench.other_bytes + sum(one.cost_bytes for one in coded.values())
         return coded
 
-    def at_ratio(self, ratio: float) -> tuple[float, dict[str, CodedLayer]]:
+    def at_ratio(self, ratio: float) -> tuple[float, dict[str, CodedRounding]]:
         """The c whose tensors take the original's bytes over `ratio`, to within `_CLOSE`, and the layers."""
         wanted = self.bench.problem.original_bytes / ratio
         for _ in range(_ATTEMPTS):
@@ -123,7 +123,7 @@ class Variant:
         layer = max(self.bench.layers, key=lambda layer: layer.weight.numel())
         curvature = self.calibration.layers[layer.name].curvature
         assert curvature is not None
-        return step_at(2.0, layer.matrix, Sides.of(curvature, self.damping(layer)))
+        return step_at(2.0, layer.matrix, InverseRoots.of(curvature, self.damping(layer)))
 
     def _guess(self, wanted: float) -> float:
         """By the line through the two known sizes next to the one wanted, of log c on the bytes."""

@@ -3,8 +3,9 @@
 from functools import partial
 
 from hf_lossless.candidates.grids import grid_of
+from hf_lossless.candidates.stored import stored_layer
 from hf_lossless.candidates.uniform import quantise
-from hf_lossless.storage.apply import apply_plan
+from hf_lossless.storage.apply import apply
 from hf_lossless.storage.layers import Layer, find_layers
 from hf_lossless.storage.plan import LayerPlan
 from peer_methods.problem import PeerModel, PeerProblem, logits_of
@@ -15,7 +16,7 @@ _GROUP_SIZE = 64
 
 def _nearest(problem: PeerProblem, bits: int) -> PeerModel:
     model = problem.copy()
-    apply_plan(model, {layer.name: _plan(layer, bits) for layer in find_layers(model)})
+    apply(model, {layer.name: stored_layer(layer, _plan(layer, bits)) for layer in find_layers(model)})
     return PeerModel(
         logits_of(model), stored_bytes(model), f"every layer, embeddings and head too, in groups of {_GROUP_SIZE}"
     )

@@ -4,13 +4,14 @@ import copy
 
 import pytest
 import torch
+from rounded_plans import apply_rounded
 from tiny_models import TINY_MODELS
 from tiny_plans import by_hand
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
-from hf_lossless import LosslessCompressionConfig, apply_plan, compress
+from hf_lossless import LosslessCompressionConfig, compress
 from hf_lossless.calibration.biases import bias_corrections, correct_biases
 from hf_lossless.calibration.curvature import KroneckerFactors
 from hf_lossless.calibration.statistics import Calibration, LayerStatistics, Moments, calibrate
@@ -203,7 +204,7 @@ def test_every_compressed_module_has_a_bias_to_correct(kind):
     [layer] = [layer for layer in layers if layer.name == "linear"]
     plan, factors = by_hand(layer, kind)
     before = model.linear.bias.detach().clone()
-    apply_plan(model, {"linear": plan}, {} if factors is None else {"linear": factors})
+    apply_rounded(model, {"linear": plan}, {} if factors is None else {"linear": factors})
     assert isinstance(model.linear, CompressedModule) == (kind != "kept")
     correct_biases(model, {"linear": torch.arange(8.0)})
     torch.testing.assert_close(model.linear.bias.detach(), before + torch.arange(8.0))

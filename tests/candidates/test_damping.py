@@ -14,8 +14,8 @@ from hf_lossless.calibration.statistics import Calibration, calibrate
 from hf_lossless.candidates import damping as module_under_test
 from hf_lossless.candidates.coded import DAMPING
 from hf_lossless.candidates.damping import LADDER, MOST_LAYERS, RESOLUTION, chosen_scale
-from hf_lossless.candidates.inverse_roots import Sides
-from hf_lossless.candidates.round_coded import settle_coded
+from hf_lossless.candidates.inverse_roots import InverseRoots
+from hf_lossless.candidates.round_coded import round_coded
 from hf_lossless.candidates.shaped import step_at
 from hf_lossless.data.batches import batch_loss
 from hf_lossless.storage.layers import Layer, find_layers
@@ -50,13 +50,13 @@ def criterion(model: nn.Module, batches: list, layers: list[Layer], calibration:
     rounded, bits = copy.deepcopy(model), 0
     for layer in layers:
         even = calibration.layers[layer.name].halves[0]
-        step = step_at(RESOLUTION, layer.matrix, Sides.of(even, damping))
+        step = step_at(RESOLUTION, layer.matrix, InverseRoots.of(even, damping))
         grid = CodedGrid(step=step, damping=damping, shape=tuple(layer.matrix.shape))
         statistics = dataclasses.replace(calibration.layers[layer.name], curvature=even)
         alone = Calibration({layer.name: statistics}, loss=0.0, num_examples=1)
-        one = settle_coded([layer], {layer.name: grid}, alone)[layer.name]
-        rounded.get_submodule(layer.name).weight.data = one.dense
-        bits += 8 * one.stored.nbytes
+        one = round_coded([layer], {layer.name: grid}, alone)[layer.name]
+        rounded.get_submodule(layer.name).weight.data = one.values.dense
+        bits += 8 * one.values.stored.nbytes
     inputs = torch.cat([x for x, _ in batches[1::2]])
     before, after = (one(inputs).detach().log_softmax(-1) for one in (model, rounded))
     moved = F.kl_div(after, before, reduction="batchmean", log_target=True).item()
@@ -139,9 +139,9 @@ def test_no_more_layers_than_are_needed_and_all_over_the_model(monkeypatch):
 
     def watched(of_layers, grids, fitted):
         tried.append([layer.name for layer in of_layers])
-        return settle_coded(of_layers, grids, fitted)
+        return round_coded(of_layers, grids, fitted)
 
-    monkeypatch.setattr(module_under_test, "settle_coded", watched)
+    monkeypatch.setattr(module_under_test, "round_coded", watched)
     chosen_scale(model, batches, layers, calibration)
     names = [layer.name for layer in layers]
     assert len(layers) == 20 and tried == [names[::3]] * len(LADDER)

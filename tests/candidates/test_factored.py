@@ -4,17 +4,17 @@ import itertools
 
 import pytest
 import torch
+from rounded_plans import apply_rounded
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from hf_lossless.calibration.curvature import KroneckerFactors
 from hf_lossless.calibration.statistics import LayerStatistics, Moments
 from hf_lossless.candidates.factored import NARROW_GRID, NARROWEST_FACTOR, propose_factored, propose_sums
-from hf_lossless.candidates.grids import Candidate, propose
+from hf_lossless.candidates.grids import Candidate, propose_grids
 from hf_lossless.candidates.low_rank import Whitening, factorise
 from hf_lossless.candidates.ranks import largest_rank
 from hf_lossless.candidates.uniform import on_grid
-from hf_lossless.storage.apply import apply_plan
 from hf_lossless.storage.layers import Layer, find_layers
 from hf_lossless.storage.plan import KEPT_BITS, Grid, LayerPlan
 
@@ -39,7 +39,7 @@ def factored(layer: Layer, ranks=(1, 3, 7), bits=ALL_BITS, group_size: int | Non
 
 def grids(layer: Layer, bits=ALL_BITS, group_size: int | None = None, symmetric: bool = True) -> list[Candidate]:
     statistics = LayerStatistics(calls=1, inputs=None, weight_gradient=Moments(0.0, 1.0, 10))
-    return propose(layer, statistics, bits, group_size, symmetric)
+    return propose_grids(layer, statistics, bits, group_size, symmetric)
 
 
 def sums(layer: Layer, bits=ALL_BITS, group_size: int | None = None, symmetric: bool = True) -> list[Candidate]:
@@ -61,7 +61,7 @@ def applied(layer: Layer, candidate: Candidate) -> nn.Module:
         cost_bytes=candidate.cost_bytes,
         predicted_loss_change=0.0,
     )
-    return apply_plan(model, {"layer": plan}, {"layer": candidate.factors})["layer"]
+    return apply_rounded(model, {"layer": plan}, {"layer": candidate.factors})["layer"]
 
 
 def assert_true(layer: Layer, candidate: Candidate, tolerance: float) -> None:

@@ -2,14 +2,14 @@
 
 import pytest
 import torch
+from rounded_plans import apply_rounded
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from hf_lossless.calibration.statistics import LayerStatistics, Moments
-from hf_lossless.candidates.grids import Candidate, propose
+from hf_lossless.candidates.grids import Candidate, propose_grids
 from hf_lossless.candidates.uniform import quantise
 from hf_lossless.errors import CalibrationError
-from hf_lossless.storage.apply import apply_plan
 from hf_lossless.storage.grid import dequantise
 from hf_lossless.storage.layers import Layer, find_layers
 from hf_lossless.storage.plan import Grid, LayerPlan
@@ -38,7 +38,7 @@ def statistics(gradient: Moments = NO_GRADIENT, calls: int = 1) -> LayerStatisti
 @pytest.mark.parametrize("symmetric", [True, False], ids=["symmetric", "asymmetric"])
 def test_candidates(kind, group_size, symmetric):
     layer = layer_of(kind)
-    candidates = propose(layer, statistics(), (8, 1, 4, 16, 3), group_size, symmetric)
+    candidates = propose_grids(layer, statistics(), (8, 1, 4, 16, 3), group_size, symmetric)
     assert [None if c.grid is None else c.grid.bits for c in candidates] == [1, 3, 4, 8, None]
     assert candidates[-1] == Candidate(None, layer.weight.nbytes)
     for candidate in candidates[:-1]:
@@ -60,17 +60,17 @@ def test_candidates(kind, group_size, symmetric):
 @pytest.mark.parametrize("group_size", [None, 7], ids=["row", "g7"])
 def test_cost_is_that_of_the_module(kind, bits, group_size):
     layer = layer_of(kind)
-    (candidate,) = propose(layer, statistics(), (bits,), group_size, False)
+    (candidate,) = propose_grids(layer, statistics(), (bits,), group_size, False)
     model = nn.ModuleDict({"layer": layer.module})
     plan = LayerPlan(kind="grid", grid=candidate.grid, cost_bytes=candidate.cost_bytes, predicted_loss_change=0.0)
-    apply_plan(model, {"layer": plan})
+    apply_rounded(model, {"layer": plan})
     stored = {name: tensor.nbytes for name, tensor in model.state_dict().items() if not name.endswith("bias")}
     assert sum(stored.values()) == candidate.cost_bytes
 
 
 def test_half_precision_keeps_at_its_own_size():
     layer = find_layers(nn.ModuleDict({"layer": nn.Linear(20, 6).to(torch.bfloat16)}))[0]
-    grid, keep = propose(layer, statistics(), (4, 16), None, True)
+    grid, keep = propose_grids(layer, statistics(), (4, 16), None, True)
     assert keep.cost_bytes == 20 * 6 * 2
     assert grid.cost_bytes == 20 * 6 // 2 + 6 * 2 and 0 < grid.noise < grid.step
 
@@ -78,27 +78,27 @@ def test_half_precision_keeps_at_its_own_size():
 def test_a_group_as_long_as_the_row_is_the_row():
     layer = layer_of("linear")
     for group_size in (20, 21, 64):
-        (candidate,) = propose(layer, statistics(), (4,), group_size, True)
+        (candidate,) = propose_grids(layer, statistics(), (4,), group_size, True)
         assert candidate.grid == Grid(bits=4)
 
 
 @pytest.mark.parametrize(("mean", "rounding"), [(1.0, "down"), (-1.0, "up"), (0.5, "nearest")])
 def test_rounding_opposes_a_gradient_that_is_sure(mean, rounding):
-    (candidate,) = propose(layer_of("linear"), statistics(Moments(mean, 0.4, 120)), (3,), None, True)
+    (candidate,) = propose_grids(layer_of("linear"), statistics(Moments(mean, 0.4, 120)), (3,), None, True)
     assert candidate.grid.rounding == rounding
 
 
 def test_an_unreached_layer_can_only_be_kept():
     layer = layer_of("embedding")
     for bits in ((2, 16), (2, 4)):
-        assert propose(layer, statistics(calls=0), bits, 8, True) == [Candidate(None, layer.weight.nbytes)]
+        assert propose_grids(layer, statistics(calls=0), bits, 8, True) == [Candidate(None, layer.weight.nbytes)]
 
 
 def test_scales_are_in_float32_where_needed():
     layer = layer_of("linear")
-    (half,) = propose(layer, statistics(), (4,), None, True)
+    (half,) = propose_grids(layer, statistics(), (4,), None, True)
     layer.weight.data *= 1e-6
-    (single,) = propose(layer, statistics(), (4,), None, True)
+    (single,) = propose_grids(layer, statistics(), (4,), None, True)
     assert half.grid.scale_dtype == "float16" and single.grid.scale_dtype == "float32"
     assert single.cost_bytes - half.cost_bytes == 6 * 2
 
@@ -109,4 +109,4 @@ def test_a_weight_that_is_not_finite(value):
     layer.weight.data[2, 3] = value
     message = "weight of layer 'layer' holds NaN or infinity.*finite weights, or keep this layer out with modules_to"
     with pytest.raises(CalibrationError, match=message):
-        propose(layer, statistics(), (4, 16), None, True)
+        propose_grids(layer, statistics(), (4, 16), None, True)

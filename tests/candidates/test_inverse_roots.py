@@ -8,7 +8,7 @@ from metrics_by_hand import DAMPING, curvature_of, dense, second_moments, upper_
 from torch import Tensor
 
 from hf_lossless.calibration.curvature import KroneckerFactors
-from hf_lossless.candidates.inverse_roots import Side, Sides
+from hf_lossless.candidates.inverse_roots import InverseRoot, InverseRoots
 
 SIZE, SHARE = 23, 0.1
 DIAGONAL = pytest.mark.parametrize("diagonal", [False, True], ids=["full", "diagonal"])
@@ -19,19 +19,19 @@ def factor_of(diagonal: bool) -> Tensor:
     return factor.diagonal().clone() if diagonal else factor
 
 
-def ordered_root(side: Side, factor: Tensor) -> Tensor:
+def ordered_root(side: InverseRoot, factor: Tensor) -> Tensor:
     """U of the damped factor in the side's order, float64."""
     return upper_root(dense(factor, SHARE)[side.order][:, side.order])
 
 
-def unordered(side: Side, values: Tensor) -> Tensor:
+def unordered(side: InverseRoot, values: Tensor) -> Tensor:
     return torch.empty_like(values).index_copy_(0, side.order, values)
 
 
 @DIAGONAL
 def test_the_root_is_that_of_the_inverse(diagonal):
     factor = factor_of(diagonal)
-    side = Side.of(factor, SHARE)
+    side = InverseRoot.of(factor, SHARE)
     assert side.is_diagonal == diagonal
     root = side.root.double().diag() if diagonal else side.root.double()
     assert torch.equal(root, root.triu())
@@ -44,15 +44,15 @@ def test_the_root_is_that_of_the_inverse(diagonal):
 @DIAGONAL
 def test_spreads_are_its_diagonal(diagonal):
     factor = factor_of(diagonal)
-    side = Side.of(factor, SHARE)
+    side = InverseRoot.of(factor, SHARE)
     expected = unordered(side, ordered_root(side, factor).diagonal())
-    torch.testing.assert_close(side.spreads.double(), expected, rtol=1e-4, atol=0)
+    torch.testing.assert_close(side.unit_steps.double(), expected, rtol=1e-4, atol=0)
 
 
 @DIAGONAL
 def test_the_first_entry_brings_nothing_and_a_diagonal_none(diagonal):
     factor = factor_of(diagonal)
-    side = Side.of(factor, SHARE)
+    side = InverseRoot.of(factor, SHARE)
     shares = torch.rand(SIZE)
     root = ordered_root(side, factor)
     expected = torch.tensor(
@@ -71,7 +71,7 @@ def test_the_first_entry_brings_nothing_and_a_diagonal_none(diagonal):
 def test_charges(diagonal, judge_diagonal):
     factor, judge = factor_of(diagonal), second_moments(SIZE, seed=5)
     judge = judge.diagonal().clone() if judge_diagonal else judge
-    side = Side.of(factor, SHARE)
+    side = InverseRoot.of(factor, SHARE)
     root = ordered_root(side, factor)
     full = (judge.diag() if judge_diagonal else judge).double()[side.order][:, side.order]
     expected = unordered(side, (root @ full @ root.mT).diagonal())
@@ -80,30 +80,30 @@ def test_charges(diagonal, judge_diagonal):
 
 def test_its_own_damped_factor_charges_one():
     factor = factor_of(False)
-    charges = Side.of(factor, SHARE).charges(dense(factor, SHARE).float())
+    charges = InverseRoot.of(factor, SHARE).charges(dense(factor, SHARE).float())
     torch.testing.assert_close(charges, torch.ones(SIZE), rtol=1e-4, atol=0)
 
 
 @DIAGONAL
 def test_where_nothing_is_known_it_is_the_identity(diagonal):
-    side = Side.of(torch.zeros(5) if diagonal else torch.zeros(5, 5), SHARE)
-    assert torch.equal(side.spreads, torch.ones(5))
+    side = InverseRoot.of(torch.zeros(5) if diagonal else torch.zeros(5, 5), SHARE)
+    assert torch.equal(side.unit_steps, torch.ones(5))
     assert not side.carried(torch.ones(5)).any()
 
 
 @pytest.mark.parametrize("diagonal", ["", "rows", "columns", "rows columns"])
 def test_steps_are_those_at_which_every_weight_costs_the_same(diagonal):
     curvature = curvature_of(12, 17, scale=0.02, diagonal=diagonal)
-    sides = Sides.of(curvature, DAMPING)
+    sides = InverseRoots.of(curvature, DAMPING)
     steps = sides.row_steps(0.7)[:, None] * sides.column_steps
-    expected = 0.7 / math.sqrt(0.02) * sides.rows.spreads[:, None] * sides.columns.spreads
+    expected = 0.7 / math.sqrt(0.02) * sides.rows.unit_steps[:, None] * sides.columns.unit_steps
     torch.testing.assert_close(steps, expected)
-    torch.testing.assert_close(sides.rows.spreads, Side.of(curvature.rows, DAMPING.rows).spreads)
-    torch.testing.assert_close(sides.columns.spreads, Side.of(curvature.columns, DAMPING.columns).spreads)
+    torch.testing.assert_close(sides.rows.unit_steps, InverseRoot.of(curvature.rows, DAMPING.rows).unit_steps)
+    torch.testing.assert_close(sides.columns.unit_steps, InverseRoot.of(curvature.columns, DAMPING.columns).unit_steps)
 
 
 def test_what_the_data_never_excite_has_the_largest_steps():
     columns = second_moments(8, seed=1)
     columns[3], columns[:, 3] = 0, 0
-    sides = Sides.of(KroneckerFactors(second_moments(8, seed=2), columns, 1.0), DAMPING)
+    sides = InverseRoots.of(KroneckerFactors(second_moments(8, seed=2), columns, 1.0), DAMPING)
     assert sides.column_steps.argmax() == 3

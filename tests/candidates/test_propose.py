@@ -8,10 +8,10 @@ from torch import Tensor, nn
 
 from hf_lossless import LosslessCompressionConfig
 from hf_lossless.calibration.statistics import Calibration, calibrate
-from hf_lossless.candidates import propose as menus
-from hf_lossless.candidates.grids import Candidate, propose
+from hf_lossless.candidates import propose as proposals
+from hf_lossless.candidates.grids import Candidate, propose_grids
 from hf_lossless.candidates.low_rank import Whitening, factorise
-from hf_lossless.candidates.propose import menu
+from hf_lossless.candidates.propose import propose
 from hf_lossless.candidates.ranks import ranks_by_layer
 from hf_lossless.candidates.uniform import on_grid
 from hf_lossless.data.batches import batch_loss
@@ -45,7 +45,7 @@ def candidates(truncation: str, asked="auto", bits=(2, 4, 8, 16), gradient=1.0) 
     first = calibration.layers["first"]
     calibration.layers["first"] = dataclasses.replace(first, gradient=gradient * first.gradient)
     config = LosslessCompressionConfig(ratio=2, bits=bits, ranks=asked, group_size=16)
-    return menu(layers, calibration, config, ranks_by_layer(layers, config.ranks), truncation)
+    return propose(layers, calibration, config, ranks_by_layer(layers, config.ranks), truncation)
 
 
 def fed_back(grid: Grid) -> Grid:
@@ -56,9 +56,9 @@ def fed_back(grid: Grid) -> Grid:
 def test_without_ranks_only_widths(truncation):
     layers, calibration = prepared()
     config = LosslessCompressionConfig(ratio=2, group_size=16)
-    found = menu(layers, calibration, config, {}, truncation)
+    found = propose(layers, calibration, config, {}, truncation)
     for layer in layers:
-        proposed = propose(layer, calibration.layers[layer.name], config.bits, 16, True)
+        proposed = propose_grids(layer, calibration.layers[layer.name], config.bits, 16, True)
         expected = [(one.grid, one.cost_bytes) for one in proposed]
         if truncation == "metric":  # each grid again, to be rounded by feedback
             expected += [(fed_back(grid), cost) for grid, cost in expected if grid is not None]
@@ -118,11 +118,11 @@ def test_descent_points_down_the_gradient():
 
 
 def test_descent_adds_the_smallest_rank_within_the_tolerance(monkeypatch):
-    monkeypatch.setattr(menus, "smallest_rank", lambda factorisation, matrix, gradient, largest: 6)
+    monkeypatch.setattr(proposals, "smallest_rank", lambda factorisation, matrix, gradient, largest: 6)
     assert 6 not in products(candidates("plain")["first"])
     assert 6 in products(candidates("descent")["first"])
     assert 6 not in products(candidates("descent", {"first": (3, 7)})["first"])  # only what was asked
-    monkeypatch.setattr(menus, "smallest_rank", lambda factorisation, matrix, gradient, largest: None)
+    monkeypatch.setattr(proposals, "smallest_rank", lambda factorisation, matrix, gradient, largest: None)
     assert set(products(candidates("descent")["first"])) == set(products(candidates("plain")["first"]))
 
 
@@ -157,4 +157,4 @@ def test_a_weight_that_is_not_finite():
     layers, calibration = prepared()
     layers[1].weight.data[0, 0] = torch.nan
     with pytest.raises(CalibrationError, match="weight of layer 'last' holds NaN"):
-        menu(layers, calibration, LosslessCompressionConfig(ratio=2), {}, "plain")
+        propose(layers, calibration, LosslessCompressionConfig(ratio=2), {}, "plain")

@@ -4,13 +4,13 @@ import numpy as np
 import pytest
 import torch
 from metrics_by_hand import dense
-from test_settle import prepared
+from test_round_packed import prepared
 
 from hf_lossless.calibration.statistics import Calibration
 from hf_lossless.candidates import round_coded as module_under_test
 from hf_lossless.candidates.coded import DAMPING, EMBEDDING_DAMPING, damping_of, propose_coded
-from hf_lossless.candidates.inverse_roots import Sides
-from hf_lossless.candidates.round_coded import settle_coded
+from hf_lossless.candidates.inverse_roots import InverseRoots
+from hf_lossless.candidates.round_coded import round_coded
 from hf_lossless.candidates.shaped import step_at, stored_steps
 from hf_lossless.candidates.two_sided import round_two_sided
 from hf_lossless.storage.entropy.matrix import LARGEST_CODE, decode
@@ -23,7 +23,7 @@ NAMES = ["embedding", "conv", "first", "second", "head"]
 def grid_of(layer: Layer, calibration: Calibration, resolution: float = 6.0) -> CodedGrid:
     out_features, in_features = layer.matrix.shape
     damping = damping_of(layer.kind, 1.0)
-    step = step_at(resolution, layer.matrix, Sides.of(calibration.layers[layer.name].curvature, damping))
+    step = step_at(resolution, layer.matrix, InverseRoots.of(calibration.layers[layer.name].curvature, damping))
     return CodedGrid(step=step, damping=damping, shape=(out_features, in_features))
 
 
@@ -32,31 +32,31 @@ def test_each_layer_as_it_is_alone(largest_batch, monkeypatch):
     monkeypatch.setattr(module_under_test, "_LARGEST_BATCH", largest_batch)
     layers, calibration = prepared()
     grids = {name: grid_of(layers[name], calibration) for name in NAMES}
-    found = settle_coded(list(layers.values()), grids, calibration)
+    found = round_coded(list(layers.values()), grids, calibration)
     assert found.keys() == set(NAMES)
     for name, one in found.items():
         matrix, curvature = layers[name].matrix.detach(), calibration.layers[name].curvature
         assert grids[name].damping == (EMBEDDING_DAMPING if name == "embedding" else DAMPING)
-        sides = Sides.of(curvature, grids[name].damping)
+        sides = InverseRoots.of(curvature, grids[name].damping)
         rows, columns = stored_steps(sides.row_steps(grids[name].step)), stored_steps(sides.column_steps)
         [codes] = round_two_sided(matrix[None], rows[None], columns[None], [sides.rows], [sides.columns])
         expected = codes * columns * rows[:, None]
         assert one.grid == grids[name] and codes.any()
-        assert torch.equal(one.dense, expected) and not one.dense.requires_grad
+        assert torch.equal(one.values.dense, expected) and not one.values.dense.requires_grad
         damping = grids[name].damping
         R, C = dense(curvature.rows, damping.rows), dense(curvature.columns, damping.columns)
         d = (expected - matrix).double()
         assert one.cost == pytest.approx(0.5 * curvature.scale * (R @ d @ C @ d.mT).trace().item(), rel=1e-3)
-        again = decode(one.stored, tuple(matrix.shape))
-        assert np.array_equal(again.codes, one.matrix.codes)
-        assert np.array_equal(again.far_codes, one.matrix.far_codes)
+        again = decode(one.values.stored, tuple(matrix.shape))
+        assert np.array_equal(again.codes, one.values.matrix.codes)
+        assert np.array_equal(again.far_codes, one.values.matrix.far_codes)
         assert np.array_equal(again.row_steps, rows.numpy()) and np.array_equal(again.column_steps, columns.numpy())
 
 
 def test_only_what_has_a_grid():
     layers, calibration = prepared()
-    assert settle_coded(list(layers.values()), {}, calibration) == {}
-    found = settle_coded(list(layers.values()), {"first": grid_of(layers["first"], calibration)}, calibration)
+    assert round_coded(list(layers.values()), {}, calibration) == {}
+    found = round_coded(list(layers.values()), {"first": grid_of(layers["first"], calibration)}, calibration)
     assert list(found) == ["first"]
 
 
@@ -66,10 +66,10 @@ def test_layers_with_a_diagonal_metric_beside_those_with_a_full_one(monkeypatch)
     factors = {name: calibration.layers[name].curvature for name in NAMES}
     assert len({(one.rows.ndim, one.columns.ndim) for one in factors.values()}) >= 3
     grids = {name: grid_of(layers[name], calibration) for name in NAMES}
-    together = settle_coded(list(layers.values()), grids, calibration)
+    together = round_coded(list(layers.values()), grids, calibration)
     for name, grid in grids.items():
-        alone = settle_coded(list(layers.values()), {name: grid}, calibration)[name]
-        assert np.array_equal(alone.stored, together[name].stored)
+        alone = round_coded(list(layers.values()), {name: grid}, calibration)[name]
+        assert np.array_equal(alone.values.stored, together[name].values.stored)
 
 
 def test_far_codes_are_kept_exactly_up_to_the_largest():
@@ -77,12 +77,14 @@ def test_far_codes_are_kept_exactly_up_to_the_largest():
     grid = grid_of(layers["first"], calibration)
     with torch.no_grad():
         layers["first"].weight[0, :2] = torch.tensor([3e4, -9e9])
-    [one] = settle_coded([layers["first"]], {"first": grid}, calibration).values()
-    assert len(one.matrix.far_codes) >= 2 and np.abs(one.matrix.far_codes).max() == LARGEST_CODE
-    error = (one.dense - layers["first"].matrix)[0, 0].abs()
-    assert error <= one.matrix.row_steps[0] * one.matrix.column_steps[0] * 40  # the other's overflow is fed back to it
-    found = decode(one.stored, (12, 12))
-    assert np.array_equal(found.far_codes, one.matrix.far_codes)
+    [one] = round_coded([layers["first"]], {"first": grid}, calibration).values()
+    assert len(one.values.matrix.far_codes) >= 2 and np.abs(one.values.matrix.far_codes).max() == LARGEST_CODE
+    error = (one.values.dense - layers["first"].matrix)[0, 0].abs()
+    assert (
+        error <= one.values.matrix.row_steps[0] * one.values.matrix.column_steps[0] * 40
+    )  # the other's overflow is fed back to it
+    found = decode(one.values.stored, (12, 12))
+    assert np.array_equal(found.far_codes, one.values.matrix.far_codes)
 
 
 def test_what_is_proposed_is_near_what_it_becomes():
@@ -95,9 +97,9 @@ def test_what_is_proposed_is_near_what_it_becomes():
         steps = [one.coded.step for one in candidates]
         assert steps == sorted(steps)
         candidate = candidates[0]
-        [one] = settle_coded([layers[name]], {name: candidate.coded}, calibration).values()
+        [one] = round_coded([layers[name]], {name: candidate.coded}, calibration).values()
         # The models' bytes are only guessed, and with a hundred weights they are a half of it.
-        assert 0.5 * len(one.stored) <= candidate.cost_bytes <= 1.1 * len(one.stored)
+        assert 0.5 * one.cost_bytes <= candidate.cost_bytes <= 1.1 * len(one.values.stored)
         assert one.cost == pytest.approx(candidate.expected_cost, rel=0.7)
 
 

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from hf_lossless.calibration.statistics import Calibration, calibrate
 from hf_lossless.candidates import round_packed as module_under_test
 from hf_lossless.candidates.feedback import DAMPING, EMBEDDING_DAMPING, quantise_in_metric
-from hf_lossless.candidates.round_packed import settle
+from hf_lossless.candidates.round_packed import round_with_feedback
 from hf_lossless.candidates.uniform import on_grid, quantise
 from hf_lossless.data.batches import batch_loss
 from hf_lossless.storage.grid import dequantise
@@ -57,7 +57,7 @@ def test_each_layer_as_it_is_alone(symmetric, largest_batch, monkeypatch):
     bits = {"embedding": 3, "conv": 4, "first": 2, "second": 4, "head": 3}
     plans = {name: planned(layers[name], width, group_size=5, symmetric=symmetric) for name, width in bits.items()}
     plans["idle"] = KEPT
-    found = settle(list(layers.values()), plans, calibration)
+    found = round_with_feedback(list(layers.values()), plans, calibration)
     assert found.keys() == bits.keys()
     for name, one in found.items():
         matrix, columns = layers[name].matrix.detach(), calibration.layers[name].curvature.columns
@@ -73,9 +73,9 @@ def test_only_what_is_rounded_by_feedback():
     layers, calibration = prepared()
     plans = dict.fromkeys(layers, KEPT)
     plans["second"] = planned(layers["second"], 4, rounding="nearest")
-    assert settle(list(layers.values()), plans, calibration) == {}
+    assert round_with_feedback(list(layers.values()), plans, calibration) == {}
     plans["first"] = planned(layers["first"], 4)
-    assert list(settle(list(layers.values()), plans, calibration)) == ["first"]
+    assert list(round_with_feedback(list(layers.values()), plans, calibration)) == ["first"]
 
 
 def test_layers_with_a_diagonal_metric_beside_those_with_a_full_one(monkeypatch):
@@ -85,7 +85,7 @@ def test_layers_with_a_diagonal_metric_beside_those_with_a_full_one(monkeypatch)
     names = ["first", "second", "conv"]
     assert [calibration.layers[name].curvature.columns.ndim for name in names] == [1, 1, 2]
     plans = {**dict.fromkeys(layers, KEPT), **{name: planned(layers[name], 3) for name in names}}
-    found = settle(list(layers.values()), plans, calibration)
+    found = round_with_feedback(list(layers.values()), plans, calibration)
     for name in names[:2]:
         columns = calibration.layers[name].curvature.columns
         expected = quantise(layers[name].matrix, plans[name].grid, columns + DAMPING * columns.mean())
@@ -95,7 +95,7 @@ def test_layers_with_a_diagonal_metric_beside_those_with_a_full_one(monkeypatch)
 def test_it_lowers_the_cost_on_the_calibration_rows():
     layers, calibration = prepared()
     plans = {**dict.fromkeys(layers, KEPT), **{name: planned(layers[name], 3) for name in ("first", "second", "head")}}
-    for name, one in settle(list(layers.values()), plans, calibration).items():
+    for name, one in round_with_feedback(list(layers.values()), plans, calibration).items():
         matrix, columns = layers[name].matrix.detach(), calibration.layers[name].curvature.columns
         errors = dequantise(one.codes, one.scales, one.zeros, one.grid), on_grid(matrix, plans[name].grid)
         settled, nearest = (((error - matrix) @ columns * (error - matrix)).sum() for error in errors)

@@ -9,7 +9,7 @@ from metrics_by_hand import DAMPING, curvature_of, dense
 from torch import Tensor
 
 from hf_lossless.calibration.curvature import KroneckerFactors, second_order_change
-from hf_lossless.candidates.inverse_roots import Sides
+from hf_lossless.candidates.inverse_roots import InverseRoots
 from hf_lossless.candidates.shaped import (
     SAMPLED_ROWS,
     Judge,
@@ -33,17 +33,17 @@ def weights_of(shape) -> Tensor:
     return torch.randn(shape, generator=generator) * torch.randn(shape[1], generator=generator).exp()
 
 
-def expected_cost(step: float, trial: Trial, sample: Sample, sides: Sides, judge: KroneckerFactors) -> float:
+def expected_cost(step: float, trial: Trial, sample: Sample, sides: InverseRoots, judge: KroneckerFactors) -> float:
     return Judge.of(judge, sample, sides).cost(step, trial)
 
 
-def prepared(shape, diagonal: str = "") -> tuple[Tensor, KroneckerFactors, Sides, Sample]:
+def prepared(shape, diagonal: str = "") -> tuple[Tensor, KroneckerFactors, InverseRoots, Sample]:
     matrix, curvature = weights_of(shape), curvature_of(*shape, seed=3, diagonal=diagonal)
-    sides = Sides.of(curvature, DAMPING)
+    sides = InverseRoots.of(curvature, DAMPING)
     return matrix, curvature, sides, Sample.of(matrix, sides, torch.Generator().manual_seed(0))
 
 
-def in_full(step: float, matrix: Tensor, sides: Sides) -> tuple[Tensor, int]:
+def in_full(step: float, matrix: Tensor, sides: InverseRoots) -> tuple[Tensor, int]:
     """The error of all rows, and their bytes."""
     rows, columns = stored_steps(sides.row_steps(step)), stored_steps(sides.column_steps)
     [codes] = round_two_sided(matrix[None], rows[None], columns[None], [sides.rows], [sides.columns])
@@ -109,7 +109,7 @@ def test_a_resolution_is_root_mean_square_over_geometric_mean():
 def test_the_ladder_is_of_exact_powers_that_all_layers_share():
     for seed in range(4):
         matrix = weights_of((16, 24)) * 3.0**-seed
-        sides = Sides.of(curvature_of(16, 24, seed=seed, scale=10.0**-seed), DAMPING)
+        sides = InverseRoots.of(curvature_of(16, 24, seed=seed, scale=10.0**-seed), DAMPING)
         steps = ladder(matrix, sides)
         assert steps == sorted(steps) and len(steps) in (17, 18, 19)
         for step in steps:
@@ -132,7 +132,7 @@ def test_a_sample_has_rows_of_every_curvature():
     matrix, _, sides, sample = prepared((300, 40))
     assert len(sample.rows) == SAMPLED_ROWS == len(set(sample.rows.tolist())) and sample.share == 300 / SAMPLED_ROWS
     assert torch.equal(sample.weights, matrix[sample.rows])
-    spreads = sides.rows.spreads
+    spreads = sides.rows.unit_steps
     assert spreads[sample.rows].mean().item() == pytest.approx(spreads.mean().item(), rel=0.02)
     # Every row has one of like curvature that stands for it, and each of the sample stands for two or three.
     of_row = spreads[sample.rows][sample.stand_ins]
@@ -153,7 +153,7 @@ def test_steps_are_tried_as_they_are_stored():
 
 
 def test_a_layer_of_zeros():
-    sides = Sides.of(curvature_of(6, 9), DAMPING)
+    sides = InverseRoots.of(curvature_of(6, 9), DAMPING)
     matrix = torch.zeros(6, 9)
     sample = Sample.of(matrix, sides, torch.Generator().manual_seed(0))
     for step in ladder(matrix, sides):

@@ -6,7 +6,7 @@ from metrics_by_hand import DAMPING, curvature_of, dense
 from torch import Tensor
 
 from hf_lossless.calibration.curvature import KroneckerFactors
-from hf_lossless.candidates.inverse_roots import Side, Sides
+from hf_lossless.candidates.inverse_roots import InverseRoot, InverseRoots
 from hf_lossless.candidates.two_sided import round_two_sided
 
 SHAPES = pytest.mark.parametrize(
@@ -15,17 +15,19 @@ SHAPES = pytest.mark.parametrize(
 DIAGONALS = pytest.mark.parametrize("diagonal", ["", "rows", "columns", "rows columns"])
 
 
-def problem(shape, diagonal: str = "", seed: int = 0, step: float = 1.0) -> tuple[Tensor, Sides, KroneckerFactors]:
+def problem(
+    shape, diagonal: str = "", seed: int = 0, step: float = 1.0
+) -> tuple[Tensor, InverseRoots, KroneckerFactors]:
     curvature = curvature_of(*shape, seed=seed, scale=1.0, diagonal=diagonal)
     weights = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-    return weights / step, Sides.of(curvature, DAMPING), curvature
+    return weights / step, InverseRoots.of(curvature, DAMPING), curvature
 
 
-def rounded(weights: Tensor, sides: Sides) -> Tensor:
+def rounded(weights: Tensor, sides: InverseRoots) -> Tensor:
     return batched([weights], [sides])[0]
 
 
-def batched(weights: list[Tensor], sides: list[Sides]) -> Tensor:
+def batched(weights: list[Tensor], sides: list[InverseRoots]) -> Tensor:
     return round_two_sided(
         torch.stack(weights),
         torch.stack([one.row_steps(1.0) for one in sides]),
@@ -35,15 +37,15 @@ def batched(weights: list[Tensor], sides: list[Sides]) -> Tensor:
     )
 
 
-def full_root(side: Side) -> Tensor:
+def full_root(side: InverseRoot) -> Tensor:
     return (side.root.diag() if side.is_diagonal else side.root).double()
 
 
-def in_order(matrix: Tensor, sides: Sides) -> Tensor:
+def in_order(matrix: Tensor, sides: InverseRoots) -> Tensor:
     return matrix.double()[sides.rows.order][:, sides.columns.order]
 
 
-def by_loops(weights: Tensor, sides: Sides) -> Tensor:
+def by_loops(weights: Tensor, sides: InverseRoots) -> Tensor:
     """The docstring's sum, weight by weight, in float64."""
     W, V, U = in_order(weights, sides), full_root(sides.rows), full_root(sides.columns)
     step = in_order(sides.row_steps(1.0)[:, None] * sides.column_steps, sides)
@@ -148,7 +150,7 @@ def test_rows_in_another_order_have_their_codes_in_that_order():
     weights, sides, curvature = problem((20, 30))
     order = torch.randperm(20, generator=torch.Generator().manual_seed(1))
     moved = KroneckerFactors(curvature.rows[order][:, order], curvature.columns, curvature.scale)
-    assert torch.equal(rounded(weights[order], Sides.of(moved, DAMPING)), rounded(weights, sides)[order])
+    assert torch.equal(rounded(weights[order], InverseRoots.of(moved, DAMPING)), rounded(weights, sides)[order])
 
 
 def test_weights_on_their_levels_stay():

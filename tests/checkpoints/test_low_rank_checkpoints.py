@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers as hf
+from rounded_plans import apply_rounded
 from safetensors.torch import load_file, save_file
 from tiny_models import TINY_MODELS, TinyModel
 from tiny_plans import by_hand
@@ -23,7 +24,6 @@ from hf_lossless import (
     LosslessCheckpointConfig,
     LosslessError,
     LosslessHfQuantizer,
-    apply_plan,
 )
 from hf_lossless.checkpoints.files import read_entry
 from hf_lossless.checkpoints.names import forget_compressed_ties
@@ -100,7 +100,7 @@ def factorise(model: hf.PreTrainedModel, choices: list[dict]) -> hf.PreTrainedMo
         other_bytes=present_bytes - sum(layer.weight.nbytes for layer in layers),
         original_bytes=present_bytes,
     )
-    apply_plan(model, plan.layers, {name: factors for name, (_, factors) in made.items() if factors is not None})
+    apply_rounded(model, plan.layers, {name: factors for name, (_, factors) in made.items() if factors is not None})
     forget_compressed_ties(model)
     model._weight_conversions = []
     model.hf_quantizer = LosslessHfQuantizer(LosslessCheckpointConfig.of(plan), pre_quantized=True)

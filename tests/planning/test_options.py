@@ -6,7 +6,7 @@ from torch import nn
 
 from hf_lossless.candidates.grids import Candidate
 from hf_lossless.errors import CalibrationError
-from hf_lossless.planning.options import Found, options_of, put_right, scaled
+from hf_lossless.planning.options import RoundedCost, options_of, scaled, with_rounded_costs
 from hf_lossless.storage.layers import find_layers
 from hf_lossless.storage.plan import ActivationGrid, CodedGrid, Damping, Grid
 from hf_lossless.theories.activation_noise import ActivationOption
@@ -67,14 +67,14 @@ def test_no_way_at_all(candidates, message):
 
 def test_nothing_found_changes_nothing():
     group = options()
-    assert put_right(group, {}) is group
+    assert with_rounded_costs(group, {}) is group
     other = CodedGrid(step=3.0, damping=DAMPING, shape=(4, 8))
-    assert put_right(group, {other: Found(1, 1.0)}) is group
+    assert with_rounded_costs(group, {other: RoundedCost(1, 1.0)}) is group
 
 
 def test_what_was_rounded_has_its_bytes_and_the_others_their_proportion():
     """FINE takes 1.1 times its estimate and costs twice of it; COARSE 0.9 times, and a half."""
-    group = put_right(options(), {FINE.coded: Found(440, 0.02), COARSE.coded: Found(90, 0.25)})
+    group = with_rounded_costs(options(), {FINE.coded: RoundedCost(440, 0.02), COARSE.coded: RoundedCost(90, 0.25)})
     assert numbers(group) == [
         (128, 0.0),
         (16, 0.3),
@@ -86,14 +86,14 @@ def test_what_was_rounded_has_its_bytes_and_the_others_their_proportion():
 
 
 def test_it_starts_from_the_estimates_each_time():
-    once = put_right(options(), {FINE.coded: Found(440, 0.02)})
-    assert numbers(put_right(options(), {FINE.coded: Found(440, 0.02)})) == numbers(once)
+    once = with_rounded_costs(options(), {FINE.coded: RoundedCost(440, 0.02)})
+    assert numbers(with_rounded_costs(options(), {FINE.coded: RoundedCost(440, 0.02)})) == numbers(once)
     assert [option.candidate for option in once] == CANDIDATES
 
 
 @pytest.mark.parametrize(("cost", "factor"), [(0.0, 0.01), (1e9, 100.0)], ids=["nothing", "very-much"])
 def test_corrections_have_a_limit(cost, factor):
-    group = put_right(options(), {FINE.coded: Found(400, cost)})
+    group = with_rounded_costs(options(), {FINE.coded: RoundedCost(400, cost)})
     assert [change for _, change in numbers(group)[2:]] == pytest.approx([0.02 * factor, 0.08 * factor, factor])
 
 
@@ -101,7 +101,7 @@ def test_bytes_of_the_input_stay():
     activation = ActivationOption(ActivationGrid(bits=8, range="static"), 0.0)
     group = options([activation], may_stay_float=False)
     assert [cost for cost, _ in numbers(group)] == [128, 21, 405, 205, 105]
-    right = put_right(group, {FINE.coded: Found(440, 0.01)})
+    right = with_rounded_costs(group, {FINE.coded: RoundedCost(440, 0.01)})
     assert [cost for cost, _ in numbers(right)] == [128, 21, 445, 225, 115]
     assert all(option.plan.activation == activation.grid for option in right[1:])
 

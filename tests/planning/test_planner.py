@@ -9,6 +9,7 @@ import re
 
 import pytest
 import torch
+from rounded_plans import apply_rounded
 from torch import Tensor, nn
 
 from hf_lossless import LosslessCompressionConfig, compress
@@ -20,7 +21,9 @@ from hf_lossless.data.batches import batch_loss
 from hf_lossless.errors import PlanError, UnreachableTargetError
 from hf_lossless.planning import planner as planning
 from hf_lossless.planning.planner import Planned, Planner
-from hf_lossless.storage.apply import apply_plan
+from hf_lossless.storage.apply import apply
+from hf_lossless.storage.grid import QuantisedMatrix
+from hf_lossless.storage.values import EncodedMatrix
 from hf_lossless.theories import curvature
 from hf_lossless.theories.problem import Prediction
 
@@ -159,7 +162,8 @@ def test_a_theory_that_measures_is_not_checked():
 def test_what_is_measured_is_the_loss_with_the_planned_weights():
     planner = planner_of()
     planned = planner.plan(config_of(ratio=7))
-    assert planned.quantised and len({layer.kind for layer in planned.plan.layers.values()}) == 1
+    assert all(isinstance(one.values, QuantisedMatrix) for one in planned.stored.values())
+    assert len({layer.kind for layer in planned.plan.layers.values()}) == 1
     for layers in (planner.problem.layers, planner.problem.layers[1:2], []):
         twin = network()
         with torch.no_grad():
@@ -289,7 +293,7 @@ def test_inputs_are_measured_with_the_weights():
     planned = first_plan(planner, config)
     assert any(layer.activation is not None for layer in planned.plan.layers.values())
     twin = copy.deepcopy(planner.problem.model)
-    apply_plan(twin, planned.plan.layers, planned.factors, planned.quantised, static_grids=planned.static_grids)
+    apply(twin, planned.stored)
     change = sum((batch_loss(twin, batch) - batch_loss(planner.problem.model, batch)).item() for batch in BATCHES)
     measured = planner._measured(planned, planner.problem.layers)
     assert measured.mean == pytest.approx(change / len(BATCHES), abs=1e-5) and abs(measured.mean) > 1e-3
@@ -406,7 +410,7 @@ def test_errors_are_those_of_what_is_stored():
         config = config_of(ratio=ratio, ranks="auto", bits=(2, 4, 16))
         planned = planner.plan(config)
         twin = network()
-        pipeline.apply_plan(twin, planned.plan.layers, planned.factors, planned.quantised)
+        apply(twin, planned.stored)
         for layer in planner.problem.layers:
             module = twin.get_submodule(layer.name)
             stored = module.weight if isinstance(module, nn.Linear) else module.matrix()
@@ -435,12 +439,16 @@ def shared_planner(storage: tuple[str, ...]) -> Planner:
 
 def is_rounded(planned: Planned) -> None:
     """Every coded layer is there, on its grid, and the plan has the bytes that it takes."""
-    coded = {name: layer for name, layer in planned.plan.layers.items() if layer.coded is not None}
-    assert planned.coded.keys() == coded.keys()
-    for name, layer in coded.items():
-        assert planned.coded[name].grid == layer.coded
-        activation = 0 if layer.activation is None else layer.activation.stored_bytes
-        assert layer.cost_bytes == len(planned.coded[name].stored) + activation
+    assert {name: one.plan for name, one in planned.stored.items()} == planned.plan.layers
+    for one in planned.stored.values():
+        assert isinstance(one.values, EncodedMatrix) == (one.plan.kind == "coded")
+        if isinstance(one.values, EncodedMatrix):
+            activation = 0 if one.plan.activation is None else one.plan.activation.stored_bytes
+            assert one.plan.cost_bytes == len(one.values.stored) + activation
+
+
+def coded_values(planned: Planned) -> dict[str, EncodedMatrix]:
+    return {name: one.values for name, one in planned.stored.items() if isinstance(one.values, EncodedMatrix)}
 
 
 TARGETS = [{"ratio": 3}, {"ratio": 9}, {"loss_budget": 0.01}, {"loss_budget": 1e9}, {"max_bytes": 5000}]
@@ -453,7 +461,7 @@ def test_coded_plans_have_the_bytes_on_disk(storage, target):
     planner = shared_planner(storage)
     planned = planner.plan(config)
     is_rounded(planned)
-    assert planned.coded or "fixed" in storage
+    assert coded_values(planned) or "fixed" in storage
     size_bytes = LosslessCheckpointConfig.of(planned.plan).size_bytes
     if "ratio" in target:
         assert planner.original_bytes / size_bytes >= target["ratio"]
@@ -470,7 +478,7 @@ def test_one_analysis_serves_many_coded_plans():
     for config in configs:
         planned = planner.plan(config)
         is_rounded(planned)
-        assert planner._coded.keys() == planned.coded.keys()  # what is not planned is let go
+        assert planner._coded.keys() == coded_values(planned).keys()  # what is not planned is let go
         plans.append(planned)
     for planned in plans:
         is_rounded(planned)  # and what was planned first keeps its codes
@@ -482,24 +490,26 @@ def test_a_layer_that_is_held_on_its_grid_is_not_rounded_again(monkeypatch):
     planner = coded_planner()
     rounded: list[tuple] = []
 
-    def counted(layers, grids, calibration, settle_coded=planning.settle_coded):
+    def counted(layers, grids, calibration, round_coded=planning.round_coded):
         assert not any(name in planner._coded and planner._coded[name].grid == grid for name, grid in grids.items())
         rounded.extend(grids.items())
-        return settle_coded(layers, grids, calibration)
+        return round_coded(layers, grids, calibration)
 
-    monkeypatch.setattr(planning, "settle_coded", counted)
+    monkeypatch.setattr(planning, "round_coded", counted)
     planned = planner.plan(coded_config(ratio=8))
-    assert len(planned.coded) <= len(rounded) <= (planning.SETTLINGS + 1) * len(planner.problem.layers)
+    assert (
+        len(coded_values(planned)) <= len(rounded) <= (planning.CHOICES_BY_ESTIMATE + 1) * len(planner.problem.layers)
+    )
     again = planner.plan(coded_config(ratio=8))
-    assert again.plan == planned.plan and again.coded.keys() == planned.coded.keys()
-    for name, one in planned.coded.items():
-        assert again.coded[name].stored.tobytes() == one.stored.tobytes()
+    assert again.plan == planned.plan and coded_values(again).keys() == coded_values(planned).keys()
+    for name, one in coded_values(planned).items():
+        assert coded_values(again)[name].stored.tobytes() == one.stored.tobytes()
 
 
-@pytest.mark.parametrize("settlings", [1, 2])
-def test_planning_ends_with_what_was_rounded(settlings, monkeypatch):
+@pytest.mark.parametrize("rounds", [1, 2])
+def test_planning_ends_with_what_was_rounded(rounds, monkeypatch):
     """However few rounds there are, and however wrong the estimates of bytes."""
-    monkeypatch.setattr(planning, "SETTLINGS", settlings)
+    monkeypatch.setattr(planning, "CHOICES_BY_ESTIMATE", rounds)
     planner = coded_planner(storage=("entropy",))
     for group in planner.problem.candidates.values():
         for place, candidate in enumerate(group):
@@ -522,7 +532,7 @@ def test_errors_of_coded_layers_are_those_of_what_is_stored():
     planner = shared_planner(("entropy",))
     planned = planner.plan(coded_config(storage=("entropy",), ratio=8))
     twin = copy.deepcopy(planner.problem.model)
-    apply_plan(twin, planned.plan.layers, coded=planned.coded)
+    apply(twin, planned.stored)
     for layer in planner.problem.layers:
         assert planned.plan.layers[layer.name].kind == "coded"
         error = planned.error(layer)
@@ -539,8 +549,10 @@ def test_codes_that_do_not_fit_the_plan():
     first = planner.plan(coded_config(storage=("entropy",), ratio=4))
     second = planner.plan(coded_config(storage=("entropy",), ratio=10))
     model = network()
-    with pytest.raises(PlanError, match=r"codes layer '0' on .*, but its codes were not given\. Give them: apply_plan"):
-        apply_plan(model, first.plan.layers)
-    with pytest.raises(PlanError, match=r"codes layer '0' on .* bytes, but its codes are on .*, of \d+ bytes\. Give"):
-        apply_plan(model, first.plan.layers, coded=second.coded)
+    with pytest.raises(
+        PlanError, match=r"layer '0' as codes at their entropy, but its values were not given\. Give them"
+    ):
+        apply_rounded(model, first.plan.layers)
+    with pytest.raises(PlanError, match=r"codes layer '0' in \d+ bytes, but its codes take \d+\. Round them"):
+        apply_rounded(model, first.plan.layers, rounded=coded_values(second))
     assert all(type(model[place]) is nn.Linear for place in (0, 3, 5))  # nothing was replaced

@@ -17,8 +17,8 @@ from limit_parts.rate_aware import rate_aware, rounding_with
 
 from hf_lossless.calibration.curvature import KroneckerFactors
 from hf_lossless.candidates.coded import DAMPING
-from hf_lossless.candidates.inverse_roots import Sides
-from hf_lossless.candidates.round_coded import CodedLayer
+from hf_lossless.candidates.inverse_roots import InverseRoots
+from hf_lossless.candidates.round_coded import CodedRounding
 from hf_lossless.candidates.two_sided import round_two_sided
 from hf_lossless.storage.entropy.matrix import CodedMatrix, encode
 from hf_lossless.storage.plan import CodedGrid
@@ -87,7 +87,7 @@ def layer():
     generator = torch.Generator().manual_seed(0)
     W = torch.randn(70, 40, generator=generator)
     rows, columns = (torch.randn(3 * size, size, generator=generator) for size in W.shape)
-    return W, Sides.of(KroneckerFactors(rows.T @ rows, columns.T @ columns, 1.0), DAMPING)
+    return W, InverseRoots.of(KroneckerFactors(rows.T @ rows, columns.T @ columns, 1.0), DAMPING)
 
 
 def _codes(W, sides, step=0.5):
@@ -115,7 +115,7 @@ def test_the_parts_of_what_is_stored_add_up():
     codes[3, 5] = 1000
     matrix = CodedMatrix.of(codes, np.ones(300, np.float32), np.ones(200, np.float32))
     grid = CodedGrid(step=1.0, damping=DAMPING, shape=codes.shape)
-    found = coder_figures([CodedLayer(grid, matrix, encode(matrix), 0.0)])
+    found = coder_figures([CodedRounding(grid, matrix, encode(matrix), 0.0)])
     assert found["weights"] == 60_000
     assert found["bytes"]["far"] == 8
     assert found["codes_over_entropy"] == pytest.approx(1, abs=0.002)

@@ -4,6 +4,7 @@ import dataclasses
 
 import pytest
 import torch
+from rounded_plans import apply_rounded
 from tiny_plans import by_hand, dense_matrix, fitting_grid, truncated_svd
 from torch import nn
 
@@ -56,7 +57,7 @@ def test_each_kind_of_plan():
         layer.name: dense_matrix(layer, plans[layer.name], factors.get(layer.name)) for layer in find_layers(model)
     }
     kept, biases = model["kept"], {name: getattr(module, "bias", None) for name, module in model.items()}
-    assert apply_plan(model, plans, factors) is model
+    assert apply_rounded(model, plans, factors) is model
     assert {name: type(module) for name, module in model.items()} == {
         "embedding": LowRankEmbedding,
         "linear": LowRankLinear,
@@ -76,7 +77,7 @@ def test_each_kind_of_plan():
 def test_meta_then_load_is_the_same_model():
     model = build()
     plans, factors = plans_and_factors(model)
-    apply_plan(model, plans, factors)
+    apply_rounded(model, plans, factors)
     with torch.device("meta"):
         empty = build()
     apply_plan(empty, plans)
@@ -143,19 +144,19 @@ GIVEN = object()  # the factors of the planned rank
             "linear",
             low_rank_plan(2, (16, 12)),
             None,
-            r"'linear', but its factors were not given\. Give them: .*factors=\{'linear': Factors\(left, right\)\}\)",
+            r"'linear', but its factors were not given\. Give them: .*factors=Factors\(left, right\)\)",
         ),
         (
             "linear",
             low_rank_plan(2, (16, 12)),
             Factors(torch.ones(16, 3), torch.ones(3, 12)),
-            r"'linear' have the shapes \[16, 3\] and \[3, 12\], the plan needs \[16, 2\] and \[2, 12\]\. Truncate",
+            r"left factors of layer 'linear' are a matrix \[16, 3\] on no grid, the plan needs \[16, 2\] on no grid",
         ),
         (
             "linear",
             low_rank_plan(2, (16, 12)),
             Factors(torch.ones(2, 16), torch.ones(2, 12)),
-            r"'linear' have the shapes \[2, 16\] and \[2, 12\], the plan needs \[16, 2\]",
+            r"left factors of layer 'linear' are a matrix \[2, 16\] on no grid, the plan needs \[16, 2\]",
         ),
         (
             "linear",
@@ -186,7 +187,7 @@ def test_a_plan_that_does_not_fit(name: str, plan: LayerPlan, factors: Factors |
     if factors is not None:
         good_factors[name] = factors
     with pytest.raises(PlanError, match=message):
-        apply_plan(model, {**good, name: plan}, good_factors)
+        apply_rounded(model, {**good, name: plan}, good_factors)
     assert dict(model.items()) == before
 
 
@@ -210,7 +211,7 @@ def test_a_sum_may_have_any_rank():
     model = build()
     matrix = model["linear"].weight
     plan = low_rank_plan(12, (16, 12), grid=fitting_grid(matrix, 2))
-    apply_plan(model, {"linear": plan}, {"linear": truncated_svd(matrix, 12)})
+    apply_rounded(model, {"linear": plan}, {"linear": truncated_svd(matrix, 12)})
     assert isinstance(model["linear"], LowRankLinear)
 
 
@@ -234,7 +235,7 @@ def test_quantised_inputs_on_real_weights_and_on_meta():
     model = build()
     plans, factors = plans_and_factors(model)
     plans = with_activations(plans)
-    apply_plan(model, plans, factors, static_grids=STATIC_GRIDS)
+    apply_rounded(model, plans, factors, static_grids=STATIC_GRIDS)
     found = {name: module.activation for name, module in model.items() if isinstance(module, CompressedModule)}
     assert {name: None if one is None else one.grid for name, one in found.items()} == {
         name: ACTIVATIONS.get(name) for name in found
@@ -257,9 +258,11 @@ def test_a_static_range_that_is_not_given():
     model = build()
     plans, factors = plans_and_factors(model)
     before = dict(model.items())
-    message = r"'depthwise' a static range, which was not given\. Give it: .*static_grids=\{'depthwise': StaticGrid\("
+    message = (
+        r"'depthwise' a static range, which was not given\. Give it: .*'depthwise': StoredLayer\(plan, values, Stat"
+    )
     with pytest.raises(PlanError, match=message):
-        apply_plan(model, with_activations(plans), factors, static_grids={"linear": STATIC_GRIDS["linear"]})
+        apply_rounded(model, with_activations(plans), factors, static_grids={"linear": STATIC_GRIDS["linear"]})
     assert dict(model.items()) == before
 
 
@@ -269,7 +272,7 @@ def test_an_embedding_has_no_input_to_quantise():
     plans["embedding"] = plans["embedding"].model_copy(update={"activation": ACTIVATIONS["conv"]})
     before = dict(model.items())
     with pytest.raises(PlanError, match=r"quantises the input of layer 'embedding', which looks up rows or shares"):
-        apply_plan(model, plans, factors)
+        apply_rounded(model, plans, factors)
     assert dict(model.items()) == before
 
 
@@ -294,7 +297,7 @@ def feedback_plans(model: nn.Module) -> tuple[dict[str, LayerPlan], dict[str, Qu
 def test_codes_are_stored_as_they_are_given():
     model = build()
     plans, codes = feedback_plans(model)
-    apply_plan(model, plans, quantised=codes)
+    apply_rounded(model, plans, rounded=codes)
     for name, one in codes.items():
         expected = dequantise(one.codes, one.scales, one.zeros, one.grid)
         assert torch.equal(model[name].matrix(), expected)
@@ -327,17 +330,17 @@ def other_rounding(one: QuantisedMatrix) -> QuantisedMatrix:
     [
         (
             None,
-            r"rounds layer 'head' by feedback, which needs the calibration data, but its codes were not given\. "
-            r"Give them: apply_plan\(model, layer_plans, quantised=\{'head': \.\.\.\}\), see settle\(\)",
+            r"stores layer 'head' as codes on a grid, but its values were not given\. Give them: "
+            r"apply\(model, \{'head': StoredLayer\(plan, QuantisedMatrix\(\.\.\.\)\)\}\)",
         ),
         (
             other_rows,
-            r"codes of layer 'head' are a matrix \[7, 16\] on .*, the plan needs \[8, 16\] on .*\. Settle them",
+            r"codes of layer 'head' are a matrix \[7, 16\] on .*, the plan needs \[8, 16\] on .*\. Round them",
         ),
         (other_bits, r"codes of layer 'head' are a matrix \[8, 16\] on bits=4 .*, the plan needs .* on bits=3 "),
         (
             other_scales,
-            r"'head' .*scale_dtype='float32', the plan needs .*scale_dtype='float16'\. Settle them for this",
+            r"'head' .*scale_dtype='float32', the plan needs .*scale_dtype='float16'\. Round them for this",
         ),
         (other_rounding, r"'head' .*rounding='nearest' .*, the plan needs .*rounding='feedback'"),
     ],
@@ -351,6 +354,6 @@ def test_codes_that_do_not_fit(change, message):
     if change is not None:
         codes["head"] = change(head)
     with pytest.raises(PlanError, match=message):
-        apply_plan(model, plans, quantised=codes)
+        apply_rounded(model, plans, rounded=codes)
     assert dict(model.items()) == before
     assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())

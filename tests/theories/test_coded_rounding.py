@@ -12,7 +12,7 @@ from hf_lossless.calibration.curvature import KroneckerFactors, second_order_cha
 from hf_lossless.calibration.statistics import LayerStatistics, Moments
 from hf_lossless.candidates.coded import propose_coded
 from hf_lossless.candidates.grids import Candidate
-from hf_lossless.candidates.inverse_roots import Sides
+from hf_lossless.candidates.inverse_roots import InverseRoots
 from hf_lossless.candidates.shaped import Judge, Sample, stored_steps, try_step
 from hf_lossless.candidates.two_sided import round_two_sided
 from hf_lossless.storage.layers import Layer, find_layers
@@ -64,7 +64,7 @@ def judged(layer: Layer, candidate: Candidate, of_layer: LayerStatistics) -> flo
     """Fitted to one half and judged by the other, both ways round, as estimated from samples."""
     cost = 0.0
     for fit, judge in (of_layer.halves, of_layer.halves[::-1]):
-        sides = Sides.of(fit, candidate.coded.damping)
+        sides = InverseRoots.of(fit, candidate.coded.damping)
         sample = Sample.of(layer.matrix, sides, torch.Generator().manual_seed(5))
         cost += Judge.of(judge, sample, sides).cost(candidate.coded.step, try_step(candidate.coded.step, sample, sides))
     return cost / 2
@@ -74,7 +74,7 @@ def in_full(layer: Layer, candidate: Candidate, of_layer: LayerStatistics) -> fl
     """The same with all rows rounded."""
     cost, matrix = 0.0, layer.matrix.detach()
     for fit, judge in (of_layer.halves, of_layer.halves[::-1]):
-        sides = Sides.of(fit, candidate.coded.damping)
+        sides = InverseRoots.of(fit, candidate.coded.damping)
         rows, columns = stored_steps(sides.row_steps(candidate.coded.step)), stored_steps(sides.column_steps)
         [codes] = round_two_sided(matrix[None], rows[None], columns[None], [sides.rows], [sides.columns])
         cost += second_order_change(codes * rows[:, None] * columns - matrix, judge)

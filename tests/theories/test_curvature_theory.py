@@ -6,9 +6,9 @@ from torch import nn
 
 from hf_lossless.calibration.curvature import second_order_change
 from hf_lossless.calibration.statistics import calibrate
-from hf_lossless.candidates.propose import menu
+from hf_lossless.candidates.propose import propose
 from hf_lossless.candidates.ranks import ranks_by_layer
-from hf_lossless.candidates.round_packed import settle
+from hf_lossless.candidates.round_packed import round_with_feedback
 from hf_lossless.config import LosslessCompressionConfig
 from hf_lossless.data.batches import batch_loss
 from hf_lossless.storage.grid import dequantise
@@ -27,7 +27,7 @@ def prepared(ranks="auto"):
     layers = find_layers(model)
     calibration = calibrate(model, batches, layers, batch_loss, curvature=True)
     config = LosslessCompressionConfig(ratio=2, ranks=ranks, theory="curvature", bits=(2, 4, 8, 16), group_size=8)
-    candidates = menu(layers, calibration, config, ranks_by_layer(layers, config.ranks), "metric")
+    candidates = propose(layers, calibration, config, ranks_by_layer(layers, config.ranks), "metric")
     calls = []
     problem = Problem(model, batches, batch_loss, layers, calibration, candidates, advance=lambda: calls.append(1))
     return problem, calls
@@ -109,14 +109,14 @@ def test_the_loss_of_other_rows_rises_as_predicted():
     layers = find_layers(model)
     calibration = calibrate(model, rows(2048), layers, batch_loss, curvature=True)
     config = LosslessCompressionConfig(ratio=2, theory="curvature", bits=(2, 3), group_size=None)
-    candidates = menu(layers, calibration, config, {}, "metric")
+    candidates = propose(layers, calibration, config, {}, "metric")
     problem = Problem(model, [], batch_loss, layers, calibration, candidates)
     others = rows(60_000)
     before = sum(batch_loss(model, batch).item() * len(batch[1]) for batch in others) / 60_000
     weight = model[0].weight.data.clone()
     for candidate, prediction in zip(candidates["0"], predict(problem)["0"], strict=True):
         plan = LayerPlan(kind="grid", grid=candidate.grid, cost_bytes=1, predicted_loss_change=0.0)
-        settled = settle(layers, {"0": plan}, calibration).get("0")  # codes by feedback
+        settled = round_with_feedback(layers, {"0": plan}, calibration).get("0")  # codes by feedback
         if settled is None:
             model[0].weight.data = weight + candidate.error(weight)
         else:

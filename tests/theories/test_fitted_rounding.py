@@ -10,7 +10,7 @@ from hf_lossless.calibration.curvature import KroneckerFactors, second_order_cha
 from hf_lossless.calibration.statistics import Calibration, LayerStatistics, Moments, calibrate
 from hf_lossless.candidates.feedback import DAMPING, EMBEDDING_DAMPING, quantise_in_metric
 from hf_lossless.candidates.grids import Candidate
-from hf_lossless.candidates.round_packed import settle
+from hf_lossless.candidates.round_packed import round_with_feedback
 from hf_lossless.candidates.uniform import quantise
 from hf_lossless.data.batches import batch_loss
 from hf_lossless.storage.grid import dequantise
@@ -101,7 +101,7 @@ def test_without_halves_it_is_judged_by_what_it_is_fitted_to():
     settled = []
     for grid, change in feedback_changes(problem)["one"].items():
         plan = LayerPlan(kind="grid", grid=grid, cost_bytes=1, predicted_loss_change=0.0)
-        one = settle(problem.layers, {"one": plan}, problem.calibration)["one"]
+        one = round_with_feedback(problem.layers, {"one": plan}, problem.calibration)["one"]
         error = dequantise(one.codes, one.scales, one.zeros, one.grid) - problem.layers[0].matrix.detach()
         settled.append(second_order_change(error, statistics.curvature))
         assert 0.999 * settled[-1] <= change <= 1.1 * settled[-1]  # one round of descent instead of two

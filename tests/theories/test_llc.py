@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from hf_lossless.calibration.statistics import calibrate
 from hf_lossless.candidates.activations import activation_noise as activation_noise_of
-from hf_lossless.candidates.grids import Candidate, propose
+from hf_lossless.candidates.grids import Candidate, propose_grids
 from hf_lossless.candidates.uniform import quantise
 from hf_lossless.data.batches import batch_loss
 from hf_lossless.storage.grid import dequantise
@@ -90,7 +90,7 @@ def prepared(model: nn.Module, batches, bits=BITS, group_size=4, loss=batch_loss
     layers = find_layers(model)
     calibration = calibrate(model, batches, layers, loss)
     candidates = {
-        layer.name: propose(layer, calibration.layers[layer.name], bits, group_size, True) for layer in layers
+        layer.name: propose_grids(layer, calibration.layers[layer.name], bits, group_size, True) for layer in layers
     }
     return layers, calibration, candidates
 

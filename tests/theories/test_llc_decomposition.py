@@ -12,7 +12,7 @@ from hf_lossless import LosslessCompressionConfig
 from hf_lossless.calibration.statistics import calibrate
 from hf_lossless.candidates.grids import Candidate
 from hf_lossless.candidates.low_rank import factorise
-from hf_lossless.candidates.propose import menu
+from hf_lossless.candidates.propose import propose
 from hf_lossless.candidates.ranks import ranks_by_layer
 from hf_lossless.candidates.uniform import on_grid
 from hf_lossless.data.batches import batch_loss
@@ -61,7 +61,7 @@ def prepared(model: nn.Module, bits=(2, 4, 8, 16), ranks="auto", **keywords) -> 
     layers, loss = find_layers(model), Counted()
     calibration = calibrate(model, batches, layers, loss, gradients=True)
     config = LosslessCompressionConfig(ratio=2, bits=bits, ranks=ranks, group_size=None)
-    candidates = menu(layers, calibration, config, ranks_by_layer(layers, config.ranks), "plain")
+    candidates = propose(layers, calibration, config, ranks_by_layer(layers, config.ranks), "plain")
     loss.calls = 0
     return Problem(model, batches, loss, layers, calibration, candidates, **keywords), loss
 

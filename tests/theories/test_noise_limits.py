@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from hf_lossless.calibration.statistics import calibrate
-from hf_lossless.candidates.grids import propose
+from hf_lossless.candidates.grids import propose_grids
 from hf_lossless.data.batches import batch_loss
 from hf_lossless.storage.layers import find_layers
 from hf_lossless.theories import cet, hawq, llc
@@ -24,7 +24,7 @@ def problem_of(size: float, bits: tuple[int, ...]) -> Problem:
     batches = [(torch.randn(12, 24) * 0.1, torch.arange(12) % 5)]
     layers = find_layers(model)
     calibration = calibrate(model, batches, layers, batch_loss)
-    candidates = {"0": propose(layers[0], calibration.layers["0"], bits, None, True)}
+    candidates = {"0": propose_grids(layers[0], calibration.layers["0"], bits, None, True)}
     return Problem(model, batches, batch_loss, layers, calibration, candidates)
 
 

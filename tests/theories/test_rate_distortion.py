@@ -10,8 +10,8 @@ from torch import nn
 from hf_lossless.calibration.curvature import KroneckerFactors, second_order_change
 from hf_lossless.calibration.statistics import calibrate
 from hf_lossless.candidates.coded import DAMPING
-from hf_lossless.candidates.inverse_roots import Sides
-from hf_lossless.candidates.round_coded import settle_coded
+from hf_lossless.candidates.inverse_roots import InverseRoots
+from hf_lossless.candidates.round_coded import round_coded
 from hf_lossless.candidates.shaped import step_at
 from hf_lossless.candidates.two_sided import round_two_sided
 from hf_lossless.compression import tensor_bytes
@@ -71,7 +71,7 @@ def test_uniform_steps_take_a_quarter_of_a_bit_more():
     """At high rate, in the damped metric that shapes them: 1/2 log2(pi e / 6) bits for normal weights."""
     generator = torch.Generator().manual_seed(6)
     W, factors = torch.randn(256, 128, generator=generator), _factors(7, 256, 128)
-    sides = Sides.of(factors, DAMPING)
+    sides = InverseRoots.of(factors, DAMPING)
     step = step_at(8.0, W, sides)
     rows, columns = sides.row_steps(step), sides.column_steps
     codes = round_two_sided(W[None], rows[None], columns[None], [sides.rows], [sides.columns])[0]
@@ -156,8 +156,8 @@ def test_layers_rounded_on_shaped_grids_lie_above_it(problem):
     unused = 8 * 8 * 4
     for step in (1e-3, 1e-2, 0.1):
         grids = {layer.name: CodedGrid(step=step, damping=DAMPING, shape=tuple(layer.matrix.shape)) for layer in layers}
-        coded = settle_coded(layers, grids, problem.calibration)
-        num_bytes = unused + sum(len(one.stored) for one in coded.values())
+        coded = round_coded(layers, grids, problem.calibration)
+        num_bytes = unused + sum(one.cost_bytes for one in coded.values())
         loss = sum(one.cost for one in coded.values())
         assert math.isfinite(loss)
         below = [bound_loss for bound_bytes, bound_loss in bound if bound_bytes >= num_bytes]

@@ -63,7 +63,7 @@ class ExportResult:
         carried: Names of the layers that the format carries.
         dense: Why the other compressed layers are in floating point now, by their names.
         dtype: That of the model.
-        rounded: Names of the layers whose scales had to be rounded to it (see `checkpoints.exports.convert` for the bound).
+        rounded: Names of the layers whose scales had to be rounded to it (the bound is in `exports.convert`).
         float_inputs: Names of the layers whose inputs are quantised in the checkpoint, and are not any more.
         certified: Whether the checkpoint has a certificate, which the export has not.
     """

@@ -31,7 +31,7 @@ _VALUES = 256
 
 
 @dataclass(frozen=True)
-class Spread:
+class Levels:
     """Levels of the rows and of the columns.
 
     Attributes:
@@ -47,9 +47,9 @@ class Spread:
         """Model numbers there may be: 0 to the largest sum of levels."""
         return int(self.rows.max()) + int(self.columns.max()) + 1
 
-    def merged(self, factor: int) -> "Spread":
+    def merged(self, factor: int) -> "Levels":
         """With `factor` levels as one."""
-        return Spread(self.rows // factor, self.columns // factor)
+        return Levels(self.rows // factor, self.columns // factor)
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ class Blocks:
     column_ends: NDArray[np.int64]
 
     @classmethod
-    def of(cls, spread: Spread) -> "Blocks":
+    def of(cls, spread: Levels) -> "Blocks":
         """Those of a matrix with these levels; rows of one level stay in their order."""
         orders = [np.argsort(levels, kind="stable") for levels in (spread.rows, spread.columns)]
         ends = [np.concatenate([[0], np.bincount(levels).cumsum()]) for levels in (spread.rows, spread.columns)]
@@ -86,7 +86,7 @@ class Blocks:
                 yield rows, columns
 
 
-def best_spread(codes: NDArray[np.int8], share: float = 1.0) -> tuple[Spread, int]:
+def best_levels(codes: NDArray[np.int8], share: float = 1.0) -> tuple[Levels, int]:
     """The levels with which the codes of a matrix take the fewest bytes, and how many they take, models included.
 
     Args:
@@ -94,7 +94,7 @@ def best_spread(codes: NDArray[np.int8], share: float = 1.0) -> tuple[Spread, in
         share: How many rows each of these stands for.
     """
     magnitudes = np.abs(codes.astype(np.int16))
-    finest = Spread(_levels(magnitudes.mean(1)), _levels(magnitudes.mean(0)))
+    finest = Levels(_levels(magnitudes.mean(1)), _levels(magnitudes.mean(0)))
     counts = _counts(codes, finest)  # [row levels, column levels, values]
     choices = []
     for factor in (1, *_COARSER):
@@ -104,7 +104,7 @@ def best_spread(codes: NDArray[np.int8], share: float = 1.0) -> tuple[Spread, in
     return finest.merged(factor), num_bytes
 
 
-def model_counts(codes: NDArray[np.int8], spread: Spread) -> NDArray[np.int64]:
+def model_counts(codes: NDArray[np.int8], spread: Levels) -> NDArray[np.int64]:
     """How often each code from -128 to 127 occurs in each model, int64 [models, 256]."""
     return _by_model(_counts(codes, spread))
 
@@ -115,7 +115,7 @@ def _levels(means: NDArray[np.floating]) -> NDArray[np.int32]:
     return above
 
 
-def _counts(codes: NDArray[np.int8], spread: Spread) -> NDArray[np.int64]:
+def _counts(codes: NDArray[np.int8], spread: Levels) -> NDArray[np.int64]:
     """[row levels, column levels, values]; row level by row level, to save memory."""
     num_columns = int(spread.columns.max()) + 1
     counts = np.zeros((int(spread.rows.max()) + 1, num_columns, _VALUES), np.int64)
@@ -142,7 +142,7 @@ def _by_model(counts: NDArray[np.int64]) -> NDArray[np.int64]:
     return models
 
 
-def _coded_bytes(counts: NDArray[np.int64], spread: Spread, share: float) -> int:
+def _coded_bytes(counts: NDArray[np.int64], spread: Levels, share: float) -> int:
     models = _by_model(counts)
     symbols = sum(int(np.ptp(np.flatnonzero(model))) + 1 for model in models if model.any())
     by_row = sum(map(entropy_bytes, models)) + entropy_bytes(np.bincount(spread.rows))

@@ -29,7 +29,7 @@ from numpy.typing import NDArray
 
 from hf_lossless.storage.entropy.coder import Segment, SegmentDecoder, encode_segments
 from hf_lossless.storage.entropy.frequencies import Frequencies, MalformedCode, read_frequencies
-from hf_lossless.storage.entropy.levels import LARGEST_LEVEL, Blocks, Spread, best_spread, model_counts
+from hf_lossless.storage.entropy.levels import LARGEST_LEVEL, Blocks, Levels, best_levels, model_counts
 from hf_lossless.storage.entropy.steps import LARGEST_BASE, decode_steps, encode_steps
 
 LARGEST_NEAR = 127
@@ -97,7 +97,7 @@ def encode(matrix: CodedMatrix) -> NDArray[np.uint8]:
         >>> decode(encode(matrix), (2, 3)).far_codes
         array([300], dtype=int32)
     """
-    spread, _ = best_spread(matrix.codes)
+    spread, _ = best_levels(matrix.codes)
     (rows, row_base), (columns, column_base) = encode_steps(matrix.row_steps), encode_steps(matrix.column_steps)
     segments: list[Segment] = [_bytes_segment(part) for part in (rows, columns, spread.rows, spread.columns)]
     blocks = Blocks.of(spread)
@@ -140,7 +140,7 @@ def decode(stored: NDArray[np.uint8], shape: tuple[int, int]) -> CodedMatrix:
     models = _read_models(body[far_end : far_end + header.model_bytes])
     decoder = SegmentDecoder(body[far_end + header.model_bytes :])
     rows, columns, row_levels, column_levels = (decoder.decode(size, next(models)) for size in (*shape, *shape))
-    codes = _decode_codes(Spread(row_levels, column_levels), decoder, models)
+    codes = _decode_codes(Levels(row_levels, column_levels), decoder, models)
     decoder.finish()
     row_steps = decode_steps(rows.astype(np.uint8), header.row_base)
     column_steps = decode_steps(columns.astype(np.uint8), header.column_base)
@@ -192,7 +192,7 @@ def _read_models(stored: bytes) -> Iterator[Frequencies]:
     raise MalformedCode("it has too few models")
 
 
-def _decode_codes(spread: Spread, decoder: SegmentDecoder, models: Iterator[Frequencies]) -> NDArray[np.int8]:
+def _decode_codes(spread: Levels, decoder: SegmentDecoder, models: Iterator[Frequencies]) -> NDArray[np.int8]:
     for levels in (spread.rows, spread.columns):
         if levels.min() < 0 or levels.max() > LARGEST_LEVEL:
             raise MalformedCode(f"it has levels from {levels.min()} to {levels.max()}")

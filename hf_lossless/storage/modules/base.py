@@ -10,7 +10,7 @@ could pass for the model's dtype.
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -64,6 +64,10 @@ class CompressedModule(nn.Module, ABC):
     def quantised(self, input: Tensor) -> Tensor:
         """The layer's own input on its grid, or as it is."""
         return input if self.activation is None else self.activation(input)
+
+    @abstractmethod
+    def store(self, values: Any) -> None:
+        """Takes in the values of a layer that is stored this way (see `storage.values`)."""
 
     @abstractmethod
     def matrix(self) -> Tensor:

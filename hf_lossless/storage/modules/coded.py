@@ -17,9 +17,7 @@ linear layer computes `y = row_steps (Z (column_steps x))` and has none of it sc
 from collections.abc import Callable
 from typing import Any, Self
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -29,6 +27,7 @@ from hf_lossless.storage.entropy.matrix import CodedMatrix, decode
 from hf_lossless.storage.layers import Layer, LayerKind
 from hf_lossless.storage.modules.activations import keeping_dtype
 from hf_lossless.storage.modules.base import CompressedModule, WholeConv2d, WholeEmbedding, WholeLinear
+from hf_lossless.storage.values import EncodedMatrix
 
 _DECODED = ("codes", "row_steps", "column_steps", "far_positions", "far_codes")
 
@@ -60,10 +59,10 @@ class CodedModule(CompressedModule):
         for name in _DECODED:
             self.register_buffer(name, None, persistent=False)
 
-    def store(self, matrix: CodedMatrix, stored: NDArray[np.uint8]) -> None:
+    def store(self, values: EncodedMatrix) -> None:
         """Takes in a matrix and its bytes."""
-        self.coded.copy_(torch.from_numpy(stored))
-        self._take(matrix)
+        self.coded.copy_(torch.from_numpy(values.stored))
+        self._take(values.matrix)
 
     def decode(self, name: str) -> None:
         """Decodes the bytes that have been loaded.
@@ -144,7 +143,7 @@ class CodedModule(CompressedModule):
         return super()._apply(keeping_dtype(fn, (self.row_steps, self.column_steps, self.far_codes)), recurse)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
-        """Takes bytes of any length, for another set of codes has another, and decodes them."""
+        """Loads a layer's coded bytes and decodes them. The stored length may differ from the present one."""
         coded = state_dict.get(f"{prefix}coded")
         if coded is not None and not self.coded.is_meta:
             self.coded = torch.empty_like(coded, device=self.coded.device)

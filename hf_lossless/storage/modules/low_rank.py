@@ -22,10 +22,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from hf_lossless.storage.grid import QuantisedMatrix
 from hf_lossless.storage.layers import Layer, LayerKind, kind_of
 from hf_lossless.storage.modules.base import CompressedModule
 from hf_lossless.storage.modules.packed import PACKED, PackedModule
 from hf_lossless.storage.plan import Grid, LowRank
+from hf_lossless.storage.values import FactoredMatrix
 
 PlainPart = nn.Linear | nn.Conv2d | nn.Embedding
 
@@ -66,6 +68,13 @@ class LowRankModule(CompressedModule):
     @abstractmethod
     def _plain_parts(layer: Layer, rank: int) -> tuple[PlainPart, PlainPart]:
         """Left and right as plain layers on meta: made there, they draw nothing from torch's random generator."""
+
+    def store(self, values: FactoredMatrix) -> None:
+        """Takes in the factors, and the base where there is one."""
+        _store(self.left, values.left)
+        _store(self.right, values.right)
+        if self.base is not None and values.base is not None:
+            self.base.store(values.base)
 
     @property
     def left_matrix(self) -> Tensor:
@@ -163,6 +172,17 @@ class LowRankEmbedding(LowRankModule):
         left_rows: Tensor = self.left(indices)
         rows = (left_rows @ self.right_matrix).to(left_rows.dtype)  # autocast
         return rows if self.base is None else rows + self.base(indices)
+
+
+def _store(part: PlainPart | PackedModule, values: QuantisedMatrix | Tensor) -> None:
+    """Puts a factor into a packed module, or as it is into a plain layer."""
+    if isinstance(part, PackedModule):
+        assert isinstance(values, QuantisedMatrix)
+        part.store(values)
+        return
+    assert isinstance(values, Tensor)
+    with torch.no_grad():
+        part.weight.copy_(values.view(part.weight.shape))
 
 
 def _empty_part(plain: PlainPart, grid: Grid | None, layer: Layer) -> PlainPart | PackedModule:

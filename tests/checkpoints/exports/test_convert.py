@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from rounded_plans import apply_rounded
 from tiny_plans import by_hand, fitting_grid
 from torch import Tensor, nn
 from transformers.integrations import gemma_quant
@@ -15,7 +16,6 @@ from hf_lossless import Grid, LayerPlan
 from hf_lossless.checkpoints.exports.compressed_tensors import pack_words
 from hf_lossless.checkpoints.exports.convert import NotCarried, largest_move, name_pattern, pack_bytes, whole_numbers
 from hf_lossless.checkpoints.exports.gemma import pack_numbers
-from hf_lossless.storage.apply import apply_plan
 from hf_lossless.storage.grid import QuantisedMatrix
 from hf_lossless.storage.layers import find_layers
 from hf_lossless.storage.modules.packed import PACKED, PackedModule
@@ -144,7 +144,7 @@ def test_why_a_layer_is_not_carried(kind: str, settings: dict[str, int], why: st
     plan, factors = by_hand(layer, kind if kind in ("low_rank", "sum") else "grid", **settings)
     if kind == "asymmetric":
         plan = plan.model_copy(update={"grid": fitting_grid(layer.matrix, 4, symmetric=False)})
-    apply_plan(model, {"0": plan}, {} if factors is None else {"0": factors})
+    apply_rounded(model, {"0": plan}, {} if factors is None else {"0": factors})
     if kind == "tied":
         plan = plan.model_copy(update={"tied": ("decoder",)})
     if kind == "unknown":

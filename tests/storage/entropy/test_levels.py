@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from hf_lossless.storage.entropy.coder import entropy_bytes
-from hf_lossless.storage.entropy.levels import Blocks, Spread, best_spread, model_counts
+from hf_lossless.storage.entropy.levels import Blocks, Levels, best_levels, model_counts
 
 SHAPES = st.tuples(st.integers(1, 12), st.integers(1, 12))
 CODES = SHAPES.flatmap(lambda shape: arrays(np.int8, shape, elements=st.integers(-127, 127)))
@@ -21,7 +21,7 @@ def laplacian(row_spreads, column_spreads, seed: int = 0):
 
 @given(CODES)
 def test_every_entry_has_the_model_of_its_two_levels(codes):
-    spread, num_bytes = best_spread(codes)
+    spread, num_bytes = best_levels(codes)
     assert spread.rows.min() >= 0 and spread.columns.min() >= 0 and num_bytes >= 0
     blocks = Blocks.of(spread)
     numbers = np.full(codes.shape, -1)
@@ -39,13 +39,13 @@ def test_every_entry_has_the_model_of_its_two_levels(codes):
 
 
 def test_rows_of_one_level_stay_in_their_order():
-    spread = Spread(np.array([1, 0, 1, 0], np.int32), np.array([0], np.int32))
+    spread = Levels(np.array([1, 0, 1, 0], np.int32), np.array([0], np.int32))
     assert Blocks.of(spread).row_order.tolist() == [1, 3, 0, 2]
 
 
 @given(CODES, st.integers(1, 64))
 def test_merged_levels(codes, factor):
-    spread, _ = best_spread(codes)
+    spread, _ = best_levels(codes)
     merged = spread.merged(factor)
     assert np.array_equal(merged.rows, spread.rows // factor) and np.array_equal(
         merged.columns, spread.columns // factor
@@ -54,10 +54,10 @@ def test_merged_levels(codes, factor):
 
 
 def test_like_spreads_get_one_model_and_unlike_ones_several():
-    like, _ = best_spread(laplacian(np.full(64, 2.0), np.ones(64)))
+    like, _ = best_levels(laplacian(np.full(64, 2.0), np.ones(64)))
     assert like.num_models == 1
     codes = laplacian(2.0 ** np.linspace(-4, 4, 256), np.ones(256))
-    unlike, num_bytes = best_spread(codes)
+    unlike, num_bytes = best_levels(codes)
     assert unlike.num_models > 4
     assert num_bytes < 0.85 * entropy_bytes(np.bincount(codes.ravel() + np.int64(128)))
 
@@ -68,7 +68,7 @@ def test_the_models_are_as_good_as_those_of_the_true_spreads(spreads):
     generator = np.random.default_rng(1)
     of_rows, of_columns = generator.choice(spreads, 200), generator.choice(spreads, 300)
     codes = laplacian(of_rows, of_columns)
-    _, num_bytes = best_spread(codes)
+    _, num_bytes = best_levels(codes)
     ideal = 0
     for row in set(of_rows):
         for column in set(of_columns):
@@ -81,6 +81,6 @@ def test_the_models_are_as_good_as_those_of_the_true_spreads(spreads):
 
 def test_sampled_rows_stand_for_all():
     codes = laplacian(np.ones(512), 2.0 ** np.linspace(-2, 3, 128))
-    _, whole = best_spread(codes)
-    _, estimate = best_spread(codes[::4], share=4.0)
+    _, whole = best_levels(codes)
+    _, estimate = best_levels(codes[::4], share=4.0)
     assert estimate == pytest.approx(whole, rel=0.03)

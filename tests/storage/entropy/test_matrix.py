@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from hf_lossless.storage.entropy.coder import entropy_bytes
 from hf_lossless.storage.entropy.frequencies import MalformedCode, read_frequencies
-from hf_lossless.storage.entropy.levels import best_spread, model_counts
+from hf_lossless.storage.entropy.levels import best_levels, model_counts
 from hf_lossless.storage.entropy.matrix import LARGEST_CODE, OVERHEAD_BYTES, CodedMatrix, decode, encode
 from hf_lossless.storage.entropy.steps import decode_steps, encode_steps
 
@@ -108,7 +108,7 @@ def test_a_matrix_of_zeros_takes_hardly_anything():
 @pytest.mark.parametrize("width", [0.2, 1.0, 8.0])
 def test_size_is_within_two_per_cent_of_the_entropy(width):
     matrix = spread_out(512, 768, width)
-    spread, estimated = best_spread(matrix.codes)
+    spread, estimated = best_levels(matrix.codes)
     of_codes = sum(map(entropy_bytes, model_counts(matrix.codes, spread)))
     of_sides = sum(entropy_bytes(np.bincount(side)) for side in (spread.rows, spread.columns))
     of_steps = sum(

@@ -17,6 +17,7 @@ from hf_lossless.storage.entropy.steps import decode_steps, encode_steps
 from hf_lossless.storage.layers import Layer, find_layers
 from hf_lossless.storage.modules.coded import CODED, CodedModule
 from hf_lossless.storage.modules.tied import TiedEmbedding, TiedLinear
+from hf_lossless.storage.values import EncodedMatrix
 
 LAYERS = {
     "linear": lambda: nn.Linear(20, 14),
@@ -55,7 +56,7 @@ def matrix_of(layer: Layer, far: str = "near", seed: int = 0, largest: int = 9) 
 def coded(layer: Layer, matrix: CodedMatrix) -> CodedModule:
     content = encode(matrix)
     module = CODED[layer.kind](layer, len(content))
-    module.store(matrix, content)
+    module.store(EncodedMatrix(matrix, content))
     return module
 
 

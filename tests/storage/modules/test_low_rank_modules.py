@@ -6,6 +6,7 @@ from contextlib import contextmanager
 
 import pytest
 import torch
+from rounded_plans import apply_rounded
 from tiny_plans import by_hand, dense_matrix, dense_twin
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -60,7 +61,7 @@ def input_of(layer: Layer, dtype: torch.dtype = torch.float32) -> Tensor:
 def low_rank(layer: Layer, **settings) -> LowRankModule:
     plan, factors = by_hand(layer, **settings)
     model = nn.ModuleDict({"layer": copy.deepcopy(layer.module)})
-    apply_plan(model, {"layer": plan}, {"layer": factors})
+    apply_rounded(model, {"layer": plan}, {"layer": factors})
     module = model["layer"]
     assert isinstance(module, LowRankModule) and module.weight_bytes == plan.cost_bytes
     return module
@@ -285,7 +286,7 @@ def test_nothing_is_drawn_from_the_random_generator(name: str, stored: str):
     layer = layer_of(name)
     plan, factors = by_hand(layer, **STORED[stored])
     before = torch.get_rng_state()
-    apply_plan(nn.ModuleDict({"layer": layer.module}), {"layer": plan}, {"layer": factors})
+    apply_rounded(nn.ModuleDict({"layer": layer.module}), {"layer": plan}, {"layer": factors})
     assert torch.equal(torch.get_rng_state(), before)
 
 
@@ -303,6 +304,6 @@ def test_the_parts_of_a_layer_are_not_layers():
     layers = find_layers(model)
     made = {layer.name: by_hand(layer, **STORED["sum-packed"]) for layer in layers}
     plans = {name: plan for name, (plan, _) in made.items()}
-    apply_plan(model, plans, {name: factors for name, (_, factors) in made.items()})
+    apply_rounded(model, plans, {name: factors for name, (_, factors) in made.items()})
     assert list(compressed_layers(model)) == ["0", "2"]
     assert sum(isinstance(module, CompressedModule) for module in model.modules()) == 8

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from rounded_plans import apply_rounded
 from tiny_plans import by_hand, dense_matrix, dense_twin
 from torch import nn
 from transformers.pytorch_utils import Conv1D
@@ -15,7 +16,6 @@ from hf_lossless.storage.activation_grid import (
     on_activation_grid,
     scale_and_zero,
 )
-from hf_lossless.storage.apply import apply_plan
 from hf_lossless.storage.layers import find_layers
 from hf_lossless.storage.plan import ActivationGrid
 
@@ -42,7 +42,7 @@ def quantised(build, stored: dict, grid: ActivationGrid):
     twin = dense_twin(layer, dense_matrix(layer, plan, factors))
     plan = plan.model_copy(update={"activation": grid, "cost_bytes": plan.cost_bytes + grid.stored_bytes})
     static = {"0": STATIC} if grid.range == "static" else {}
-    apply_plan(model, {"0": plan}, {} if factors is None else {"0": factors}, static_grids=static)
+    apply_rounded(model, {"0": plan}, {} if factors is None else {"0": factors}, static_grids=static)
     assert model[0].weight_bytes == plan.cost_bytes
     return model, twin, layer.kind
 

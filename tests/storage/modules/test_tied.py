@@ -4,10 +4,10 @@ import copy
 
 import pytest
 import torch
+from rounded_plans import apply_rounded
 from tiny_plans import by_hand
 from torch import nn
 
-from hf_lossless.storage.apply import apply_plan
 from hf_lossless.storage.layers import find_layers
 from hf_lossless.storage.modules.low_rank import LowRankModule
 from hf_lossless.storage.modules.tied import TiedEmbedding, TiedLinear
@@ -38,7 +38,7 @@ class Language(nn.Module):
 def compressed(model: Language, **settings) -> Language:
     (layer,) = find_layers(model)
     plan, factors = by_hand(layer, **settings)
-    return apply_plan(model, {layer.name: plan}, {} if factors is None else {layer.name: factors})
+    return apply_rounded(model, {layer.name: plan}, {} if factors is None else {layer.name: factors})
 
 
 @pytest.mark.parametrize("decoder_first", [False, True], ids=["embedding-is-home", "decoder-is-home"])
