@@ -4,10 +4,11 @@ Importing the package registers it with transformers, so that `from_pretrained` 
 `LosslessCompressionConfig` and loads what was compressed.
 """
 
+from hf_lossless.checkpoints.entry import LosslessCheckpointConfig
 from hf_lossless.checkpoints.exports.export import ExportResult, export
 from hf_lossless.checkpoints.quantizer import LosslessHfQuantizer
 from hf_lossless.compression import CompressionResult, compress
-from hf_lossless.config import LosslessCheckpointConfig, LosslessCompressionConfig
+from hf_lossless.config import LosslessCompressionConfig
 from hf_lossless.errors import (
     CalibrationError,
     CheckpointError,

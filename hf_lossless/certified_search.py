@@ -39,7 +39,7 @@ from hf_lossless.compression import (
     no_rows_to_hold_back,
     realise,
 )
-from hf_lossless.config import LosslessCheckpointConfig, LosslessCompressionConfig
+from hf_lossless.config import LosslessCompressionConfig
 from hf_lossless.data.rows import batches_of_rows, load_rows, processor_of, ready_batches
 from hf_lossless.data.splits import (
     Splits,
@@ -57,7 +57,7 @@ from hf_lossless.planning.loss_check import LossCheck
 from hf_lossless.planning.planner import Planner
 from hf_lossless.storage.modules.base import CompressedModule
 from hf_lossless.storage.modules.tied import Tied
-from hf_lossless.storage.plan import CompressionPlan
+from hf_lossless.storage.plan import CompressionPlan, checkpoint_bytes
 
 SEARCH_STEPS = 10
 """Plans measured beside the safe one."""
@@ -78,7 +78,7 @@ class _Measured:
 
     @property
     def ratio(self) -> float:
-        return self.plan.original_bytes / LosslessCheckpointConfig.of(self.plan).size_bytes
+        return self.plan.original_bytes / checkpoint_bytes(self.plan)
 
 
 def compress_certified(
@@ -157,7 +157,7 @@ def compress_certified(
         chosen.plan,
         chosen.frontier,
         planner.problem.calibration.without_tensors(),
-        LosslessCheckpointConfig.of(chosen.plan, found.certificate).size_bytes,
+        checkpoint_bytes(chosen.plan, found.certificate.to_dict()),
         chosen.measured_loss_change,
         tuple(check for one in (*others, chosen) for check in one.checks),
         planner.bound(),
@@ -239,7 +239,7 @@ def _search(
 def _largest_ratio(planner: Planner, config: LosslessCompressionConfig) -> float:
     """The ratio of the smallest plan, but for the bytes by which its text differs."""
     plan, frontier = (largest := planner.plan(config.with_target(ratio=_ANY_RATIO))).plan, largest.frontier
-    text_bytes = LosslessCheckpointConfig.of(plan).size_bytes - plan.tensor_bytes
+    text_bytes = checkpoint_bytes(plan) - plan.tensor_bytes
     return plan.original_bytes / (int(frontier.cost_bytes[0]) + plan.other_bytes + text_bytes)
 
 

@@ -19,7 +19,7 @@ from hf_lossless.candidates.damping import chosen_scale
 from hf_lossless.candidates.propose import Truncation, propose
 from hf_lossless.candidates.ranks import ranks_by_layer
 from hf_lossless.certification.certificate import Certificate
-from hf_lossless.config import LosslessCheckpointConfig, LosslessCompressionConfig
+from hf_lossless.config import LosslessCompressionConfig
 from hf_lossless.data.batches import Batch, LossFunction, batch_loss
 from hf_lossless.data.processes import own_share, process_state, progress_bar, same_in_every_process
 from hf_lossless.errors import ConfigurationError, DataError
@@ -29,7 +29,7 @@ from hf_lossless.planning.planner import Planned, Planner
 from hf_lossless.storage.apply import apply
 from hf_lossless.storage.layers import Layer, find_layers
 from hf_lossless.storage.modules.base import CompressedModule
-from hf_lossless.storage.plan import CompressionPlan
+from hf_lossless.storage.plan import CompressionPlan, checkpoint_bytes
 from hf_lossless.theories import cet, curvature, hawq, llc, lod
 from hf_lossless.theories.problem import Prediction, Problem
 
@@ -143,7 +143,7 @@ def compress(
         planned.plan,
         planned.frontier,
         planner.problem.calibration.without_tensors(),
-        LosslessCheckpointConfig.of(planned.plan).size_bytes,
+        checkpoint_bytes(planned.plan),
         measured.mean,
         checks_of(planner.problem, planned, measured),
         planner.bound(),

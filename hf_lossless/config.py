@@ -11,24 +11,15 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
-from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, register_quantization_config
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from hf_lossless.certification.certificate import Certificate
-from hf_lossless.errors import CheckpointError, ConfigurationError
+from hf_lossless.errors import ConfigurationError
 from hf_lossless.storage.entropy.coder import require_coder
-from hf_lossless.storage.plan import KEPT_BITS, CompressionPlan, json_bytes
-
-QUANT_METHOD = "lossless"
-FORMAT_VERSION = 5
-"""Version of the layout on disk; raised when an older release could not read a newer folder. 2 has low-rank factors, 3
-quantised activations, 4 a certificate, 5 entropy-coded layers; older folders are without.
-"""
+from hf_lossless.storage.plan import KEPT_BITS, QUANT_METHOD
 
 STORAGES = ("fixed", "entropy")
 THEORIES = ("llc", "lod", "cet", "hawq", "curvature")
 
-_REMEDY = "Take config.json again from where the checkpoint came from."
 _NOT_SETTINGS = ("dataset", "selection_dataset", "certification_dataset", "processor")
 
 TOLERANCE = 0.01
@@ -313,80 +304,3 @@ def _ranks(ranks: Any) -> Literal["auto"] | dict[str, tuple[int, ...]] | None:
             )
         by_name[name] = tuple(sorted(set(numbers)))
     return by_name
-
-
-class LosslessCheckpointConfig(QuantizationConfigMixin):
-    """What a compressed checkpoint says of itself, in config.json.
-
-    Args:
-        format_version: Layout on disk.
-        plan: The plan, as JSON values or read.
-        quant_method: Always "lossless".
-        certificate: What held-out rows said of the model, as JSON values or read; None: nobody asked.
-
-    Raises:
-        CheckpointError: The format is newer than this release, or not one at all; the certificate is malformed.
-        PlanError: The plan is malformed.
-    """
-
-    def __init__(
-        self,
-        format_version: Any = None,
-        plan: Any = None,
-        quant_method: str = QUANT_METHOD,
-        certificate: Any = None,
-    ) -> None:
-        if type(format_version) is not int or format_version < 1:
-            raise CheckpointError(f"format_version={format_version!r} in config.json is not a version. {_REMEDY}")
-        if format_version > FORMAT_VERSION:
-            raise CheckpointError(
-                f"the checkpoint has format version {format_version}, this release of hf_lossless reads up to "
-                f"{FORMAT_VERSION}. Upgrade with: pip install --upgrade hf-lossless"
-            )
-        self.quant_method = quant_method  # type: ignore[assignment]
-        self.format_version = format_version
-        self.plan = plan if isinstance(plan, CompressionPlan) else CompressionPlan.from_dict(plan)
-        read = certificate is None or isinstance(certificate, Certificate)
-        self.certificate: Certificate | None = certificate if read else Certificate.from_dict(certificate)
-
-    @classmethod
-    def of(cls, plan: CompressionPlan, certificate: Certificate | None = None) -> "LosslessCheckpointConfig":
-        """What a checkpoint with this plan and certificate, written by this release, says."""
-        return cls(FORMAT_VERSION, plan, certificate=certificate)
-
-    @property
-    def size_bytes(self) -> int:
-        """Bytes of the whole checkpoint: all tensors, and this entry as config.json holds it."""
-        return self.plan.tensor_bytes + json_bytes(self.to_dict())
-
-    @classmethod
-    def from_dict(
-        cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any
-    ) -> "LosslessCheckpointConfig | tuple[LosslessCheckpointConfig, dict[str, Any]]":
-        """Reads the entry of config.json; the version is judged first, for a newer format may have other entries."""
-        version = config_dict.get("format_version")
-        newer = isinstance(version, int) and version > FORMAT_VERSION
-        config = cls(version) if newer else cls(**_known(config_dict))
-        return (config, kwargs) if return_unused_kwargs else config
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON values, as they stand in config.json."""
-        return {
-            "quant_method": self.quant_method,
-            "format_version": self.format_version,
-            "plan": self.plan.to_dict(),
-            **({} if self.certificate is None else {"certificate": self.certificate.to_dict()}),
-        }
-
-
-def _known(config_dict: dict[str, Any]) -> dict[str, Any]:
-    unknown = set(config_dict) - {"quant_method", "format_version", "plan", "certificate"}
-    if unknown:
-        raise CheckpointError(
-            f"config.json has unknown entries under quantization_config: {sorted(unknown)}. {_REMEDY}"
-        )
-    return config_dict
-
-
-if QUANT_METHOD not in AUTO_QUANTIZATION_CONFIG_MAPPING:  # a second registration, on reload, would raise
-    register_quantization_config(QUANT_METHOD)(LosslessCheckpointConfig)

@@ -50,8 +50,9 @@ from hf_lossless.candidates.grids import Candidate
 from hf_lossless.candidates.propose import propose
 from hf_lossless.candidates.round_packed import round_with_feedback
 from hf_lossless.candidates.stored import stored_layer
+from hf_lossless.checkpoints.entry import LosslessCheckpointConfig
 from hf_lossless.compression import analyse, realise
-from hf_lossless.config import THEORIES, LosslessCheckpointConfig
+from hf_lossless.config import THEORIES
 from hf_lossless.data.batches import batch_loss
 from hf_lossless.errors import UnreachableTargetError
 from hf_lossless.planning.planner import Planner

@@ -10,8 +10,8 @@ from safetensors.torch import save_file
 from hf_lossless.certification.certificate import Certificate, Provenance
 from hf_lossless.certification.certify import certify
 from hf_lossless.certification.comparison import Outputs
+from hf_lossless.checkpoints.entry import LosslessCheckpointConfig
 from hf_lossless.checkpoints.record import CompressionRecord, write_record
-from hf_lossless.config import LosslessCheckpointConfig
 from hf_lossless.planning.loss_check import LossCheck
 from hf_lossless.storage.plan import ActivationGrid, CompressionPlan, Grid, LayerPlan, LowRank, activations_of
 

@@ -12,7 +12,7 @@ from transformers import AutoModelForSequenceClassification
 from hf_lossless import (
     LosslessCompressionConfig,
 )
-from hf_lossless.checkpoints.files import read_entry
+from hf_lossless.checkpoints.saved_folder import SavedFolder
 
 REPO = f"{USER}/small"
 WEIGHTS = "model.safetensors"
@@ -44,5 +44,5 @@ def sha256(path: Path) -> str:
 
 
 def ratio(folder: Path) -> str:
-    entry = read_entry(folder)
+    entry = SavedFolder.read(folder).entry
     return f"{entry.plan.original_bytes / entry.size_bytes:.2f}"

@@ -23,7 +23,7 @@ from hf_lossless import certified_search as certified
 from hf_lossless.calibration.perturbation import LossChange
 from hf_lossless.certification.certify import certify
 from hf_lossless.certification.evaluation import answers
-from hf_lossless.checkpoints.files import read_entry
+from hf_lossless.checkpoints.saved_folder import SavedFolder
 from hf_lossless.compression import CompressionResult
 from hf_lossless.data.splits import fingerprint, three_splits
 from hf_lossless.data.tasks.question_answering import QuestionAnswering
@@ -105,7 +105,7 @@ def test_how_often_models_are_run(model: PreTrainedModel, passes: Counter[str]) 
 
 def test_it_survives_the_disk(model: PreTrainedModel, saved: Path, tmp_path: Path) -> None:
     certificate = result_of(model).certificate
-    entry = read_entry(saved)
+    entry = SavedFolder.read(saved).entry
     assert entry.certificate == certificate
     text = (saved / "config.json").read_text()
     values = json.loads(text)
@@ -117,14 +117,14 @@ def test_it_survives_the_disk(model: PreTrainedModel, saved: Path, tmp_path: Pat
     again = AutoModelForSequenceClassification.from_pretrained(saved)
     assert again.config.quantization_config.certificate == certificate
     again.save_pretrained(tmp_path / "again")
-    assert read_entry(tmp_path / "again").certificate == certificate
+    assert SavedFolder.read(tmp_path / "again").entry.certificate == certificate
 
 
 def test_a_part_of_the_model_has_no_certificate(saved: Path, tmp_path: Path) -> None:
     base = AutoModel.from_pretrained(saved)
     assert base.config.quantization_config.certificate is None
     base.save_pretrained(tmp_path / "base")
-    assert read_entry(tmp_path / "base").certificate is None
+    assert SavedFolder.read(tmp_path / "base").entry.certificate is None
 
 
 def test_the_three_splits_given_separately(text_folder: Path) -> None:

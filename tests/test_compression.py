@@ -14,8 +14,9 @@ from hf_lossless import LosslessCompressionConfig, compress
 from hf_lossless import compression as pipeline
 from hf_lossless.calibration.statistics import calibrate
 from hf_lossless.candidates.grids import propose_grids
+from hf_lossless.checkpoints.entry import LosslessCheckpointConfig
 from hf_lossless.compression import CompressionResult, tensor_bytes
-from hf_lossless.config import THEORIES, LosslessCheckpointConfig
+from hf_lossless.config import THEORIES
 from hf_lossless.data.batches import batch_loss
 from hf_lossless.errors import (
     CalibrationError,

@@ -12,8 +12,8 @@ from hf_lossless import CompressionPlan, Grid, LayerPlan, LosslessCheckpointConf
 from hf_lossless.certification.certificate import Certificate, Provenance
 from hf_lossless.certification.certify import certify
 from hf_lossless.certification.comparison import Outputs
-from hf_lossless.config import FORMAT_VERSION, QUANT_METHOD
 from hf_lossless.errors import ConfigurationError
+from hf_lossless.storage.plan import FORMAT_VERSION, QUANT_METHOD
 
 
 def without_addresses(value: object) -> str:

@@ -38,7 +38,7 @@ from hf_lossless import (
     cli_models,
     compress,
 )
-from hf_lossless.config import FORMAT_VERSION
+from hf_lossless.storage.plan import FORMAT_VERSION
 
 ROWS = text_rows()
 BATCHES = [(torch.randn(4, 6), torch.tensor([0, 1, 0, 1]))]

@@ -16,13 +16,8 @@ from transformers.quantizers.base import HfQuantizer
 
 from hf_lossless.certification.certificate import Certificate
 from hf_lossless.certified_search import compress_certified
-from hf_lossless.checkpoints.files import (
-    check_files,
-    guard_names,
-    refuse_other_bytes,
-    state_dict_with_guards,
-    tensor_sizes,
-)
+from hf_lossless.checkpoints.entry import LosslessCheckpointConfig
+from hf_lossless.checkpoints.guards import check_files, guard_names, state_dict_with_guards
 from hf_lossless.checkpoints.names import (
     compute_in_float32,
     decode_layers,
@@ -34,13 +29,14 @@ from hf_lossless.checkpoints.names import (
     restore_scales,
     with_present_bytes,
 )
+from hf_lossless.checkpoints.saved_folder import refuse_other_bytes, tensor_sizes
 from hf_lossless.compression import CompressionResult, compress
-from hf_lossless.config import QUANT_METHOD, LosslessCheckpointConfig, LosslessCompressionConfig
+from hf_lossless.config import LosslessCompressionConfig
 from hf_lossless.data.rows import calibration_batches
 from hf_lossless.errors import CheckpointError, ConfigurationError
 from hf_lossless.storage.apply import apply_plan
 from hf_lossless.storage.modules.base import compressed_layers
-from hf_lossless.storage.plan import CompressionPlan
+from hf_lossless.storage.plan import QUANT_METHOD, CompressionPlan
 
 
 class LosslessHfQuantizer(HfQuantizer):

@@ -14,7 +14,7 @@ import numpy as np
 from pydantic import Field, field_validator
 
 from hf_lossless.certification.certificate import library_versions
-from hf_lossless.checkpoints.files import read_entry, read_json, write_file
+from hf_lossless.checkpoints.files import read_json, write_file
 from hf_lossless.compression import CompressionResult
 from hf_lossless.errors import CheckpointError
 from hf_lossless.planning.knapsack import Frontier
@@ -135,19 +135,21 @@ def write_record(folder: str | PathLike[str], record: CompressionRecord) -> None
     write_file(Path(folder) / FILE_NAME, record.model_dump_json() + "\n")
 
 
-def read_record_of(folder: str | PathLike[str]) -> CompressionRecord | None:
-    """The record of a saved folder; None where it has none.
+def read_record_of(folder: str | PathLike[str], plan: CompressionPlan) -> CompressionRecord | None:
+    """Reads the record of a saved folder; None where it has none.
+
+    Args:
+        folder: The folder.
+        plan: The plan in its config.json.
 
     Raises:
         CheckpointError: The record is malformed or cannot be read, or is of another plan than the one in config.json.
-        PlanError: The plan in config.json is malformed.
     """
     path = Path(folder) / FILE_NAME
     if not path.exists():
         return None
     remedy = f"Delete {path}, which only reports need, or take it again from where it came from."
     record = read_record(CompressionRecord, read_json(path, remedy, remedy), str(path), CheckpointError, remedy)
-    plan = read_entry(folder).plan
     ours, theirs = (record.theory, record.chosen[1]), (plan.theory, plan.predicted_loss_change)
     # A sum of the same numbers in another order may differ in its last digits.
     if ours[0] != theirs[0] or not math.isclose(ours[1], theirs[1], rel_tol=1e-6, abs_tol=1e-12):

@@ -14,21 +14,14 @@ from hf_lossless.certification.certificate import Provenance
 from hf_lossless.certification.certify import certify
 from hf_lossless.certification.comparison import Comparison, compare
 from hf_lossless.certification.evaluation import Evaluation
-from hf_lossless.checkpoints.files import check_folder, new_folder, refuse_occupied
+from hf_lossless.checkpoints.files import new_folder, refuse_occupied
 from hf_lossless.checkpoints.record import record_of, write_record
+from hf_lossless.checkpoints.saved_folder import SavedFolder
 from hf_lossless.cli.demo import run_demo
 from hf_lossless.cli.models import Judged, config_of, judge, load_model, refuse_quantised, task_of_model
 from hf_lossless.cli.options import activation_widths, bit_widths, ranks_by_name
 from hf_lossless.cli.publish import card, export_command, push, report
-from hf_lossless.config import (
-    CONFIDENCE,
-    METRIC_MARGIN,
-    QUANT_METHOD,
-    STORAGES,
-    THEORIES,
-    TOLERANCE,
-    LosslessCompressionConfig,
-)
+from hf_lossless.config import CONFIDENCE, METRIC_MARGIN, STORAGES, THEORIES, TOLERANCE, LosslessCompressionConfig
 from hf_lossless.data.processes import process_state, progress_bar
 from hf_lossless.data.rows import calibration_batches, load_rows
 from hf_lossless.data.splits import fingerprint
@@ -46,6 +39,7 @@ from hf_lossless.reports.tables import (
     plan_table,
 )
 from hf_lossless.storage.layers import find_layers
+from hf_lossless.storage.plan import QUANT_METHOD
 from hf_lossless.theories.neighbourhood import MAX_LAYERS, named_layers, neighbourhood, spread_layers
 
 app = typer.Typer(
@@ -250,12 +244,12 @@ def inspect(
     as_json: _Json = False,
 ) -> None:
     """Show what a compressed checkpoint consists of."""
-    config = check_folder(folder)
-    values = inspection(config)
+    saved = SavedFolder.read(folder)
+    config, values = saved.entry, inspection(saved.entry)
     if as_json:
         _print_json(values)
     else:
-        _console.print(plan_table(config.plan))
+        _console.print(plan_table(saved.plan))
         _console.print(f"{values['size_bytes']:,} bytes, {values['ratio']:.2f} times smaller")
         verdict = "none was asked for" if config.certificate is None else config.certificate.verdict
         _console.print(f"certificate: {verdict}", soft_wrap=True, highlight=False)

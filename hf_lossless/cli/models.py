@@ -9,8 +9,8 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from hf_lossless.certification.evaluation import Answers, answers
+from hf_lossless.checkpoints.entry import LosslessCheckpointConfig
 from hf_lossless.compression import tensor_bytes
-from hf_lossless.config import LosslessCheckpointConfig
 from hf_lossless.data.tasks.base import Task
 from hf_lossless.data.tasks.registry import task_named, task_of_class
 from hf_lossless.errors import CheckpointError, ConfigurationError, LosslessError, reason

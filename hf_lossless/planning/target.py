@@ -3,10 +3,10 @@
 import math
 from collections.abc import Callable
 
-from hf_lossless.config import LosslessCheckpointConfig, LosslessCompressionConfig
+from hf_lossless.config import LosslessCompressionConfig
 from hf_lossless.errors import UnreachableTargetError
 from hf_lossless.planning.knapsack import Frontier
-from hf_lossless.storage.plan import CompressionPlan
+from hf_lossless.storage.plan import CompressionPlan, checkpoint_bytes
 
 
 def choose_plan(
@@ -38,10 +38,10 @@ def choose_plan(
     # A plan's own text counts too, and differs from plan to plan: from the best plan whose tensors alone would fit,
     # step down to the first that fits with its text.
     point = frontier.within_bytes(max_bytes - smallest.other_bytes)
-    least_bytes = LosslessCheckpointConfig.of(smallest).size_bytes
+    least_bytes = checkpoint_bytes(smallest)
     for candidate in () if point is None else range(point, -1, -1):
         plan = plan_at(candidate)
-        size_bytes = LosslessCheckpointConfig.of(plan).size_bytes
+        size_bytes = checkpoint_bytes(plan)
         if size_bytes <= max_bytes:
             return plan
         least_bytes = min(least_bytes, size_bytes)

@@ -11,16 +11,15 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import metadata, resources
-from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from hf_lossless.certification.certificate import CERTIFIED, LOSS_DECREASED, Certificate
-from hf_lossless.checkpoints.files import read_config, read_entry, refuse_other_bytes
-from hf_lossless.checkpoints.record import CompressionRecord, plan_in_order, read_record_of
-from hf_lossless.config import LosslessCheckpointConfig
+from hf_lossless.checkpoints.entry import LosslessCheckpointConfig
+from hf_lossless.checkpoints.record import CompressionRecord
+from hf_lossless.checkpoints.saved_folder import SavedFolder
 from hf_lossless.reports.pictures.agreement import agreement_figure
 from hf_lossless.reports.pictures.frontier import frontier_figure
 from hf_lossless.reports.pictures.layers import layers_figure
@@ -64,12 +63,8 @@ def html_report(folder: str | os.PathLike[str]) -> str:
         CheckpointError: The folder holds no compressed model, or contradicts itself.
         PlanError: Its plan is malformed.
     """
-    folder = Path(folder)
-    config = read_entry(folder)
-    refuse_other_bytes(config.plan, sorted(folder.glob("*.safetensors")))
-    record = read_record_of(folder)
-    plan = plan_in_order(config.plan, record)
-    about = read_config(folder)
+    saved = SavedFolder.read(folder)
+    config, record, plan, about = saved.entry, saved.record, saved.plan, saved.config
     environment = Environment(
         loader=PackageLoader("hf_lossless.reports"),
         autoescape=True,
@@ -84,7 +79,7 @@ def html_report(folder: str | os.PathLike[str]) -> str:
         style=Markup(_resource("report.css")),
         script=Markup(script),
         script_digest=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
-        name=folder.resolve().name,
+        name=saved.path.resolve().name,
         architecture=_text(about.get("architectures")),
         config=config,
         ratio=plan.original_bytes / config.size_bytes,

@@ -10,8 +10,8 @@ from rich.table import Table
 from hf_lossless.certification.certificate import Certificate
 from hf_lossless.certification.comparison import Comparison
 from hf_lossless.certification.evaluation import Evaluation
+from hf_lossless.checkpoints.entry import LosslessCheckpointConfig
 from hf_lossless.compression import CompressionResult
-from hf_lossless.config import LosslessCheckpointConfig
 from hf_lossless.reports.pictures.neighbourhood import ORDERS, UNTIL, gaps_by_size, responses_by_kind
 from hf_lossless.storage.plan import KEPT_BITS, CompressionPlan, LayerPlan, LowRank, Regime
 from hf_lossless.theories.neighbourhood import Neighbourhood

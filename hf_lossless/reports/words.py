@@ -1,8 +1,8 @@
 """What nobody looked at, said beside what somebody did: for reports and model cards."""
 
 from hf_lossless.certification.certificate import Certificate
+from hf_lossless.checkpoints.entry import LosslessCheckpointConfig
 from hf_lossless.checkpoints.record import CompressionRecord
-from hf_lossless.config import LosslessCheckpointConfig
 
 
 def unchecked(config: LosslessCheckpointConfig, record: CompressionRecord | None) -> list[str]:

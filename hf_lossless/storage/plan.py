@@ -15,6 +15,14 @@ from pydantic import Field, model_validator
 from hf_lossless.errors import PlanError
 from hf_lossless.storage.records import Record, read_record
 
+QUANT_METHOD = "lossless"
+"""What transformers knows this package's checkpoints by."""
+
+FORMAT_VERSION = 5
+"""Version of the layout on disk; raised when an older release could not read a newer folder. 2 has low-rank factors, 3
+quantised activations, 4 a certificate, 5 entropy-coded layers; older folders are without.
+"""
+
 KEPT_BITS = 16
 """The width that stands for "keep this layer as it came, in its own dtype"."""
 
@@ -279,6 +287,17 @@ class CompressionPlan(Record):
         """
         remedy = "Take config.json again from where the checkpoint came from."
         return read_record(cls, values, "the compression plan", PlanError, remedy)
+
+
+def entry_values(plan: CompressionPlan, certificate: dict[str, Any] | None = None) -> dict[str, Any]:
+    """The entry "quantization_config" of a checkpoint that this release writes, as JSON values."""
+    beside = {} if certificate is None else {"certificate": certificate}
+    return {"quant_method": QUANT_METHOD, "format_version": FORMAT_VERSION, "plan": plan.to_dict(), **beside}
+
+
+def checkpoint_bytes(plan: CompressionPlan, certificate: dict[str, Any] | None = None) -> int:
+    """Bytes of the whole checkpoint that this release writes: all tensors, and the entry in config.json."""
+    return plan.tensor_bytes + json_bytes(entry_values(plan, certificate))
 
 
 def json_bytes(values: dict[str, Any]) -> int:

@@ -14,10 +14,10 @@ from peers import scores
 from hf_lossless import LosslessCompressionConfig
 from hf_lossless.calibration.curvature import second_order_change
 from hf_lossless.candidates.coded import damping_of
-from hf_lossless.checkpoints.files import state_dict_with_guards
+from hf_lossless.checkpoints.entry import LosslessCheckpointConfig
+from hf_lossless.checkpoints.guards import state_dict_with_guards
 from hf_lossless.checkpoints.names import with_present_bytes
 from hf_lossless.compression import analyse, realise
-from hf_lossless.config import LosslessCheckpointConfig
 from hf_lossless.errors import UnreachableTargetError
 from hf_lossless.planning.planner import Planned, Planner
 from hf_lossless.storage.layers import LayerKind

@@ -21,7 +21,7 @@ from tiny_models import TINY_MODELS, TinyModel
 from torch import Tensor
 
 from hf_lossless import CheckpointError, LosslessCompressionConfig
-from hf_lossless.checkpoints.files import read_entry
+from hf_lossless.checkpoints.saved_folder import SavedFolder
 from hf_lossless.compression import tensor_bytes
 from hf_lossless.data.batches import batch_loss
 from hf_lossless.storage.modules.base import CompressedModule
@@ -161,7 +161,7 @@ def test_sizes_are_those_on_disk(round_trip: MakeRoundTrip, name: str, setting: 
     del values["quantization_config"]
     entry_bytes = len(text) - len(json.dumps(values, indent=2, sort_keys=True) + "\n")
     assert result.size_bytes == trip.plan.tensor_bytes + entry_bytes
-    assert read_entry(trip.folder).size_bytes == result.size_bytes
+    assert SavedFolder.read(trip.folder).entry.size_bytes == result.size_bytes
     if setting == "mixed":
         assert result.ratio >= SETTINGS["mixed"]["ratio"]
 
@@ -261,7 +261,7 @@ def test_base_model_of_a_checkpoint_with_a_head(round_trip: MakeRoundTrip, tmp_p
     # The base model can be saved in turn, and be given a head.
     assert base.config.quantization_config.plan.tensor_bytes == tensor_bytes(base)
     base.save_pretrained(tmp_path)
-    entry = read_entry(tmp_path)
+    entry = SavedFolder.read(tmp_path).entry
     assert entry.plan.tensor_bytes == sum(tensor.nbytes for tensor in saved_tensors(tmp_path).values())
     original = type(base).from_pretrained(trip.original)
     assert entry.plan.original_bytes == tensor_bytes(original)
@@ -330,7 +330,7 @@ def test_a_saved_cast_counts_its_bytes(round_trip: MakeRoundTrip, tmp_path: Path
     trip = round_trip("bert", "mixed")
     model = copy.deepcopy(trip.again).to(torch.bfloat16)
     model.save_pretrained(tmp_path)
-    entry = read_entry(tmp_path)
+    entry = SavedFolder.read(tmp_path).entry
     assert entry.plan.tensor_bytes == sum(tensor.nbytes for tensor in saved_tensors(tmp_path).values())
     assert entry.plan.tensor_bytes < trip.plan.tensor_bytes
     assert entry.plan.original_bytes == trip.plan.original_bytes

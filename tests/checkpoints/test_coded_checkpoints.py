@@ -19,7 +19,7 @@ from tiny_models import TINY_MODELS, TinyModel
 from torch import Tensor
 
 from hf_lossless import CheckpointError, ConfigurationError, LosslessCompressionConfig, PlanError
-from hf_lossless.checkpoints.files import read_entry
+from hf_lossless.checkpoints.saved_folder import SavedFolder
 from hf_lossless.compression import tensor_bytes
 from hf_lossless.storage.modules.coded import CodedModule
 
@@ -115,7 +115,7 @@ def test_reload_is_the_compressed_model(round_trip, name: str, setting: str, dty
     del values["quantization_config"]
     entry_bytes = len(text) - len(json.dumps(values, indent=2, sort_keys=True) + "\n")
     result = trip.model.hf_quantizer.result
-    assert result.size_bytes == trip.plan.tensor_bytes + entry_bytes == read_entry(trip.folder).size_bytes
+    assert result.size_bytes == trip.plan.tensor_bytes + entry_bytes == SavedFolder.read(trip.folder).entry.size_bytes
     if setting == "both":
         assert result.ratio >= 4
     if setting == "entropy":
@@ -198,7 +198,7 @@ def test_base_model_of_a_checkpoint_with_a_head(round_trip, tmp_path: Path, name
     base = hf.AutoModel.from_pretrained(trip.folder)
     assert torch.equal(hidden(base), expected)
     base.save_pretrained(tmp_path)
-    entry = read_entry(tmp_path)
+    entry = SavedFolder.read(tmp_path).entry
     assert entry.plan.tensor_bytes == sum(tensor.nbytes for tensor in saved_tensors(tmp_path).values())
     assert entry.plan.original_bytes == tensor_bytes(type(base).from_pretrained(trip.original))
     again, info = hf.AutoModel.from_pretrained(tmp_path, output_loading_info=True)
@@ -222,7 +222,7 @@ def test_reload_in_another_dtype(round_trip, tmp_path: Path, name: str):
     inputs = trip.tiny.inputs(dtype=torch.bfloat16)
     assert torch.equal(logits(again, inputs), logits(expected, inputs))
     again.save_pretrained(tmp_path)
-    entry = read_entry(tmp_path)
+    entry = SavedFolder.read(tmp_path).entry
     assert entry.plan.tensor_bytes == sum(tensor.nbytes for tensor in saved_tensors(tmp_path).values())
     assert entry.plan.layers == trip.plan.layers  # coded layers are of no dtype
 

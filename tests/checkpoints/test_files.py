@@ -12,7 +12,8 @@ import torch
 from torch import nn
 
 from hf_lossless import CheckpointError, LosslessCompressionConfig, compress
-from hf_lossless.checkpoints.files import guard_names, new_folder, refuse_occupied, state_dict_with_guards
+from hf_lossless.checkpoints.files import new_folder, refuse_occupied
+from hf_lossless.checkpoints.guards import guard_names, state_dict_with_guards
 
 
 def test_a_folder_takes_its_name_when_all_went_well(tmp_path: Path) -> None:

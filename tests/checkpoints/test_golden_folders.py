@@ -13,7 +13,7 @@ import transformers as hf
 from safetensors.torch import load_file
 from torch import Tensor
 
-from hf_lossless.config import FORMAT_VERSION
+from hf_lossless.storage.plan import FORMAT_VERSION
 
 GOLDEN = Path(__file__).parent / "golden"
 FOLDERS = sorted(path.parent for path in GOLDEN.glob("*/config.json"))

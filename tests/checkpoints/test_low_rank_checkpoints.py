@@ -25,8 +25,8 @@ from hf_lossless import (
     LosslessError,
     LosslessHfQuantizer,
 )
-from hf_lossless.checkpoints.files import read_entry
 from hf_lossless.checkpoints.names import forget_compressed_ties
+from hf_lossless.checkpoints.saved_folder import SavedFolder
 from hf_lossless.compression import tensor_bytes
 from hf_lossless.storage.layers import Layer, find_layers
 from hf_lossless.storage.modules.base import compressed_layers
@@ -253,7 +253,7 @@ def test_a_saved_cast_counts_its_bytes(round_trip: MakeRoundTrip, tmp_path: Path
     trip = round_trip(name, "float")
     model = copy.deepcopy(trip.again).to(torch.bfloat16)
     model.save_pretrained(tmp_path)
-    plan = read_entry(tmp_path).plan
+    plan = SavedFolder.read(tmp_path).entry.plan
     assert plan.tensor_bytes == sum(tensor.nbytes for tensor in saved_tensors(tmp_path).values())
     assert all(
         layer_plan.cost_bytes == trip.plan.layers[layer_name].cost_bytes / 2
@@ -291,7 +291,7 @@ def test_base_model_of_a_checkpoint_with_a_head(round_trip: MakeRoundTrip, tmp_p
         assert torch.equal(base(**trip.inputs).last_hidden_state, expected)
     assert base.config.quantization_config.plan.tensor_bytes == tensor_bytes(base)
     base.save_pretrained(tmp_path)
-    plan = read_entry(tmp_path).plan
+    plan = SavedFolder.read(tmp_path).entry.plan
     assert plan.tensor_bytes == sum(tensor.nbytes for tensor in saved_tensors(tmp_path).values())
     assert plan.original_bytes == tensor_bytes(type(base)(copy.deepcopy(trip.tiny.config)))
     again, info = hf.AutoModel.from_pretrained(tmp_path, output_loading_info=True)

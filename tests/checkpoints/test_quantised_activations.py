@@ -16,9 +16,9 @@ from torch import Tensor, nn
 
 from hf_lossless import CheckpointError, LosslessCompressionConfig, compress
 from hf_lossless.compression import CompressionResult, tensor_bytes
-from hf_lossless.config import FORMAT_VERSION
 from hf_lossless.storage.modules.activations import QuantisedInput
 from hf_lossless.storage.modules.base import CompressedModule
+from hf_lossless.storage.plan import FORMAT_VERSION
 
 MODELS = ["bert", "bert-mlm", "vit", "resnet", "gpt2", "t5"]
 

@@ -13,15 +13,14 @@ from hand_made_folders import LAYERS, plan_of, record_for, save_folder
 from torch import nn
 
 from hf_lossless import CheckpointError, LosslessCompressionConfig, compress
-from hf_lossless.checkpoints import record as module
 from hf_lossless.checkpoints.record import (
     FILE_NAME,
     MAX_POINTS,
     plan_in_order,
-    read_record_of,
     record_of,
     write_record,
 )
+from hf_lossless.checkpoints.saved_folder import SavedFolder
 from hf_lossless.compression import CompressionResult
 from hf_lossless.planning.knapsack import frontier
 from hf_lossless.planning.loss_check import loss_check
@@ -119,16 +118,16 @@ def test_it_comes_back_as_it_was(tmp_path: Path) -> None:
     plan = plan_of()
     record = record_for(plan, bound=((10, 0.5), (20, 0.25)), not_smaller="there is hardly a smaller plan")
     folder = save_folder(tmp_path / "small", plan, record=record)
-    assert read_record_of(folder) == record
+    assert SavedFolder.read(folder).record == record
     assert [path.name for path in folder.iterdir() if path.name.startswith(".")] == []
     assert stat.S_IMODE((folder / FILE_NAME).stat().st_mode) == 0o644
     write_record(folder, record.model_copy(update={"not_smaller": None}))
-    assert read_record_of(folder).not_smaller is None
+    assert SavedFolder.read(folder).record.not_smaller is None
 
 
 def test_a_folder_without_one(tmp_path: Path) -> None:
-    assert read_record_of(save_folder(tmp_path / "small", plan_of())) is None
-    assert read_record_of(tmp_path) is None
+    assert SavedFolder.read(save_folder(tmp_path / "small", plan_of())).record is None
+    assert SavedFolder.read(tmp_path).record is None
 
 
 @pytest.mark.parametrize(
@@ -152,18 +151,18 @@ def test_what_is_wrong_is_named(change: dict, message: str, tmp_path: Path) -> N
     values = json.loads((folder / FILE_NAME).read_text())
     (folder / FILE_NAME).write_text(json.dumps(values | change))
     with pytest.raises(CheckpointError, match=message):
-        read_record_of(folder)
+        _ = SavedFolder.read(folder).record
 
 
 def test_what_is_no_json(tmp_path: Path) -> None:
     folder = save_folder(tmp_path / "small", plan_of())
     (folder / FILE_NAME).write_text("{")
     with pytest.raises(CheckpointError, match=r"compression\.json is not JSON: .*Delete"):
-        read_record_of(folder)
+        _ = SavedFolder.read(folder).record
     (folder / FILE_NAME).unlink()
     (folder / FILE_NAME).mkdir()
     with pytest.raises(CheckpointError, match=r"compression\.json cannot be read: .*Delete"):
-        read_record_of(folder)
+        _ = SavedFolder.read(folder).record
 
 
 def test_nothing_is_left_where_it_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -185,7 +184,7 @@ def test_nothing_is_left_where_it_cannot_be_written(tmp_path: Path, monkeypatch:
 def test_layers_come_in_the_order_of_the_model(tmp_path: Path) -> None:
     names = ("embeddings", "layer.2", "layer.10", "head")
     plan = plan_of({name: LAYERS["kept"] for name in names})
-    read = module.read_entry(save_folder(tmp_path / "small", plan)).plan
+    read = SavedFolder.read(save_folder(tmp_path / "small", plan)).entry.plan
     assert list(read.layers) == ["embeddings", "head", "layer.10", "layer.2"]  # as transformers writes them
     assert list(plan_in_order(read, None).layers) == ["embeddings", "head", "layer.2", "layer.10"]
     assert list(plan_in_order(read, record_for(plan)).layers) == list(names)

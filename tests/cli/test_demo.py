@@ -13,8 +13,7 @@ from transformers import AutoModelForImageClassification
 
 from hf_lossless import html_report
 from hf_lossless.certification.evaluation import Evaluation, evaluate
-from hf_lossless.checkpoints.files import read_entry
-from hf_lossless.checkpoints.record import read_record_of
+from hf_lossless.checkpoints.saved_folder import SavedFolder
 from hf_lossless.cli import demo
 from hf_lossless.data.tasks.image_classification import ImageClassification
 from hf_lossless.errors import CheckpointError
@@ -48,7 +47,7 @@ def test_files(demo_run: DemoRun) -> None:
 
 
 def test_sizes(demo_run: DemoRun) -> None:
-    entry = read_entry(demo_run.folder / "compressed")
+    entry = SavedFolder.read(demo_run.folder / "compressed").entry
     assert entry.plan.original_bytes / entry.size_bytes >= 3
     on_disk = {
         name: (demo_run.folder / name / "model.safetensors").stat().st_size for name in ("original", "compressed")
@@ -90,7 +89,7 @@ def test_the_held_out_loss_did_not_rise(demo_run: DemoRun) -> None:
 
 
 def test_it_is_certified(demo_run: DemoRun) -> None:
-    certificate = read_entry(demo_run.folder / "compressed").certificate
+    certificate = SavedFolder.read(demo_run.folder / "compressed").entry.certificate
     assert certificate.passed, certificate.verdict
     assert certificate.paragraph() in demo_run.said and "Not smaller: " in demo_run.said
     assert certificate.evidence.num_rows == 741
@@ -105,7 +104,10 @@ def test_digits_are_disjoint() -> None:
 
 
 def test_every_plan_of_the_walk_is_in_its_record(demo_run: DemoRun) -> None:
-    record, plan = read_record_of(demo_run.folder / "compressed"), read_entry(demo_run.folder / "compressed").plan
+    record, plan = (
+        SavedFolder.read(demo_run.folder / "compressed").record,
+        SavedFolder.read(demo_run.folder / "compressed").entry.plan,
+    )
     finished = [check for check in record.checks if check.checked == "model"]
     assert len(finished) > 5 and len({check.tensor_bytes for check in finished}) == len(finished)
     assert finished[-1].tensor_bytes == record.chosen[0] == plan.tensor_bytes

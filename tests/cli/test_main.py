@@ -22,8 +22,7 @@ from transformers import (
 )
 
 from hf_lossless.certification.certificate import Certificate
-from hf_lossless.checkpoints.files import read_entry
-from hf_lossless.checkpoints.record import read_record_of
+from hf_lossless.checkpoints.saved_folder import SavedFolder
 from hf_lossless.cli import main as cli
 from hf_lossless.data import rows as calibration_data
 from hf_lossless.data.splits import three_splits
@@ -59,7 +58,7 @@ def plan_with(run: Run, text_folder: Path, text_file: Path, tmp_path: Path) -> C
     def plan_with(*options: object, data: Path = text_file) -> CompressionPlan:
         out = tmp_path / f"small-{len(list(tmp_path.iterdir()))}"
         run("compress", text_folder, "--data", data, "--out", out, *options)
-        return read_entry(out).plan
+        return SavedFolder.read(out).entry.plan
 
     return plan_with
 
@@ -74,7 +73,7 @@ def test_text_from_compress_to_inspect(run: Run, text_folder: Path, text_file: P
     assert len(AutoTokenizer.from_pretrained(out)) == len(AutoTokenizer.from_pretrained(text_folder))
     model = AutoModelForSequenceClassification.from_pretrained(out)
     assert any(isinstance(module, CompressedModule) for module in model.modules())
-    assert f"{read_entry(out).size_bytes:,} bytes" in said and "hf-lossless evaluate" in said
+    assert f"{SavedFolder.read(out).entry.size_bytes:,} bytes" in said and "hf-lossless evaluate" in said
 
     alone = json.loads(run("evaluate", out, "--data", text_file, "--json"))
     beside = json.loads(run("evaluate", out, "--data", text_file, "--against", text_folder, "--json"))
@@ -92,8 +91,10 @@ def test_text_from_compress_to_inspect(run: Run, text_folder: Path, text_file: P
     assert alone["num_examples"] == len(text_rows())
     assert 0 <= alone["accuracy"] <= 1
 
-    record = read_record_of(out)
-    assert record.size_bytes == alone["size_bytes"] and record.chosen[0] == read_entry(out).plan.tensor_bytes
+    record = SavedFolder.read(out).record
+    assert (
+        record.size_bytes == alone["size_bytes"] and record.chosen[0] == SavedFolder.read(out).entry.plan.tensor_bytes
+    )
     run("report", out)
     page = tmp_path / "page.html"
     assert str(page) in run("report", out, "--out", page)
@@ -120,7 +121,10 @@ def test_images_from_compress_to_inspect(run: Run, image_folder: Path, image_fil
     assert AutoImageProcessor.from_pretrained(out, backend="pil").to_dict() == (
         AutoImageProcessor.from_pretrained(image_folder, backend="pil").to_dict()
     )
-    assert AutoModelForImageClassification.from_pretrained(out).config.quantization_config.plan == read_entry(out).plan
+    assert (
+        AutoModelForImageClassification.from_pretrained(out).config.quantization_config.plan
+        == SavedFolder.read(out).entry.plan
+    )
     evaluated = json.loads(run("evaluate", out, "--data", image_file, "--against", image_folder, "--json"))
     assert evaluated["ratio"] >= 3
     assert json.loads(run("inspect", out, "--json"))["ratio"] == evaluated["ratio"]
@@ -145,7 +149,7 @@ def test_tables_lose_nothing_on_a_narrow_terminal(
 ) -> None:
     run("compress", text_folder, "--data", text_file, "--out", tmp_path / "small", "--ratio", 3)
     monkeypatch.setattr(cli, "_console", Console(width=60))
-    plan = read_entry(tmp_path / "small").plan
+    plan = SavedFolder.read(tmp_path / "small").entry.plan
     said = run("inspect", tmp_path / "small")
     columns = [[cell.strip() for cell in line.split("│")[1:-1]] for line in said.splitlines() if "│" in line]
     names = "".join(cells[0] for cells in columns)
@@ -165,7 +169,7 @@ def test_ranks_from_compress_to_inspect(run: Run, text_folder: Path, text_file: 
         *("--ratio", 1.5, "--bits", "4,16", "--ranks", "auto"),
     )
     assert "rank" in said and "work" in said
-    plan = read_entry(out).plan
+    plan = SavedFolder.read(out).entry.plan
     factored = {name: layer for name, layer in plan.layers.items() if layer.low_rank is not None}
     assert factored
     inspected = json.loads(run("inspect", out, "--json"))
@@ -278,7 +282,7 @@ def test_storage(run: Run, text_folder: Path, text_file: Path, tmp_path: Path) -
     out = tmp_path / "small"
     options = ("--storage", "fixed,entropy", "--ratio", 4)
     said = run("compress", text_folder, "--data", text_file, "--out", out, *options)
-    assert f"{read_entry(out).size_bytes:,} bytes" in said
+    assert f"{SavedFolder.read(out).entry.size_bytes:,} bytes" in said
     layers = json.loads(run("inspect", out, "--json"))["layers"]
     coded = {name: layer for name, layer in layers.items() if layer["kind"] == "coded"}
     assert coded and all(layer["group_size"] is None and 0 < layer["bits"] < 16 for layer in coded.values())
@@ -333,7 +337,7 @@ def test_rows_without_labels_are_calibrated_on_the_models_predictions(
 def test_an_empty_output_folder_is_taken(run: Run, text_folder: Path, text_file: Path, tmp_path: Path) -> None:
     (tmp_path / "small").mkdir()
     run("compress", text_folder, "--data", text_file, "--out", tmp_path / "small", "--ratio", 2)
-    assert read_entry(tmp_path / "small").plan.layers
+    assert SavedFolder.read(tmp_path / "small").entry.plan.layers
 
 
 def test_neighbourhood_of_a_text_model(run: Run, text_folder: Path, text_file: Path, tmp_path: Path) -> None:
@@ -422,7 +426,7 @@ def test_from_compress_to_certify(
     settings = ("--tolerance", 0.02, "--confidence", 0.9, "--metric-margin", 0.01)
     split = ("--certification-data", held_out, "--samples", 32, "--bits", "4,8,16")
     said = run("compress", text_folder, "--data", rows, "--out", out, *settings, *split)
-    certificate = read_entry(out).certificate
+    certificate = SavedFolder.read(out).entry.certificate
     assert certificate.passed and certificate.paragraph() in said and "Not smaller: " in said
     assert (certificate.evidence.tolerance, certificate.evidence.confidence) == (0.02, 0.9)
     assert certificate.evidence.metric_margin == 0.01
@@ -452,7 +456,7 @@ def test_no_certificate_for_want_of_rows_is_no_error(run: Run, text_folder: Path
     datasets.Dataset.from_list(text_rows(60)).to_json(rows)
     said = run("compress", text_folder, "--data", rows, "--out", tmp_path / "small")
     assert "Not certified: " in said and "are fewer than the 500 that a certificate takes" in said
-    assert not read_entry(tmp_path / "small").certificate.passed
+    assert not SavedFolder.read(tmp_path / "small").entry.certificate.passed
 
 
 @pytest.mark.parametrize(

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from hf_lossless import LosslessCompressionConfig, compress
 from hf_lossless import compression as pipeline
 from hf_lossless.calibration.perturbation import LossChange
+from hf_lossless.checkpoints.entry import LosslessCheckpointConfig
 from hf_lossless.compression import analyse
-from hf_lossless.config import THEORIES, LosslessCheckpointConfig
+from hf_lossless.config import THEORIES
 from hf_lossless.data.batches import batch_loss
 from hf_lossless.errors import PlanError, UnreachableTargetError
 from hf_lossless.planning import planner as planning

@@ -22,7 +22,8 @@ from transformers import PreTrainedModel
 
 from hf_lossless.checkpoints.exports import compressed_tensors, dense, gemma
 from hf_lossless.checkpoints.exports.convert import NotCarried, Stored, model_dtype
-from hf_lossless.checkpoints.files import new_folder, read_entry, refuse_occupied, tensor_sizes
+from hf_lossless.checkpoints.files import new_folder, refuse_occupied
+from hf_lossless.checkpoints.saved_folder import SavedFolder, tensor_sizes
 from hf_lossless.errors import CheckpointError, ConfigurationError, reason
 from hf_lossless.storage.modules.base import CompressedModule, compressed_layers
 from hf_lossless.storage.plan import LayerPlan, json_bytes
@@ -111,7 +112,7 @@ Give a folder written by hf_lossless.
     folder, out = Path(folder), Path(out)
     if format not in FORMATS:
         raise ConfigurationError(f"the format {format!r} is unknown. Take one of {', '.join(FORMATS)}.")
-    chosen, entry = FORMATS[format], read_entry(folder)
+    chosen, saved = FORMATS[format], SavedFolder.read(folder)
     _refuse_inside(folder, out)
     refuse_occupied(out)
     if chosen.package is not None and find_spec(chosen.package.replace("-", "_")) is None:
@@ -119,8 +120,8 @@ Give a folder written by hf_lossless.
             f"the format {format} is loaded with the package {chosen.package}, which is not installed. "
             f"Install it: pip install {chosen.package}"
         )
-    model = _load(folder)
-    modules, plans = compressed_layers(model), entry.plan.layers
+    model = _load(saved)
+    modules, plans = compressed_layers(model), saved.entry.plan.layers
     stored: dict[str, Stored] = {}
     refused: dict[str, str] = {}
     for name in modules:
@@ -141,13 +142,13 @@ Give a folder written by hf_lossless.
     return ExportResult(
         format=format,
         size_bytes=tensor_bytes + (0 if settings is None else json_bytes(settings)),
-        compressed_bytes=entry.size_bytes,
+        compressed_bytes=saved.entry.size_bytes,
         carried=tuple(stored),
         dense=refused,
         dtype=dtype,
         rounded=tuple(name for name, layer in stored.items() if layer.rounded),
         float_inputs=tuple(name for name, module in modules.items() if module.activation is not None),
-        certified=entry.certificate is not None,
+        certified=saved.entry.certificate is not None,
     )
 
 
@@ -178,17 +179,15 @@ def _refuse_inside(folder: Path, out: Path) -> None:
         )
 
 
-def _load(folder: Path) -> PreTrainedModel:
-    """The compressed model, of the class that was saved."""
-    values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    architecture = next(iter(values.get("architectures") or ()), "")
-    model_class = getattr(transformers, architecture, None)
+def _load(saved: SavedFolder) -> PreTrainedModel:
+    """Loads the compressed model, of the class that was saved."""
+    model_class = getattr(transformers, saved.architecture, None)
     if model_class is None:
         raise CheckpointError(
-            f"{folder} is of the class {architecture!r}, which transformers {transformers.__version__} does not have: "
-            "stock transformers could not load an export of it."
+            f"{saved.path} is of the class {saved.architecture!r}, which transformers {transformers.__version__} does not "
+            "have: stock transformers could not load an export of it."
         )
-    model: PreTrainedModel = model_class.from_pretrained(folder)
+    model: PreTrainedModel = model_class.from_pretrained(saved.path)
     return model
 
 

@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from hf_lossless.checkpoints.files import read_entry, write_file
-from hf_lossless.checkpoints.record import plan_in_order, read_record_of
+from hf_lossless.checkpoints.files import write_file
+from hf_lossless.checkpoints.saved_folder import SavedFolder
 from hf_lossless.errors import CheckpointError
 from hf_lossless.reports.card.details import CardDetails, details_of_card
 from hf_lossless.reports.card.digest import own_text, reconciled
@@ -46,8 +46,8 @@ def folder_card(
     if present is not None and own_text(present) is not None:
         details = details.filled_from(details_of_card(present))
     text = str(model_card(folder, details, repo_id=repo_id, token=token))
-    record = read_record_of(folder)
-    return FolderCard(text, card_pictures(plan_in_order(read_entry(folder).plan, record), record))
+    saved = SavedFolder.read(folder)
+    return FolderCard(text, card_pictures(saved.plan, saved.record))
 
 
 def write_card(folder: Path, details: CardDetails, *, out: Path | None = None, token: str | None = None) -> Path:

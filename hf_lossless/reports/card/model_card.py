@@ -9,10 +9,10 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from transformers import PreTrainedModel
 
 from hf_lossless.certification.certificate import Certificate
-from hf_lossless.checkpoints.files import check_folder, read_config
+from hf_lossless.checkpoints.entry import LosslessCheckpointConfig
 from hf_lossless.checkpoints.names import with_present_bytes
-from hf_lossless.checkpoints.record import CompressionRecord, plan_in_order, read_record_of, record_of
-from hf_lossless.config import LosslessCheckpointConfig
+from hf_lossless.checkpoints.record import CompressionRecord, plan_in_order, record_of
+from hf_lossless.checkpoints.saved_folder import SavedFolder
 from hf_lossless.errors import CheckpointError
 from hf_lossless.reports.card.details import UNKNOWN_DATASET, CardDetails, details_of_base, is_hub_id
 from hf_lossless.reports.card.digest import seal
@@ -87,10 +87,9 @@ def model_card(
 
 
 def _of_folder(folder: Path, repo_id: str | None) -> _Source:
-    entry = check_folder(folder)
-    config = read_config(folder)
+    saved = SavedFolder.read(folder)
     files = [path.name for path in folder.iterdir()]
-    return _Source(entry, read_record_of(folder), config, files, repo_id or folder.resolve().name)
+    return _Source(saved.entry, saved.record, saved.config, files, repo_id or folder.resolve().name)
 
 
 def _of_model(model: PreTrainedModel, repo_id: str | None) -> _Source:

@@ -9,8 +9,8 @@ import transformers
 from matplotlib.figure import Figure
 from transformers.modelcard import TASK_MAPPING
 
+from hf_lossless.checkpoints.entry import LosslessCheckpointConfig
 from hf_lossless.checkpoints.record import CompressionRecord
-from hf_lossless.config import LosslessCheckpointConfig
 from hf_lossless.data.tasks.registry import task_of_class
 from hf_lossless.errors import ConfigurationError
 from hf_lossless.reports.pictures.frontier import frontier_figure

@@ -20,9 +20,9 @@ from huggingface_hub.hf_api import ModelInfo
 from transformers import PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
-from hf_lossless.checkpoints.files import check_folder
+from hf_lossless.checkpoints.entry import LosslessCheckpointConfig
 from hf_lossless.checkpoints.record import write_record
-from hf_lossless.config import LosslessCheckpointConfig
+from hf_lossless.checkpoints.saved_folder import SavedFolder
 from hf_lossless.errors import HubError
 from hf_lossless.reports.card.details import CardDetails
 from hf_lossless.reports.card.digest import own_text, reconciled
@@ -103,7 +103,7 @@ def push_to_hub(
     if isinstance(model, PreTrainedModel):
         details = details.filled_from(CardDetails(base_model=base_of(model)))
     with _folder_of(model, processor) as folder:
-        entry = check_folder(folder)
+        saved = SavedFolder.read(folder)
         api = HfApi(token=token, library_name="hf-lossless")
         with hub_errors(repo_id, revision):
             present = _repository(api, repo_id, private, revision, create_pr)
@@ -116,7 +116,7 @@ def push_to_hub(
             commit = api.create_commit(
                 present.id,
                 [*additions, *_deletions(folder, present)],
-                commit_message=commit_message or _message(entry),
+                commit_message=commit_message or _message(saved.entry),
                 revision=revision,
                 create_pr=create_pr,
                 parent_commit=present.sha,

@@ -15,7 +15,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from hf_lossless import CheckpointError, ConfigurationError, export
 from hf_lossless.checkpoints.exports import export as export_module
-from hf_lossless.checkpoints.files import read_entry
+from hf_lossless.checkpoints.saved_folder import SavedFolder
 from hf_lossless.cli import main as cli
 from hf_lossless.storage.activation_grid import may_quantise_input
 from hf_lossless.storage.layers import Layer
@@ -73,7 +73,7 @@ def test_layers_that_a_format_cannot_carry_are_listed(small: Path, tmp_path: Pat
     message = str(refused.value)
     assert message.startswith("the format gemma cannot carry 17 of 17 compressed layers:\n")
     assert message.endswith("\nTake another format.")  # none is left for it to carry
-    for name in read_entry(small).plan.layers:
+    for name in SavedFolder.read(small).entry.plan.layers:
         assert name in message
     assert "\n  groups of 8 inputs have a scale each, and not all inputs together: bert.embeddings.word_emb" in message
     with pytest.raises(ConfigurationError, match=r"Take another format\.$"):
@@ -91,7 +91,7 @@ def test_a_part_that_a_format_cannot_carry_can_be_kept_dense(small: Path, tmp_pa
     result = export(small, tmp_path / "out", "compressed-tensors", allow_dense=True)
     assert result.dense == dict.fromkeys(embeddings, "it is an embedding")
     assert len(result.carried) == 14 and not result.rounded and not result.float_inputs
-    assert result.compressed_bytes == read_entry(small).size_bytes
+    assert result.compressed_bytes == SavedFolder.read(small).entry.size_bytes
 
 
 @needs_compressed_tensors
@@ -205,7 +205,7 @@ def test_the_command(small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert status == 0
     size = (out / "model.safetensors").stat().st_size
     header = 8 + int.from_bytes((out / "model.safetensors").read_bytes()[:8], "little")
-    before = read_entry(small).size_bytes
+    before = SavedFolder.read(small).entry.size_bytes
     assert said == (
         f"{out}: {size - header:,} bytes, format dense; {small}: {before:,} bytes\n17 of 17 compressed layers carried\n"
     )

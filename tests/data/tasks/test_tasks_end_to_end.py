@@ -17,7 +17,7 @@ from tiny_models import VOCABULARY
 
 from hf_lossless import LosslessCompressionConfig
 from hf_lossless.certification.certificate import Certificate
-from hf_lossless.checkpoints.files import read_entry
+from hf_lossless.checkpoints.saved_folder import SavedFolder
 from hf_lossless.cli import main as cli
 
 Row = dict[str, Any]
@@ -149,7 +149,11 @@ def test_in_python(case: Case, folder: Path, tmp_path: Path) -> None:
     with torch.no_grad():
         one, two = (each(**inputs).to_tuple() for each in (model, again))
     assert all(torch.equal(a, b) for a, b in zip(one, two, strict=True) if isinstance(a, torch.Tensor))
-    assert read_entry(tmp_path / "small").plan.original_bytes / read_entry(tmp_path / "small").size_bytes >= 3
+    assert (
+        SavedFolder.read(tmp_path / "small").entry.plan.original_bytes
+        / SavedFolder.read(tmp_path / "small").entry.size_bytes
+        >= 3
+    )
 
 
 def test_without_a_target_there_is_a_verdict(case: Case, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

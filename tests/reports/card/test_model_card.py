@@ -23,8 +23,7 @@ from hf_lossless import (
     model_card,
 )
 from hf_lossless.certification.certificate import library_versions
-from hf_lossless.checkpoints.files import read_entry
-from hf_lossless.checkpoints.record import read_record_of, record_of, write_record
+from hf_lossless.checkpoints.saved_folder import SavedFolder, record_of, write_record
 from hf_lossless.reports.card.details import details_of_card
 from hf_lossless.reports.card.digest import own_text
 from hf_lossless.reports.card.folder import write_card
@@ -57,7 +56,7 @@ def test_the_front_matter(compressed_folder: Path) -> None:
     assert (data.license, data.language, data.datasets) == ("mit", ["en", "de"], ["stanfordnlp/sst2"])
     assert (data.library_name, data.pipeline_tag, data.metrics) == ("transformers", "text-classification", ["accuracy"])
     assert {"hf-lossless", "quantized"} <= set(data.tags)
-    seen = read_entry(compressed_folder).certificate.evidence
+    seen = SavedFolder.read(compressed_folder).entry.certificate.evidence
     results = {result.metric_type: result for result in data.eval_results}
     assert results["accuracy"].metric_value == seen.compressed_metric.value
     assert results["loss"].metric_value == seen.compressed_loss.value
@@ -101,14 +100,14 @@ def test_details_are_read_back(compressed_folder: Path) -> None:
 
 def test_the_certificate_is_told_in_its_own_words(compressed_folder: Path) -> None:
     text = section(str(model_card(compressed_folder, DETAILS)), "Certificate")
-    certified = read_entry(compressed_folder).certificate
+    certified = SavedFolder.read(compressed_folder).entry.certificate
     assert certified.paragraph() in text
     assert rows_of(text, "") == [list(row) for row in certified.table()]
     assert "[stanfordnlp/sst2](https://huggingface.co/datasets/stanfordnlp/sst2), split `test`" in text
 
 
 def test_sizes(compressed_folder: Path) -> None:
-    entry = read_entry(compressed_folder)
+    entry = SavedFolder.read(compressed_folder).entry
     card = str(model_card(compressed_folder, DETAILS))
     size_bytes, original_bytes = f"{entry.size_bytes:,}", f"{entry.plan.original_bytes:,}"
     ratio = f"{entry.plan.original_bytes / entry.size_bytes:.2f}"
@@ -117,8 +116,8 @@ def test_sizes(compressed_folder: Path) -> None:
     summary, layers = rows_of(done, "stored as"), rows_of(done, "layer")
     assert sum(int(row[2].replace(",", "")) for row in summary) == entry.plan.tensor_bytes
     assert sum(int(row[1]) for row in summary if row[1]) == len(entry.plan.layers)
-    assert [row[0] for row in layers] == list(read_record_of(compressed_folder).layer_order)  # the model's own
-    record = read_record_of(compressed_folder)
+    assert [row[0] for row in layers] == list(SavedFolder.read(compressed_folder).record.layer_order)  # the model's own
+    record = SavedFolder.read(compressed_folder).record
     predicted, measured = (f"{change:+.2g}" for change in (record.chosen[1], record.measured_loss_change))
     assert f"change the loss by {predicted};\nmeasured on the 12 calibration rows, it was {measured}" in done
 
@@ -131,7 +130,7 @@ def test_a_model_that_is_not_certified_says_so_at_the_top(small_folder: Path) ->
 
 
 def test_why_it_is_not_smaller(small_folder: Path) -> None:
-    record = read_record_of(small_folder)
+    record = SavedFolder.read(small_folder).record
     write_record(small_folder, record.model_copy(update={"not_smaller": "there is hardly a smaller plan"}))
     text = section(str(model_card(small_folder)), "Certificate")
     assert "says nothing of other data. Not smaller: there is hardly a smaller plan.\n" in text
@@ -152,7 +151,7 @@ def test_what_was_not_checked(compressed_folder: Path) -> None:
     text = section(str(model_card(compressed_folder)), "What was not checked")
     for word in ("Other data", "Other tasks", "Robustness", "Generated text", "Speed", "The original's training"):
         assert f"\n- {word}" in text
-    assert set(unchecked(read_entry(compressed_folder), read_record_of(compressed_folder))) < set(
+    assert set(unchecked(SavedFolder.read(compressed_folder).entry, SavedFolder.read(compressed_folder).record)) < set(
         text[3:].split("\n- ")
     )
     assert "Integer arithmetic" not in text

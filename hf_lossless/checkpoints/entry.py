@@ -1,0 +1,94 @@
+"""`LosslessCheckpointConfig`: what a compressed checkpoint says of itself, in config.json under "quantization_config".
+
+It is another class than `LosslessCompressionConfig`, with which it shares nothing but the method's name: transformers
+refuses to load a checkpoint whose stored class is another one than the class of the argument, and that is what stops a
+model from being compressed twice.
+"""
+
+from typing import Any
+
+from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, register_quantization_config
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from hf_lossless.certification.certificate import Certificate
+from hf_lossless.errors import CheckpointError
+from hf_lossless.storage.plan import FORMAT_VERSION, QUANT_METHOD, CompressionPlan, json_bytes
+
+_REMEDY = "Take config.json again from where the checkpoint came from."
+
+
+class LosslessCheckpointConfig(QuantizationConfigMixin):
+    """What a compressed checkpoint says of itself, in config.json.
+
+    Args:
+        format_version: Layout on disk.
+        plan: The plan, as JSON values or read.
+        quant_method: Always "lossless".
+        certificate: What held-out rows said of the model, as JSON values or read; None: nobody asked.
+
+    Raises:
+        CheckpointError: The format is newer than this release, or not one at all; the certificate is malformed.
+        PlanError: The plan is malformed.
+    """
+
+    def __init__(
+        self,
+        format_version: Any = None,
+        plan: Any = None,
+        quant_method: str = QUANT_METHOD,
+        certificate: Any = None,
+    ) -> None:
+        if type(format_version) is not int or format_version < 1:
+            raise CheckpointError(f"format_version={format_version!r} in config.json is not a version. {_REMEDY}")
+        if format_version > FORMAT_VERSION:
+            raise CheckpointError(
+                f"the checkpoint has format version {format_version}, this release of hf_lossless reads up to "
+                f"{FORMAT_VERSION}. Upgrade with: pip install --upgrade hf-lossless"
+            )
+        self.quant_method = quant_method  # type: ignore[assignment]
+        self.format_version = format_version
+        self.plan = plan if isinstance(plan, CompressionPlan) else CompressionPlan.from_dict(plan)
+        read = certificate is None or isinstance(certificate, Certificate)
+        self.certificate: Certificate | None = certificate if read else Certificate.from_dict(certificate)
+
+    @classmethod
+    def of(cls, plan: CompressionPlan, certificate: Certificate | None = None) -> "LosslessCheckpointConfig":
+        """What a checkpoint with this plan and certificate, written by this release, says."""
+        return cls(FORMAT_VERSION, plan, certificate=certificate)
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of the whole checkpoint: all tensors, and this entry as config.json holds it."""
+        return self.plan.tensor_bytes + json_bytes(self.to_dict())
+
+    @classmethod
+    def from_dict(
+        cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any
+    ) -> "LosslessCheckpointConfig | tuple[LosslessCheckpointConfig, dict[str, Any]]":
+        """Reads the entry of config.json; the version is judged first, for a newer format may have other entries."""
+        version = config_dict.get("format_version")
+        newer = isinstance(version, int) and version > FORMAT_VERSION
+        config = cls(version) if newer else cls(**_known(config_dict))
+        return (config, kwargs) if return_unused_kwargs else config
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON values, as they stand in config.json."""
+        return {
+            "quant_method": self.quant_method,
+            "format_version": self.format_version,
+            "plan": self.plan.to_dict(),
+            **({} if self.certificate is None else {"certificate": self.certificate.to_dict()}),
+        }
+
+
+def _known(config_dict: dict[str, Any]) -> dict[str, Any]:
+    unknown = set(config_dict) - {"quant_method", "format_version", "plan", "certificate"}
+    if unknown:
+        raise CheckpointError(
+            f"config.json has unknown entries under quantization_config: {sorted(unknown)}. {_REMEDY}"
+        )
+    return config_dict
+
+
+if QUANT_METHOD not in AUTO_QUANTIZATION_CONFIG_MAPPING:  # a second registration, on reload, would raise
+    register_quantization_config(QUANT_METHOD)(LosslessCheckpointConfig)

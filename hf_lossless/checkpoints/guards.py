@@ -1,0 +1,108 @@
+"""Guards, and the check that a checkpoint's files hold the tensors that a compressed model needs.
+
+The tensors of a compressed checkpoint are in safetensors files, its plan is in config.json. Beside the tensors of
+a compressed layer lies an empty tensor under the weight's old name, the guard: a transformers that does not know this
+package ignores the plan with no more than a line in its log, builds the original model and would fill it with random
+weights; the guard's shape [0] makes it stop.
+"""
+
+import os
+from collections.abc import Callable, Collection, Iterable, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from hf_lossless.checkpoints.saved_folder import DTYPES, headers
+from hf_lossless.errors import CheckpointError
+from hf_lossless.storage.modules.activations import QuantisedInput
+from hf_lossless.storage.modules.base import compressed_layers
+from hf_lossless.storage.modules.coded import CodedModule
+from hf_lossless.storage.modules.packed import PackedModule
+
+_REMEDY = "Take the folder again from where it came from."
+
+
+def state_dict_with_guards(model: nn.Module) -> dict[str, Tensor]:
+    """The model's tensors, and a guard for every compressed layer."""
+    return {**model.state_dict(), **{name: torch.empty(0) for name in guard_names(model)}}
+
+
+def guard_names(model: nn.Module) -> set[str]:
+    """Names of the empty tensors: those that the weights of the compressed layers had."""
+    return {f"{name}.weight" for name in compressed_layers(model)}
+
+
+def check_files(
+    files: Iterable[str | os.PathLike[str]],
+    model: nn.Module,
+    rename: Callable[[str], str],
+    *,
+    complete: bool,
+    ties: Mapping[str, str] | None = None,
+    unsaved: Collection[str] = (),
+) -> None:
+    """Compares the headers of safetensors files with the tensors that a compressed model needs.
+
+    Args:
+        files: The checkpoint's files, all its shards.
+        model: The model with its compressed modules in place, on meta or real.
+        rename: From a tensor's name on disk to its name in the model.
+        complete: Whether the files must hold this very model, no tensor less and none more. False for a model that
+            shares only a part with the one that was saved (another head): then only compressed layers are compared.
+        ties: From a tensor's name to that of the tensor it is the same as; the files hold one of them.
+        unsaved: Names of tensors that the model computes anew and does not save.
+
+    Raises:
+        CheckpointError: A file is truncated or no safetensors file, or a tensor is missing, one too many, or of the
+            wrong dtype or shape.
+    """
+    expected = {name: (DTYPES[tensor.dtype], tuple(tensor.shape)) for name, tensor in model.state_dict().items()}
+    guards = guard_names(model)
+    compressed = set(compressed_layers(model))
+    packed = _packed_names(model)
+    found: set[str] = set()
+    for file in files:
+        for disk_name, dtype, shape in headers(file):
+            name = rename(disk_name)
+            where = f"the tensor {disk_name!r} in {os.fspath(file)}"
+            if name in guards:
+                continue
+            if name not in expected:
+                if complete or _is_inside(name, compressed):
+                    raise CheckpointError(f"{where} does not belong to this checkpoint. {_REMEDY}")
+                continue
+            if name in found:
+                raise CheckpointError(f"{where} is there twice. {_REMEDY}")
+            found.add(name)
+            wanted_dtype, wanted_shape = expected[name]
+            if shape != wanted_shape:
+                raise CheckpointError(
+                    f"{where} has shape {list(shape)}, the plan needs {list(wanted_shape)}. {_REMEDY}"
+                )
+            # A model may be loaded in another floating dtype; codes and scales may not.
+            if dtype != wanted_dtype and (name in packed or not {dtype, wanted_dtype} <= {"F16", "BF16", "F32", "F64"}):
+                raise CheckpointError(f"{where} is of type {dtype}, the plan needs {wanted_dtype}. {_REMEDY}")
+    ties = ties or {}
+    there = {ties.get(name, name) for name in found}
+    missing = [
+        name
+        for name in expected
+        if ties.get(name, name) not in there and (complete or _is_inside(name, compressed))
+        if name not in unsaved
+    ]
+    if missing:
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise CheckpointError(f"the tensor {missing[0]!r}{more} is missing from the checkpoint. {_REMEDY}")
+
+
+def _packed_names(model: nn.Module) -> set[str]:
+    """Names of the tensors that are of one dtype whatever the model is loaded in: codes, scales and zeros."""
+    kinds = (PackedModule, CodedModule, QuantisedInput)
+    packed = ((name, module) for name, module in model.named_modules() if isinstance(module, kinds))
+    return {f"{name}.{part}" for name, module in packed for part, _ in module.named_buffers()}
+
+
+def _is_inside(tensor_name: str, modules: Collection[str]) -> bool:
+    """Whether a tensor lies in one of these modules, at any depth."""
+    parts = tensor_name.split(".")
+    return any(".".join(parts[:depth]) in modules for depth in range(1, len(parts)))
