@@ -40,7 +40,7 @@ from hf_lossless.compression import (
     realise,
 )
 from hf_lossless.config import LosslessCompressionConfig
-from hf_lossless.data.rows import batches_of_rows, load_rows, processor_of, ready_batches
+from hf_lossless.data.rows import Rows, batches_of_rows, load_rows, processor_of, ready_batches
 from hf_lossless.data.splits import (
     Splits,
     assign,
@@ -55,6 +55,7 @@ from hf_lossless.errors import CalibrationError, DataError, UnreachableTargetErr
 from hf_lossless.planning.knapsack import Frontier
 from hf_lossless.planning.loss_check import LossCheck
 from hf_lossless.planning.planner import Planner
+from hf_lossless.planning.target import Target
 from hf_lossless.storage.modules.base import CompressedModule
 from hf_lossless.storage.modules.tied import Tied
 from hf_lossless.storage.plan import CompressionPlan, checkpoint_bytes
@@ -100,16 +101,17 @@ def compress_certified(
         DataError: Certification rows are among the others, have no labels, or there are too few to split at all.
         CalibrationError: The original's loss is not finite, or that of the safest plan.
     """
-    assert config.tolerance is not None
-    if ready_batches(config.dataset) is not None:
+    tolerance = config.target.tolerance
+    assert tolerance is not None
+    if ready_batches(config.rows.dataset) is not None:
         raise no_rows_to_hold_back(config)
-    task = task_of(model, config.task)
-    splits = _splits(config, task)
-    processor = processor_of(model, config, task)
+    task = task_of(model, config.rows.task)
+    splits = _splits(config.rows, task)
+    processor = processor_of(model, config.rows, task)
     asked = {
-        "tolerance": config.tolerance,
-        "metric_margin": config.metric_margin,
-        "confidence": config.confidence,
+        "tolerance": tolerance,
+        "metric_margin": config.target.metric_margin,
+        "confidence": config.target.confidence,
     }
 
     def outputs(judged: PreTrainedModel, rows: datasets.Dataset, what: str) -> Outputs:
@@ -118,11 +120,11 @@ def compress_certified(
     with evaluation_mode(model):
         original_selection = outputs(model, splits.selection, "original, selection rows")
         original_certification = outputs(model, splits.certification, "original, certification rows")
-        batches = batches_of_rows(model, splits.calibration, config)
+        batches = batches_of_rows(model, splits.calibration, config.rows)
         planner = analyse(model, batches, config, original_bytes=original_bytes)
 
         def measure(ratio: float) -> _Measured:
-            planned = planner.plan(config.with_target(ratio=ratio))
+            planned = planner.plan(Target(ratio=ratio))
             twin = copy.deepcopy(model)
             measured_change = realise(twin, planner.problem, planned)
             try:
@@ -133,14 +135,14 @@ def compress_certified(
             checks = checks_of(planner.problem, planned, measured_change)
             return _Measured(planned.plan, planned.frontier, twin, checks, measured_change.mean, chance)
 
-        measured = _search(planner, config, measure, worthwhile=len(splits.certification) >= MIN_ROWS)
+        measured = _search(planner, measure, worthwhile=len(splits.certification) >= MIN_ROWS)
         proposals = order_of_proposals(measured)
         provenance = Provenance(
             data_fingerprint=fingerprint(splits.certification),
-            calibration_rows=min(config.num_samples, len(splits.calibration)),
+            calibration_rows=min(config.rows.num_samples, len(splits.calibration)),
             selection_rows=len(splits.selection),
             theory=config.theory,
-            seed=config.seed,
+            seed=config.rows.seed,
         )
 
         def certify_plan(proposal: _Measured) -> Certificate:
@@ -166,7 +168,7 @@ def compress_certified(
     )
 
 
-def _splits(config: LosslessCompressionConfig, task: Task) -> Splits:
+def _splits(given: Rows, task: Task) -> Splits:
     """The three splits: what the user gives separately, and the rest by a hash of the rows of `dataset`.
 
     Where one of the held-out splits is given, `dataset` makes the two others, and the one that is not calibration gets
@@ -175,17 +177,17 @@ def _splits(config: LosslessCompressionConfig, task: Task) -> Splits:
     Raises:
         DataError: Rows cannot be used, overlap, or are too few.
     """
-    rows = task.columns_of(load_rows(config.dataset, config.split))
+    rows = task.columns_of(load_rows(given.dataset, given.split))
     selection, certification = (
-        None if given is None else task.columns_of(load_rows(given))
-        for given in (config.selection_dataset, config.certification_dataset)
+        None if held_out is None else task.columns_of(load_rows(held_out))
+        for held_out in (given.selection_dataset, given.certification_dataset)
     )
     if selection is None and certification is None:
-        splits = three_splits(rows, config.seed, columns=task.split_columns)
+        splits = three_splits(rows, given.seed, columns=task.split_columns)
     elif selection is not None and certification is not None:
         splits = Splits(rows, selection, certification)
     else:
-        is_calibration = assign(row_digests(rows, task.split_columns), config.seed) == 0
+        is_calibration = assign(row_digests(rows, task.split_columns), given.seed) == 0
         calibration, rest = (rows.select(np.flatnonzero(chosen)) for chosen in (is_calibration, ~is_calibration))
         splits = Splits(
             calibration,
@@ -210,13 +212,12 @@ def _splits(config: LosslessCompressionConfig, task: Task) -> Splits:
 
 def _search(
     planner: Planner,
-    config: LosslessCompressionConfig,
     measure: Callable[[float], _Measured],
     *,
     worthwhile: bool,
 ) -> list[_Measured]:
     """Measured plans from the largest to the smallest; the safe one alone where nothing can be certified."""
-    most = _largest_ratio(planner, config)
+    most = _largest_ratio(planner)
     safe_ratio = most**0.25 if most > 1 else _ANY_RATIO
     safe = measure(safe_ratio)
     found = [safe]
@@ -236,9 +237,9 @@ def _search(
     return sorted(found, key=lambda measured: measured.ratio)
 
 
-def _largest_ratio(planner: Planner, config: LosslessCompressionConfig) -> float:
+def _largest_ratio(planner: Planner) -> float:
     """The ratio of the smallest plan, but for the bytes by which its text differs."""
-    plan, frontier = (largest := planner.plan(config.with_target(ratio=_ANY_RATIO))).plan, largest.frontier
+    plan, frontier = (largest := planner.plan(Target(ratio=_ANY_RATIO))).plan, largest.frontier
     text_bytes = checkpoint_bytes(plan) - plan.tensor_bytes
     return plan.original_bytes / (int(frontier.cost_bytes[0]) + plan.other_bytes + text_bytes)
 

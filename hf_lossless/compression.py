@@ -4,7 +4,7 @@ analyse (calibrate -> propose -> predict) -> plan (frontier, target, settle, che
 """
 
 import logging
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -15,8 +15,9 @@ from hf_lossless.calibration.biases import bias_corrections, correct_biases
 from hf_lossless.calibration.model_labels import drawn_batches, with_fisher
 from hf_lossless.calibration.perturbation import LossChange, loss_change
 from hf_lossless.calibration.statistics import Calibration, calibrate
+from hf_lossless.candidates.choices import Choices
 from hf_lossless.candidates.damping import chosen_scale
-from hf_lossless.candidates.propose import Truncation, propose
+from hf_lossless.candidates.propose import propose
 from hf_lossless.candidates.ranks import ranks_by_layer
 from hf_lossless.certification.certificate import Certificate
 from hf_lossless.config import LosslessCompressionConfig
@@ -30,31 +31,10 @@ from hf_lossless.storage.apply import apply
 from hf_lossless.storage.layers import Layer, find_layers
 from hf_lossless.storage.modules.base import CompressedModule
 from hf_lossless.storage.plan import CompressionPlan, checkpoint_bytes
-from hf_lossless.theories import cet, curvature, hawq, llc, lod
-from hf_lossless.theories.problem import Prediction, Problem
+from hf_lossless.theories import THEORIES
+from hf_lossless.theories.problem import Problem
 
 _logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class _Theory:
-    """A theory, what it needs to know of the layers, and how it cuts a matrix to a rank."""
-
-    predict: Callable[[Problem], dict[str, list[Prediction]]]
-    truncation: Truncation
-    gradients: bool = False
-    gradients_for_ranks: bool = False
-    curvature: bool = False
-    by_derivatives: bool = False
-
-
-_THEORIES = {
-    "llc": _Theory(llc.predict, "plain", gradients_for_ranks=True),
-    "lod": _Theory(lod.predict, "descent", gradients=True),
-    "cet": _Theory(cet.predict, "plain", by_derivatives=True),
-    "hawq": _Theory(hawq.predict, "plain", by_derivatives=True),
-    "curvature": _Theory(curvature.predict, "metric", curvature=True, by_derivatives=True),
-}
 
 
 @dataclass(frozen=True)
@@ -131,11 +111,11 @@ def compress(
         >>> result.size_bytes <= 2000
         True
     """
-    if config.tolerance is not None:
+    if config.target.tolerance is not None:
         raise no_rows_to_hold_back(config)
     with evaluation_mode(model):
         planner = analyse(model, batches, config, loss=loss, original_bytes=original_bytes)
-        planned = planner.plan(config)
+        planned = planner.plan(config.target)
         measured = realise(model, planner.problem, planned)
     model.eval()
     return CompressionResult(
@@ -158,8 +138,8 @@ def checks_of(problem: Problem, planned: Planned, measured: LossChange) -> tuple
 def no_rows_to_hold_back(config: LosslessCompressionConfig) -> ConfigurationError:
     """The error for a tolerance where there are only batches."""
     return ConfigurationError(
-        f"the target is tolerance={config.tolerance:g} (the default), which holds back rows for a certificate, and "
-        "ready batches are no rows. Give one of ratio=, max_bytes=, loss_budget=; or, for a model of transformers, "
+        f"the target is tolerance={config.target.tolerance:g} (the default), which holds back rows for a certificate, "
+        "and ready batches are no rows. Give one of ratio=, max_bytes=, loss_budget=; or, for a model of transformers, "
         "rows as dataset in from_pretrained(quantization_config=...)."
     )
 
@@ -189,11 +169,13 @@ def analyse(
     batches = same_in_every_process(list(batches))
     if not batches:
         raise DataError("there are no calibration batches. Give at least one.")
-    theory = _THEORIES[config.theory]
-    layers = _layers_to_compress(model, config)
+    theory, choices = THEORIES[config.theory], config.choices
+    layers = _layers_to_compress(model, choices)
     present_bytes = tensor_bytes(model)
-    ranks = ranks_by_layer(layers, config.ranks)
-    drawn = drawn_batches(model, batches, config.seed) if "entropy" in config.storage and loss is batch_loss else None
+    ranks = ranks_by_layer(layers, choices.ranks)
+    drawn = (
+        drawn_batches(model, batches, config.rows.seed) if "entropy" in choices.storage and loss is batch_loss else None
+    )
     num_passes = len(own_share(batches)) + (len(own_share(drawn.batches)) if drawn else 0)
     with progress_bar(num_passes, "calibrating") as advance:
         calibration = calibrate(
@@ -204,7 +186,7 @@ def analyse(
             advance,
             gradients=theory.gradients or (theory.gradients_for_ranks and bool(ranks)),
             curvature=theory.curvature and drawn is None,
-            activation_bits=config.activation_widths,
+            activation_bits=choices.activation_widths,
         )
         if drawn is not None:
             calibration = with_fisher(calibration, model, drawn, layers, advance)
@@ -212,11 +194,12 @@ def analyse(
     candidates = propose(
         layers,
         calibration,
-        config,
+        choices,
         ranks,
         theory.truncation,
         by_derivatives=theory.by_derivatives,
         damping_scale=damping_scale,
+        seed=config.rows.seed,
     )
     with progress_bar(sum(map(len, candidates.values())), "predicting") as advance:
         problem = Problem(
@@ -226,7 +209,7 @@ def analyse(
             layers,
             calibration,
             candidates,
-            seed=config.seed,
+            seed=config.rows.seed,
             activation_noise=config.activation_noise,
             advance=advance,
         )
@@ -237,6 +220,8 @@ def analyse(
         problem,
         predictions,
         checked=theory.by_derivatives,
+        theory=config.theory,
+        choices=choices,
         other_bytes=present_bytes - sum(layer.weight.nbytes for layer in layers),
         original_bytes=present_bytes if original_bytes is None else original_bytes,
     )
@@ -274,13 +259,13 @@ def tensor_bytes(model: nn.Module) -> int:
     return sum(storages.values())
 
 
-def _layers_to_compress(model: nn.Module, config: LosslessCompressionConfig) -> list[Layer]:
+def _layers_to_compress(model: nn.Module, choices: Choices) -> list[Layer]:
     if any(isinstance(module, CompressedModule) for module in model.modules()):
         raise ConfigurationError(
             f"this {type(model).__name__} is compressed already. Load the original checkpoint and compress that."
         )
-    layers = find_layers(model, config.modules_to_not_convert)
-    if config.keep_head:
+    layers = find_layers(model, choices.modules_to_not_convert)
+    if choices.keep_head:
         heads = set(_head_modules(model))
         layers = [
             layer for layer in layers if not any(name.split(".")[0] in heads for name in (layer.name, *layer.tied))
@@ -294,7 +279,7 @@ def _layers_to_compress(model: nn.Module, config: LosslessCompressionConfig) -> 
                 f"the weight of layer {layer.name!r} is {what}, so it cannot be calibrated. {remedy}"
             )
     if not layers:
-        left_out = " beside modules_to_not_convert" if config.modules_to_not_convert else ""
+        left_out = " beside modules_to_not_convert" if choices.modules_to_not_convert else ""
         raise ConfigurationError(
             f"{type(model).__name__} has no layer that could be compressed (linear, convolution or embedding)"
             f"{left_out}. Leave fewer modules out."

@@ -13,6 +13,8 @@ A message names the thing, the value it had and the remedy. Every class is also 
 caller who knows nothing of this package would catch.
 """
 
+from typing import Any
+
 
 def reason(error: BaseException) -> str:
     """What another library's error says, in one line without a full stop.
@@ -53,3 +55,9 @@ class CheckpointError(LosslessError, OSError):
 
 class HubError(LosslessError, OSError):
     """The Hub refused, or cannot be reached."""
+
+
+def check_whole_number(name: str, value: Any, lowest: int) -> None:
+    """Raises ConfigurationError where a setting is not a whole number of at least `lowest`."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < lowest:
+        raise ConfigurationError(f"{name}={value!r} is not a whole number of at least {lowest}. Give one.")

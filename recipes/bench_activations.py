@@ -30,7 +30,7 @@ from hf_lossless.data.rows import load_rows, make_batches
 from hf_lossless.data.tasks.registry import TASKS
 from hf_lossless.storage.layers import Layer, find_layers
 from hf_lossless.storage.modules.activations import QuantisedInput
-from hf_lossless.theories.activation_noise import ActivationOption, activation_options
+from hf_lossless.theories.quantised_inputs import ActivationOption, activation_options
 
 _HERE = Path(__file__).resolve().parent
 _ASSETS = _HERE.parents[1] / "shared" / "assets"

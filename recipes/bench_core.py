@@ -160,7 +160,7 @@ def bench_main_job(assets: Path, ratio: float = 6.0) -> dict[str, Any]:
         return {"left_out": "the folder minilm-sst2 is not there"}
     model = AutoModelForSequenceClassification.from_pretrained(folder)
     config = LosslessCompressionConfig(dataset=str(folder / "validation.jsonl"), ratio=ratio, theory="llc")
-    batches = calibration_batches(model, config)
+    batches = calibration_batches(model, config.rows)
     layers = find_layers(model)
     one_pass = seconds(lambda: calibrate(model, batches, layers, batch_loss), repeats=3)
     plain_pass = seconds(lambda: [batch_loss(model, batch).backward() for batch in batches], repeats=3)

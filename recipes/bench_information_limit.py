@@ -122,7 +122,7 @@ def bench_effects(name: str, bench: Bench, assets: Path, write: Callable[[dict[s
 
     def batches_of(num_rows: int) -> list[Batch]:
         config = LosslessCompressionConfig(dataset=str(assets / peers.DATA[name][0]), num_samples=num_rows, ratio=6)
-        return [dict(batch) for batch in calibration_batches(bench.problem.model, config)]
+        return [dict(batch) for batch in calibration_batches(bench.problem.model, config.rows)]
 
     text = name == "minilm-sst2"
     counts = (32, 512, 872) if text else (32, 512, 2048)

@@ -306,7 +306,7 @@ def bench_model(name: str, assets: Path, methods: list[str]) -> dict[str, Any]:
     task = task_of(model)
     processor = task.load_processor(str(assets / name))
     config = LosslessCompressionConfig(dataset=str(assets / calibration_file), ratio=2, num_samples=_ROWS)
-    batches = calibration_batches(model, config)
+    batches = calibration_batches(model, config.rows)
     kind = "json" if test_file.endswith("jsonl") else "parquet"
     rows = datasets.load_dataset(kind, data_files=str(assets / test_file), split="train")
     if num_test_rows is not None:

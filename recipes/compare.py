@@ -46,20 +46,21 @@ import hf_lossless
 from hf_lossless import LosslessCompressionConfig
 from hf_lossless.calibration.perturbation import weight_noise
 from hf_lossless.calibration.statistics import calibrate
+from hf_lossless.candidates.choices import Choices
 from hf_lossless.candidates.grids import Candidate
 from hf_lossless.candidates.propose import propose
 from hf_lossless.candidates.round_packed import round_with_feedback
 from hf_lossless.candidates.stored import stored_layer
 from hf_lossless.checkpoints.entry import LosslessCheckpointConfig
 from hf_lossless.compression import analyse, realise
-from hf_lossless.config import THEORIES
 from hf_lossless.data.batches import batch_loss
 from hf_lossless.errors import UnreachableTargetError
 from hf_lossless.planning.planner import Planner
+from hf_lossless.planning.target import Target
 from hf_lossless.storage.apply import apply
 from hf_lossless.storage.layers import find_layers
 from hf_lossless.storage.plan import LayerPlan
-from hf_lossless.theories import cet
+from hf_lossless.theories import THEORIES, cet
 from hf_lossless.theories.problem import Prediction, Problem
 from recipes.cet_allocation import allocate
 
@@ -193,7 +194,9 @@ def nearest_problem(peer_problem: PeerProblem) -> Problem:
     layers = find_layers(model)
     calibration = calibrate(model, batches, layers, batch_loss)
     config = LosslessCompressionConfig(ratio=6)
-    return Problem(model, batches, batch_loss, layers, calibration, propose(layers, calibration, config, {}, "plain"))
+    return Problem(
+        model, batches, batch_loss, layers, calibration, propose(layers, calibration, config.choices, {}, "plain")
+    )
 
 
 def analysed(
@@ -203,7 +206,7 @@ def analysed(
     if planner == "cet":
         predictions, spectra = cet.examine(nearest)
         other_bytes = peer_problem.original_bytes - sum(layer.weight.nbytes for layer in nearest.layers)
-        return Planner(nearest, predictions, True, other_bytes, peer_problem.original_bytes), spectra
+        return Planner(nearest, predictions, True, "cet", Choices(), other_bytes, peer_problem.original_bytes), spectra
     return analyse(peer_problem.model, peer_problem.batches, config_of(planner, _RATIOS[0])), None
 
 
@@ -228,7 +231,7 @@ def plans(
     for ratio in _RATIOS:
         start = time.perf_counter()
         try:
-            planned = analysis.plan(config_of(planner, ratio))
+            planned = analysis.plan(Target(ratio=ratio))
         except UnreachableTargetError as error:
             rows[str(ratio)] = {"unreachable": str(error)}
             continue

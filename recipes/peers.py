@@ -182,7 +182,7 @@ def load_folder(
     task = task_of(model)
     processor = task.load_processor(str(folder))
     config = LosslessCompressionConfig(dataset=str(assets / calibration_file), num_samples=ROWS, ratio=6)
-    problem = PeerProblem(model, [dict(batch) for batch in calibration_batches(model, config)], task)
+    problem = PeerProblem(model, [dict(batch) for batch in calibration_batches(model, config.rows)], task)
     rows = datasets.load_dataset("json" if text else "parquet", data_files=str(assets / test_file), split="train")
     judged = rows if num_test_rows is None else rows.select(range(num_test_rows))
     return problem, [dict(batch) for batch in make_batches(judged, task, processor, model, _BATCH_SIZE)]

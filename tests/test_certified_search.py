@@ -144,7 +144,7 @@ def test_the_three_splits_given_separately(text_folder: Path) -> None:
 def test_one_split_given_separately(text_folder: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     given = [{"text": f"{row['text']} w7 w7 w7 w7", "label": row["label"]} for row in text_rows(40, 5)]
     config = LosslessCompressionConfig(ROWS, **{name: given})
-    splits = certified._splits(config, TASK)
+    splits = certified._splits(config.rows, TASK)
     rest = splits.certification if name == "selection_dataset" else splits.selection
     assert len(splits.calibration) + len(rest) == len(ROWS)
     assert len(splits.calibration) == pytest.approx(0.2 * len(ROWS), rel=0.25)
@@ -158,7 +158,7 @@ def test_the_questions_on_a_context_are_in_one_split(given: str | None) -> None:
     ]
     others = [{**row, "context": f"w9 {row['context']}"} for row in rows[:10]]
     config = LosslessCompressionConfig(rows, **({} if given is None else {given: others}))
-    splits = certified._splits(config, QuestionAnswering())
+    splits = certified._splits(config.rows, QuestionAnswering())
     parts = [set(splits.calibration["context"]), set(splits.certification["context"])]
     assert parts[0] and parts[1] and not parts[0] & parts[1]
     assert len(splits.calibration) > len(parts[0])

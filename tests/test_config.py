@@ -1,6 +1,8 @@
 """The two configurations; what they refuse is in test_errors.py."""
 
 import copy
+import dataclasses
+import inspect
 import json
 import re
 
@@ -9,10 +11,13 @@ import torch
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AutoQuantizationConfig
 
 from hf_lossless import CompressionPlan, Grid, LayerPlan, LosslessCheckpointConfig, LosslessCompressionConfig
+from hf_lossless.candidates.choices import Choices
 from hf_lossless.certification.certificate import Certificate, Provenance
 from hf_lossless.certification.certify import certify
 from hf_lossless.certification.comparison import Outputs
+from hf_lossless.data.rows import Rows
 from hf_lossless.errors import ConfigurationError
+from hf_lossless.planning.target import Target
 from hf_lossless.storage.plan import FORMAT_VERSION, QUANT_METHOD
 
 
@@ -90,12 +95,14 @@ def test_modules_to_leave_alone() -> None:
     assert LosslessCompressionConfig(ratio=2, modules_to_not_convert=None).modules_to_not_convert == ()
 
 
-def test_another_target() -> None:
-    config = LosslessCompressionConfig([], certification_dataset=[], tolerance=0.1, seed=3)
-    other = config.with_target(ratio=3)
-    assert (other.ratio, other.tolerance, other.seed) == (3, None, 3) and other.dataset is config.dataset
-    assert (config.ratio, config.tolerance) == (None, 0.1)
-    assert other.with_target(tolerance=0).tolerance == 0
+def test_each_room_takes_its_part() -> None:
+    config = LosslessCompressionConfig([], certification_dataset=[], tolerance=0.1, seed=3, bits=[8, 2], ranks={"a": 4})
+    assert config.rows.dataset is config.dataset and config.rows.seed == 3
+    assert config.choices == Choices(bits=(2, 8), ranks={"a": (4,)})
+    assert config.target == Target(tolerance=0.1)
+    parts = [field.name for part in (Rows, Choices, Target) for field in dataclasses.fields(part)]
+    settings = set(inspect.signature(LosslessCompressionConfig).parameters)
+    assert len(parts) == len(set(parts)) and set(parts) | {"theory", "activation_noise"} == settings
 
 
 def test_a_copy_shares_the_data() -> None:
@@ -218,7 +225,7 @@ def test_storages(given, storage):
     config = LosslessCompressionConfig(ratio=2, storage=given)
     assert config.storage == storage and config.to_dict()["storage"] == list(storage)
     assert LosslessCompressionConfig(ratio=2).storage == ("fixed",)
-    assert config.with_target(ratio=3).storage == storage
+    assert config.choices.storage == storage
 
 
 @pytest.mark.parametrize(

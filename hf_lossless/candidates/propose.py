@@ -2,51 +2,47 @@
 
 from collections.abc import Callable
 from functools import partial
-from typing import Literal
 
 from hf_lossless.calibration.statistics import Calibration, LayerStatistics
+from hf_lossless.candidates.choices import Choices, Truncation
 from hf_lossless.candidates.coded import propose_coded
 from hf_lossless.candidates.descent import aligned_factors, smallest_rank
 from hf_lossless.candidates.factored import propose_factored, propose_sums
 from hf_lossless.candidates.grids import Candidate, propose_grids, refuse_infinite
 from hf_lossless.candidates.low_rank import Factors, Whitening, factorise
 from hf_lossless.candidates.parallel import for_each_layer
-from hf_lossless.config import LosslessCompressionConfig
 from hf_lossless.storage.layers import Layer
 from hf_lossless.storage.plan import KEPT_BITS
-
-Truncation = Literal["plain", "descent", "metric"]
-"""How a matrix is cut to a rank: the plain SVD (LLC), one whose error does not point up the gradient (LoD), or the SVD
-in the metric of the loss."""
 
 
 def propose(
     layers: list[Layer],
     calibration: Calibration,
-    config: LosslessCompressionConfig,
+    choices: Choices,
     ranks: dict[str, tuple[int, ...]],
     truncation: Truncation,
     *,
     by_derivatives: bool = False,
     damping_scale: float = 1.0,
+    seed: int = 0,
 ) -> dict[str, list[Candidate]]:
-    """The candidates of every layer, several layers at a time.
+    """Proposes candidates for every layer, several layers at a time.
 
     Args:
         layers: The layers, with real weights.
         calibration: Their statistics: with gradients for "descent", with curvature for "metric".
-        config: Widths and group size.
+        choices: Widths, group size, kinds of grids.
         ranks: Ranks to try by layer name, see `ranks.ranks_by_layer`.
         truncation: How a matrix is cut to a rank.
         by_derivatives: Whether the theory judges by derivatives alone. A layer without any (behind a rounding, an
             argmax or `no_grad`) can then only be kept: a change of it is not seen, and may be anything.
         damping_scale: What the dampings of entropy-coded grids are multiplied by.
+        seed: Of the noise that stands for feedback in estimates of entropy-coded grids.
 
     Returns:
         For each layer its widths, for "metric" each rounded to nearest and by feedback, its shaped grids, ranks and
-        sums. The
-        factors of all ranks are views of one factorisation, which takes at most twice the memory of the weight in
-        float32; "descent" makes them anew for each rank.
+        sums. The factors of all ranks are views of one factorisation, which takes at most twice the memory of the
+        weight in float32; "descent" makes them anew for each rank.
 
     Raises:
         CalibrationError: A weight holds NaN or infinity.
@@ -57,15 +53,15 @@ def propose(
         refuse_infinite(layer)
         if by_derivatives and not statistics.has_derivatives:
             return [Candidate(None, layer.weight.nbytes)]
-        bits = config.bits if "fixed" in config.storage else tuple(set(config.bits) & {KEPT_BITS})
-        widths = propose_grids(layer, statistics, bits, config.group_size, config.symmetric)
+        bits = choices.bits if "fixed" in choices.storage else tuple(set(choices.bits) & {KEPT_BITS})
+        widths = propose_grids(layer, statistics, bits, choices.group_size, choices.symmetric)
         candidates = [*widths, *_with_feedback(widths)] if truncation == "metric" else widths
-        if "entropy" in config.storage:
-            candidates = [*candidates, *propose_coded(layer, statistics, config.seed, damping_scale)]
+        if "entropy" in choices.storage:
+            candidates = [*candidates, *propose_coded(layer, statistics, seed, damping_scale)]
         tried = ranks.get(layer.name)
         if tried is None or not statistics.calls:
             return candidates
-        return [*candidates, *_with_factors(layer, statistics, widths, tried, config, truncation)]
+        return [*candidates, *_with_factors(layer, statistics, widths, tried, choices, truncation)]
 
     return for_each_layer(of_layer, layers)
 
@@ -84,7 +80,7 @@ def _with_factors(
     statistics: LayerStatistics,
     widths: list[Candidate],
     ranks: tuple[int, ...],
-    config: LosslessCompressionConfig,
+    choices: Choices,
     truncation: Truncation,
 ) -> list[Candidate]:
     """Low rank for the matrix, and for what its narrow grids leave of it."""
@@ -98,10 +94,10 @@ def _with_factors(
         gradient = statistics.gradient
         assert gradient is not None
         factors_of = partial(aligned_factors, factorisation, matrix=layer.matrix, gradient=gradient)
-        within = smallest_rank(factorisation, layer.matrix, gradient, max(ranks)) if config.ranks == "auto" else None
+        within = smallest_rank(factorisation, layer.matrix, gradient, max(ranks)) if choices.ranks == "auto" else None
         ranks = ranks if within is None else tuple(sorted({*ranks, within}))
-    settings = (config.bits, config.group_size, config.symmetric)
+    settings = (choices.bits, choices.group_size, choices.symmetric)
     factored = propose_factored(layer, ranks, factors_of, *settings)
     # Ranks that were asked for by number are those of factors in place of the matrix.
-    sums = propose_sums(layer, widths, whitening, *settings) if config.ranks == "auto" else []
+    sums = propose_sums(layer, widths, whitening, *settings) if choices.ranks == "auto" else []
     return [*factored, *sums]

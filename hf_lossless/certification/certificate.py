@@ -23,6 +23,12 @@ from hf_lossless.storage.records import Record, read_record
 
 CERTIFIED, LOSS_DECREASED = "certified", "loss decreased"
 
+TOLERANCE = 0.01
+"""Share of the original's loss by which the loss may rise, where no target is given."""
+
+METRIC_MARGIN = 0.005
+CONFIDENCE = 0.95
+
 MIN_ROWS = 500
 """Fewer never certify. The tests hold their level only where the sample has seen the tail: in the simulation of
 recipes/bench_certificate.json, where one row in a hundred is much worse, 14 % of the walks passed wrongly with 300 rows

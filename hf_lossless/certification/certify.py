@@ -8,11 +8,19 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from hf_lossless.certification.bounded_mean import bounded_interval
-from hf_lossless.certification.certificate import Certificate, Estimate, Evidence, Provenance, TestOutcome
+from hf_lossless.certification.certificate import (
+    CONFIDENCE,
+    METRIC_MARGIN,
+    TOLERANCE,
+    Certificate,
+    Estimate,
+    Evidence,
+    Provenance,
+    TestOutcome,
+)
 from hf_lossless.certification.comparison import Outputs, compare
 from hf_lossless.certification.non_inferiority import NonInferiority, check_confidence, loss_test, metric_test
 from hf_lossless.certification.skewed_mean import skewed_interval, skewed_upper_bound
-from hf_lossless.config import CONFIDENCE, METRIC_MARGIN, TOLERANCE
 
 
 def certify(

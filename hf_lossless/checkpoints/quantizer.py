@@ -115,10 +115,10 @@ class LosslessHfQuantizer(HfQuantizer):
         _refuse_meta(model)
         config = self.quantization_config
         with torch.enable_grad():  # the caller may be under no_grad
-            if config.tolerance is not None:
+            if config.target.tolerance is not None:
                 self.result = compress_certified(model, config, original_bytes=self._original_bytes)
             else:
-                batches = calibration_batches(model, config)
+                batches = calibration_batches(model, config.rows)
                 self.result = compress(model, batches, config, original_bytes=self._original_bytes)
         forget_compressed_ties(model)
         self._describe(model, self.result.plan, self.result.certificate)

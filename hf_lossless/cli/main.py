@@ -10,7 +10,7 @@ import torch
 import typer
 from rich.console import Console
 
-from hf_lossless.certification.certificate import Provenance
+from hf_lossless.certification.certificate import CONFIDENCE, METRIC_MARGIN, TOLERANCE, Provenance
 from hf_lossless.certification.certify import certify
 from hf_lossless.certification.comparison import Comparison, compare
 from hf_lossless.certification.evaluation import Evaluation
@@ -21,12 +21,13 @@ from hf_lossless.cli.demo import run_demo
 from hf_lossless.cli.models import Judged, config_of, judge, load_model, refuse_quantised, task_of_model
 from hf_lossless.cli.options import activation_widths, bit_widths, ranks_by_name
 from hf_lossless.cli.publish import card, export_command, push, report
-from hf_lossless.config import CONFIDENCE, METRIC_MARGIN, STORAGES, THEORIES, TOLERANCE, LosslessCompressionConfig
+from hf_lossless.config import LosslessCompressionConfig
 from hf_lossless.data.processes import process_state, progress_bar
-from hf_lossless.data.rows import calibration_batches, load_rows
+from hf_lossless.data.rows import Rows, calibration_batches, load_rows
 from hf_lossless.data.splits import fingerprint
 from hf_lossless.data.tasks.registry import TASKS
 from hf_lossless.errors import CheckpointError, LosslessError
+from hf_lossless.planning.target import Target
 from hf_lossless.reports.pictures.neighbourhood import neighbourhood_figure
 from hf_lossless.reports.tables import (
     certificate_table,
@@ -39,7 +40,8 @@ from hf_lossless.reports.tables import (
     plan_table,
 )
 from hf_lossless.storage.layers import find_layers
-from hf_lossless.storage.plan import QUANT_METHOD
+from hf_lossless.storage.plan import QUANT_METHOD, STORAGES
+from hf_lossless.theories import THEORIES
 from hf_lossless.theories.neighbourhood import MAX_LAYERS, named_layers, neighbourhood, spread_layers
 
 app = typer.Typer(
@@ -202,7 +204,7 @@ def certify_command(
 ) -> None:
     """Check a compressed checkpoint on rows of your own that had no part in it; status 1 where it fails."""
     # The same settings as a compression's, and the same refusals.
-    LosslessCompressionConfig(tolerance=tolerance, confidence=confidence, metric_margin=metric_margin)
+    Target(tolerance=tolerance, confidence=confidence, metric_margin=metric_margin)
     models = {"original": against, "compressed": folder}
     tasks = {name: task_of_model(path, task) for name, path in models.items()}
     entry = getattr(config_of(folder), "quantization_config", None)
@@ -278,16 +280,13 @@ def neighbourhood_command(
     """
     if out is not None:
         refuse_occupied(out)
-    # Of the configuration of a compression only what concerns rows is used; one target must be given, any.
-    config = LosslessCompressionConfig(
-        dataset=data, split=split, task=task, num_samples=samples, seed=seed, loss_budget=0.0
-    )
+    rows = Rows(dataset=data, split=split, task=task, num_samples=samples, seed=seed)
     chosen_task = task_of_model(model, task)
     refuse_quantised(model)
     loaded = load_model(chosen_task, model, dtype=torch.float32)  # the rounding of 16 bits would drown small noise
     layers = find_layers(loaded)
     layers = named_layers(layers, layer) if layer else spread_layers(layers)
-    batches = calibration_batches(loaded, config)
+    batches = calibration_batches(loaded, rows)
     with progress_bar(len(layers), "layers") as advance:
         found = neighbourhood(loaded, batches, layers, seed=seed, advance=advance)
     if not process_state().is_main_process:

@@ -8,6 +8,7 @@ The official files of SQuAD v1.1 and v2, which nest questions in paragraphs in a
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +20,12 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
 from transformers.utils.generic import find_labels
 
-from hf_lossless.config import LosslessCompressionConfig
 from hf_lossless.data.batches import Batch, model_device, to_device
 from hf_lossless.data.tasks.base import Task
 from hf_lossless.data.tasks.columns import ROW_NUMBER, Row
 from hf_lossless.data.tasks.labels import model_labels
 from hf_lossless.data.tasks.registry import TASKS, task_of
-from hf_lossless.errors import ConfigurationError, DataError, reason
+from hf_lossless.errors import ConfigurationError, DataError, check_whole_number, reason
 
 
 def one_question_a_row(rows: datasets.Dataset) -> datasets.Dataset:
@@ -57,6 +57,40 @@ def _articles(rows: datasets.Dataset) -> Iterator[Any]:
 
 
 _FORMATS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
+
+
+@dataclass(frozen=True, eq=False)
+class Rows:
+    """Which rows a model is calibrated and judged on, and how they are read.
+
+    Attributes:
+        dataset: Rows, or ready batches (see `load_rows` and `ready_batches`).
+        selection_dataset: Rows on which plans are compared; None: a part of `dataset`.
+        certification_dataset: Rows that the certificate rests on; None likewise.
+        split: Which split of a data set that has several.
+        task: Name of the task; None: by the model's class.
+        processor: Tokenizer or image processor; None: the one saved with the model.
+        num_samples: Rows to calibrate on.
+        batch_size: Rows in a calibration batch.
+        seed: Seed of sampling, of splits, and of whatever else is random.
+
+    Raises:
+        ConfigurationError: A number is out of range.
+    """
+
+    dataset: Any = None
+    selection_dataset: Any = None
+    certification_dataset: Any = None
+    split: str | None = None
+    task: str | None = None
+    processor: Any = None
+    num_samples: int = 128
+    batch_size: int = 32
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, lowest in (("num_samples", 1), ("batch_size", 1), ("seed", 0)):
+            check_whole_number(name, getattr(self, name), lowest)
 
 
 def load_rows(dataset: Any, split: str | None = None) -> datasets.Dataset:
@@ -293,28 +327,28 @@ def _predicting_task(model: PreTrainedModel, name: str | None, batch: Mapping[st
         ) from error
 
 
-def calibration_batches(model: PreTrainedModel, config: LosslessCompressionConfig) -> list[Batch]:
-    """The batches that a configuration means: its own, or made of its rows by the model's task.
+def calibration_batches(model: PreTrainedModel, rows: Rows) -> list[Batch]:
+    """Makes the calibration batches: those that are ready, or rows encoded by the model's task.
 
     Raises:
         DataError: The rows cannot be used.
         ConfigurationError: The task is not known.
     """
-    batches = ready_batches(config.dataset)
+    batches = ready_batches(rows.dataset)
     if batches is None:
-        return batches_of_rows(model, load_rows(config.dataset, config.split), config)
-    return with_own_targets(model, batches, config.task)
+        return batches_of_rows(model, load_rows(rows.dataset, rows.split), rows)
+    return with_own_targets(model, batches, rows.task)
 
 
-def batches_of_rows(model: PreTrainedModel, rows: datasets.Dataset, config: LosslessCompressionConfig) -> list[Batch]:
-    """Calibration batches of `num_samples` of the rows."""
-    task = task_of(model, config.task)
-    processor = processor_of(model, config, task)
-    chosen = sample_rows(rows, config.num_samples, config.seed)
-    batches = list(make_batches(chosen, task, processor, model, config.batch_size))
-    return with_own_targets(model, batches, config.task)
+def batches_of_rows(model: PreTrainedModel, dataset: datasets.Dataset, rows: Rows) -> list[Batch]:
+    """Makes calibration batches of `num_samples` rows of a data set."""
+    task = task_of(model, rows.task)
+    processor = processor_of(model, rows, task)
+    chosen = sample_rows(dataset, rows.num_samples, rows.seed)
+    batches = list(make_batches(chosen, task, processor, model, rows.batch_size))
+    return with_own_targets(model, batches, rows.task)
 
 
-def processor_of(model: PreTrainedModel, config: LosslessCompressionConfig, task: Task) -> Any:
-    """The configuration's tokenizer or image processor, or else the one saved with the model."""
-    return config.processor if config.processor is not None else task.load_processor(str(model.name_or_path))
+def processor_of(model: PreTrainedModel, rows: Rows, task: Task) -> Any:
+    """Finds the tokenizer or image processor: the one given, or else the one saved with the model."""
+    return rows.processor if rows.processor is not None else task.load_processor(str(model.name_or_path))

@@ -15,8 +15,8 @@ from hf_lossless.errors import CalibrationError
 from hf_lossless.storage.activation_grid import StaticGrid
 from hf_lossless.storage.layers import Layer
 from hf_lossless.storage.plan import CodedGrid, LayerPlan
-from hf_lossless.theories.activation_noise import ActivationOption, choose_activation
 from hf_lossless.theories.problem import Prediction
+from hf_lossless.theories.quantised_inputs import ActivationOption, choose_activation
 
 _LARGEST_CORRECTION = 100.0
 """Of an estimated cost."""

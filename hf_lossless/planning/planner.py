@@ -24,25 +24,25 @@ import torch
 from torch import Tensor
 
 from hf_lossless.calibration.perturbation import LossChange, input_noise, loss_change, weight_noise
+from hf_lossless.candidates.choices import Choices
 from hf_lossless.candidates.parallel import for_each_layer
 from hf_lossless.candidates.round_coded import CodedRounding, round_coded
 from hf_lossless.candidates.round_packed import round_with_feedback
 from hf_lossless.candidates.stored import stored_layer
-from hf_lossless.config import LosslessCompressionConfig
 from hf_lossless.data.processes import process_state
 from hf_lossless.errors import CalibrationError, UnreachableTargetError
 from hf_lossless.planning import knapsack
 from hf_lossless.planning.loss_check import LossCheck, loss_check
 from hf_lossless.planning.options import Option, Options, RoundedCost, options_of, scaled, with_rounded_costs
-from hf_lossless.planning.target import choose_plan
+from hf_lossless.planning.target import Target, choose_plan
 from hf_lossless.storage.apply import quantised_input
 from hf_lossless.storage.grid import QuantisedMatrix
 from hf_lossless.storage.layers import Layer
 from hf_lossless.storage.modules.activations import QuantisedInput
 from hf_lossless.storage.plan import CodedGrid, CompressionPlan, activations_of
 from hf_lossless.storage.values import EncodedMatrix, StoredLayer
-from hf_lossless.theories.activation_noise import activation_options
 from hf_lossless.theories.problem import Prediction, Problem
+from hf_lossless.theories.quantised_inputs import activation_options
 from hf_lossless.theories.rate_distortion import rate_distortion
 
 STATED_FACTOR = 2.0
@@ -93,6 +93,8 @@ class Planner:
         problem: The model, its data, and the candidates of its layers.
         predictions: One for each candidate.
         checked: Whether a plan's prediction is compared with a measurement, and the plan made anew where it was off.
+        theory: Name of the theory that made the predictions.
+        choices: What was proposed.
         other_bytes: Bytes of the tensors that are no layer's weight.
         original_bytes: Bytes of all the original's tensors.
     """
@@ -100,20 +102,22 @@ class Planner:
     problem: Problem
     predictions: dict[str, list[Prediction]]
     checked: bool
+    theory: str
+    choices: Choices
     other_bytes: int
     original_bytes: int
     _found: dict[str, dict[CodedGrid, RoundedCost]] = field(default_factory=lambda: defaultdict(dict), repr=False)
     _coded: dict[str, CodedRounding] = field(default_factory=dict, repr=False)
 
-    def plan(self, config: LosslessCompressionConfig) -> Planned:
-        """The plan that meets the target of `config` at the least predicted loss; the model is left as it was.
+    def plan(self, target: Target) -> Planned:
+        """Makes the plan that meets a target at the least predicted loss; the model is left as it was.
 
         Raises:
             CalibrationError: A layer can be stored in no way, or the loss of the plan is not finite.
             UnreachableTargetError: No plan meets the target.
         """
-        options = self._options(config)
-        planned = self._plan(options, config)
+        options = self._options()
+        planned = self._plan(options, target)
         if not self.checked:
             return planned
         num_batches = len(self.problem.batches)
@@ -127,7 +131,7 @@ class Planner:
                 loss_check(planned.plan, one, num_batches, checked="layer", layer=name) for name, one in alone.items()
             ]
             options = _corrected(options, planned.plan, measured, alone)
-            planned = self._plan(options, config)
+            planned = self._plan(options, target)
             measured = self._measured(planned, self.problem.layers)
             checks.append(loss_check(planned.plan, measured, num_batches))
         else:
@@ -162,11 +166,11 @@ class Planner:
         losses = {round(num_bytes): factor * loss for num_bytes, loss in points}  # the finer level of two that coincide
         return tuple(sorted(losses.items()))
 
-    def _options(self, config: LosslessCompressionConfig) -> Options:
+    def _options(self) -> Options:
         """What the knapsack may choose from; which input goes with which weight is decided here, once for all plans."""
         layers, calibration = self.problem.layers, self.problem.calibration
         activations = for_each_layer(
-            lambda layer: activation_options(calibration.layers[layer.name], config.activation_widths), layers
+            lambda layer: activation_options(calibration.layers[layer.name], self.choices.activation_widths), layers
         )
         return {
             layer.name: options_of(
@@ -174,12 +178,12 @@ class Planner:
                 self.problem.candidates[layer.name],
                 self.predictions[layer.name],
                 activations[layer.name],
-                may_stay_float=None in config.activation_bits,
+                may_stay_float=None in self.choices.activation_bits,
             )
             for layer in layers
         }
 
-    def _plan(self, options: Options, config: LosslessCompressionConfig) -> Planned:
+    def _plan(self, options: Options, target: Target) -> Planned:
         """The best plan whose layers have been rounded, so that bytes are those on disk.
 
         Entropy-coded layers are chosen by estimates, rounded, and chosen again with what was found, until no chosen
@@ -189,7 +193,7 @@ class Planner:
             present = {name: with_rounded_costs(group, self._found[name]) for name, group in options.items()}
             if last:
                 present = {name: self._rounded_of(name, group) for name, group in present.items()}
-            plan, frontier = self._chosen(present, config)
+            plan, frontier = self._chosen(present, target)
             grids = {name: one.coded for name, one in plan.layers.items() if one.coded is not None}
             if all(grid in self._found[name] for name, grid in grids.items()):
                 break
@@ -227,7 +231,7 @@ class Planner:
         known = [one for one in group if one.plan.coded is None or one.plan.coded in self._found[name]]
         return known or group
 
-    def _chosen(self, options: Options, config: LosslessCompressionConfig) -> tuple[CompressionPlan, knapsack.Frontier]:
+    def _chosen(self, options: Options, target: Target) -> tuple[CompressionPlan, knapsack.Frontier]:
         frontier = knapsack.frontier(
             costs=[[option.plan.cost_bytes for option in group] for group in options.values()],
             losses=[[option.plan.predicted_loss_change for option in group] for group in options.values()],
@@ -237,16 +241,16 @@ class Planner:
             chosen = zip(options.items(), frontier.choices(point), strict=True)
             layer_plans = {name: group[choice].plan for (name, group), choice in chosen}
             return CompressionPlan(
-                theory=config.theory,
+                theory=self.theory,
                 layers=layer_plans,
                 other_bytes=self.other_bytes,
                 original_bytes=self.original_bytes,
                 activations=activations_of(layer_plans),
-                activation_noise=config.activation_noise,
+                activation_noise=self.problem.activation_noise,
             )
 
         try:
-            return choose_plan(frontier, plan_at, config), frontier
+            return choose_plan(frontier, plan_at, target, self.choices.bits), frontier
         except UnreachableTargetError as error:
             if not self.problem.unreached:
                 raise

@@ -8,7 +8,7 @@ and no request at all.
 import base64
 import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from importlib import metadata, resources
 from typing import Any
@@ -172,7 +172,7 @@ def _summary(plan: CompressionPlan) -> list[str]:
 
 
 def _provenance(
-    config: LosslessCheckpointConfig, record: CompressionRecord | None, about: dict[str, Any]
+    config: LosslessCheckpointConfig, record: CompressionRecord | None, about: Mapping[str, Any]
 ) -> list[tuple[str, str]]:
     """What is known of where the model comes from, line by line."""
     lines = [

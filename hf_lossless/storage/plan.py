@@ -23,6 +23,9 @@ FORMAT_VERSION = 5
 quantised activations, 4 a certificate, 5 entropy-coded layers; older folders are without.
 """
 
+STORAGES = ("fixed", "entropy")
+"""Kinds of grids: codes of whole bits, and steps shaped by the curvature with codes stored at their entropy."""
+
 KEPT_BITS = 16
 """The width that stands for "keep this layer as it came, in its own dtype"."""
 

@@ -20,6 +20,7 @@ from hf_lossless.checkpoints.names import with_present_bytes
 from hf_lossless.compression import analyse, realise
 from hf_lossless.errors import UnreachableTargetError
 from hf_lossless.planning.planner import Planned, Planner
+from hf_lossless.planning.target import Target
 from hf_lossless.storage.layers import LayerKind
 from hf_lossless.storage.plan import Damping
 from hf_lossless.theories.rate_distortion import rate_distortion
@@ -60,7 +61,7 @@ def frontier(
     rows: dict[str, Any] = {}
     for ratio in ratios:
         try:
-            planned = planner.plan(_config(storage, ratio))
+            planned = planner.plan(Target(ratio=ratio))
         except UnreachableTargetError as error:
             rows[f"{ratio:g}"] = {"unreachable": str(error)}
             continue

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from hf_lossless import LosslessCompressionConfig
 from hf_lossless.calibration.statistics import Calibration, calibrate
 from hf_lossless.candidates import propose as proposals
+from hf_lossless.candidates.choices import Choices
 from hf_lossless.candidates.grids import Candidate, propose_grids
 from hf_lossless.candidates.low_rank import Whitening, factorise
 from hf_lossless.candidates.propose import propose
@@ -45,7 +46,7 @@ def candidates(truncation: str, asked="auto", bits=(2, 4, 8, 16), gradient=1.0) 
     first = calibration.layers["first"]
     calibration.layers["first"] = dataclasses.replace(first, gradient=gradient * first.gradient)
     config = LosslessCompressionConfig(ratio=2, bits=bits, ranks=asked, group_size=16)
-    return propose(layers, calibration, config, ranks_by_layer(layers, config.ranks), truncation)
+    return propose(layers, calibration, config.choices, ranks_by_layer(layers, config.ranks), truncation)
 
 
 def fed_back(grid: Grid) -> Grid:
@@ -56,7 +57,7 @@ def fed_back(grid: Grid) -> Grid:
 def test_without_ranks_only_widths(truncation):
     layers, calibration = prepared()
     config = LosslessCompressionConfig(ratio=2, group_size=16)
-    found = propose(layers, calibration, config, {}, truncation)
+    found = propose(layers, calibration, config.choices, {}, truncation)
     for layer in layers:
         proposed = propose_grids(layer, calibration.layers[layer.name], config.bits, 16, True)
         expected = [(one.grid, one.cost_bytes) for one in proposed]
@@ -157,4 +158,4 @@ def test_a_weight_that_is_not_finite():
     layers, calibration = prepared()
     layers[1].weight.data[0, 0] = torch.nan
     with pytest.raises(CalibrationError, match="weight of layer 'last' holds NaN"):
-        propose(layers, calibration, LosslessCompressionConfig(ratio=2), {}, "plain")
+        propose(layers, calibration, Choices(), {}, "plain")

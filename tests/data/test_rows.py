@@ -23,6 +23,7 @@ from transformers import (
 
 from hf_lossless import DataError, LosslessCompressionConfig
 from hf_lossless.data.rows import (
+    Rows,
     calibration_batches,
     load_rows,
     make_batches,
@@ -218,10 +219,10 @@ def test_a_configurations_batches(bert: PreTrainedModel, text_folder: Path) -> N
     model = TEXT.load_model(str(text_folder))
     for processor in (None, TOKENIZER):
         config = LosslessCompressionConfig(ROWS, ratio=2, num_samples=7, batch_size=3, processor=processor)
-        batches = calibration_batches(model, config)
+        batches = calibration_batches(model, config.rows)
         assert [len(batch["labels"]) for batch in batches] == [3, 3, 1]
     unlabelled = LosslessCompressionConfig(without(ROWS, "label"), ratio=2)
-    [batch] = calibration_batches(model, unlabelled)
+    [batch] = calibration_batches(model, unlabelled.rows)
     with torch.no_grad():
         logits: Tensor = model(**{name: value for name, value in batch.items() if name != "labels"}).logits
     assert torch.equal(batch["labels"], logits.argmax(-1))
@@ -230,7 +231,7 @@ def test_a_configurations_batches(bert: PreTrainedModel, text_folder: Path) -> N
 def test_a_loader_of_batch_encodings_without_labels(bert: PreTrainedModel) -> None:
     rows = [TOKENIZER(row["text"]) for row in ROWS]
     loader = DataLoader(rows, batch_size=6, collate_fn=DataCollatorWithPadding(TOKENIZER))
-    batches = calibration_batches(bert, LosslessCompressionConfig(loader, ratio=2))
+    batches = calibration_batches(bert, Rows(loader))
     assert [batch["labels"].shape for batch in batches] == [(6,), (6,)]
 
 

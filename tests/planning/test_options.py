@@ -9,8 +9,8 @@ from hf_lossless.errors import CalibrationError
 from hf_lossless.planning.options import RoundedCost, options_of, scaled, with_rounded_costs
 from hf_lossless.storage.layers import find_layers
 from hf_lossless.storage.plan import ActivationGrid, CodedGrid, Damping, Grid
-from hf_lossless.theories.activation_noise import ActivationOption
 from hf_lossless.theories.problem import Prediction
+from hf_lossless.theories.quantised_inputs import ActivationOption
 
 LAYER = find_layers(nn.ModuleDict({"layer": nn.Linear(8, 4)}))[0]
 DAMPING = Damping(rows=0.3, columns=0.1)

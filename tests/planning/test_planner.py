@@ -13,11 +13,9 @@ from rounded_plans import apply_rounded
 from torch import Tensor, nn
 
 from hf_lossless import LosslessCompressionConfig, compress
-from hf_lossless import compression as pipeline
 from hf_lossless.calibration.perturbation import LossChange
 from hf_lossless.checkpoints.entry import LosslessCheckpointConfig
 from hf_lossless.compression import analyse
-from hf_lossless.config import THEORIES
 from hf_lossless.data.batches import batch_loss
 from hf_lossless.errors import PlanError, UnreachableTargetError
 from hf_lossless.planning import planner as planning
@@ -25,7 +23,7 @@ from hf_lossless.planning.planner import Planned, Planner
 from hf_lossless.storage.apply import apply
 from hf_lossless.storage.grid import QuantisedMatrix
 from hf_lossless.storage.values import EncodedMatrix
-from hf_lossless.theories import curvature
+from hf_lossless.theories import THEORIES, curvature
 from hf_lossless.theories.problem import Prediction
 
 FEATURES, CLASSES = 32, 4
@@ -74,8 +72,8 @@ def predict_times(monkeypatch, factor: float) -> None:
     def predict(problem):
         return scaled(curvature.predict(problem), factor)
 
-    theory = dataclasses.replace(pipeline._THEORIES["curvature"], predict=predict)
-    monkeypatch.setitem(pipeline._THEORIES, "curvature", theory)
+    theory = dataclasses.replace(THEORIES["curvature"], predict=predict)
+    monkeypatch.setitem(THEORIES, "curvature", theory)
 
 
 def scaled(predictions: dict[str, list[Prediction]], factor: float) -> dict[str, list[Prediction]]:
@@ -110,10 +108,10 @@ def measure_as(monkeypatch, answer) -> list[int]:
 
 def test_predictions_that_are_far_too_small_are_found_out(monkeypatch):
     predict_times(monkeypatch, 1e-9)
-    believed = dataclasses.replace(pipeline._THEORIES["curvature"], by_derivatives=False)
+    believed = dataclasses.replace(THEORIES["curvature"], by_derivatives=False)
     config = config_of(loss_budget=0.01)
     result = compress(network(), BATCHES, config)
-    monkeypatch.setitem(pipeline._THEORIES, "curvature", believed)
+    monkeypatch.setitem(THEORIES, "curvature", believed)
     blind = compress(network(), BATCHES, config)
     assert {layer.bits for layer in blind.plan.layers.values()} == {1} and blind.measured_loss_change > 0.04
     assert result.plan.predicted_loss_change <= 0.01
@@ -154,7 +152,7 @@ def test_how_many_forward_passes_a_new_plan_takes(monkeypatch):
 
 
 def test_a_theory_that_measures_is_not_checked():
-    checked = {theory for theory in THEORIES if pipeline._THEORIES[theory].by_derivatives}
+    checked = {theory for theory in THEORIES if THEORIES[theory].by_derivatives}
     assert checked == {"cet", "hawq", "curvature"}
     planner = analyse(network(), BATCHES, config_of(ratio=2, theory="llc", bits=(2, 8)))
     assert not planner.checked and planner_of().checked
@@ -162,7 +160,7 @@ def test_a_theory_that_measures_is_not_checked():
 
 def test_what_is_measured_is_the_loss_with_the_planned_weights():
     planner = planner_of()
-    planned = planner.plan(config_of(ratio=7))
+    planned = planner.plan(config_of(ratio=7).target)
     assert all(isinstance(one.values, QuantisedMatrix) for one in planned.stored.values())
     assert len({layer.kind for layer in planned.plan.layers.values()}) == 1
     for layers in (planner.problem.layers, planner.problem.layers[1:2], []):
@@ -180,7 +178,7 @@ def test_planning_leaves_the_model_alone():
     model = network()
     state = {name: value.clone() for name, value in model.state_dict().items()}
     planner = planner_of(1e-9, model)
-    planner.plan(config_of(loss_budget=0.01))
+    planner.plan(config_of(loss_budget=0.01).target)
     assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
 
 
@@ -192,9 +190,9 @@ def test_one_analysis_serves_many_plans():
         config_of(loss_budget=1e-3),
         config_of(loss_budget=0.01),
     ]
-    plans = [planner.plan(config).plan for config in configs]
+    plans = [planner.plan(config.target).plan for config in configs]
     assert plans[0] == plans[3] and len({plan.tensor_bytes for plan in plans}) == 3
-    assert plans[1] == planner_of(1e-9).plan(configs[1]).plan
+    assert plans[1] == planner_of(1e-9).plan(configs[1].target).plan
 
 
 @pytest.mark.parametrize(
@@ -348,7 +346,7 @@ def test_what_stays_too_high_is_said(monkeypatch, caplog):
     )
     measure_as(monkeypatch, lambda planned, layers: (100 * (1 + planned.plan.predicted_loss_change), 0.0))
     with caplog.at_level(logging.INFO, "hf_lossless.planning.planner"):
-        planned = planner.plan(config_of(ratio=7))
+        planned = planner.plan(config_of(ratio=7).target)
     assert planned.plan is plans[-1].plan and len(plans) == 1 + planning.REPLANS
     warnings = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
     assert warnings == ["the loss rises by more than predicted, also after 2 new plans"]
@@ -369,7 +367,7 @@ def test_a_loss_that_overflows_with_the_planned_weights():
     planner = dataclasses.replace(planner, predictions={**planner.predictions, **small})
     config = config_of(ratio=3.5, bits=(1, 8, 16))
     assert first_plan(planner, config).plan.layers["0"].bits == 1
-    planned = planner.plan(config)
+    planned = planner.plan(config.target)
     assert planned.plan.layers["0"].bits == 8
     assert math.isfinite(planner._measured(planned, planner.problem.layers).mean)
 
@@ -409,7 +407,7 @@ def test_errors_are_those_of_what_is_stored():
     seen = set()
     for ratio in (1.2, 2, 4, 6, 8, 10):
         config = config_of(ratio=ratio, ranks="auto", bits=(2, 4, 16))
-        planned = planner.plan(config)
+        planned = planner.plan(config.target)
         twin = network()
         apply(twin, planned.stored)
         for layer in planner.problem.layers:
@@ -460,7 +458,7 @@ TARGETS = [{"ratio": 3}, {"ratio": 9}, {"loss_budget": 0.01}, {"loss_budget": 1e
 def test_coded_plans_have_the_bytes_on_disk(storage, target):
     config = coded_config(storage=storage, **target)
     planner = shared_planner(storage)
-    planned = planner.plan(config)
+    planned = planner.plan(config.target)
     is_rounded(planned)
     assert coded_values(planned) or "fixed" in storage
     size_bytes = LosslessCheckpointConfig.of(planned.plan).size_bytes
@@ -477,7 +475,7 @@ def test_one_analysis_serves_many_coded_plans():
     configs = [coded_config(**target) for target in (*TARGETS, TARGETS[0])]
     plans = []
     for config in configs:
-        planned = planner.plan(config)
+        planned = planner.plan(config.target)
         is_rounded(planned)
         assert planner._coded.keys() == coded_values(planned).keys()  # what is not planned is let go
         plans.append(planned)
@@ -497,11 +495,11 @@ def test_a_layer_that_is_held_on_its_grid_is_not_rounded_again(monkeypatch):
         return round_coded(layers, grids, calibration)
 
     monkeypatch.setattr(planning, "round_coded", counted)
-    planned = planner.plan(coded_config(ratio=8))
+    planned = planner.plan(coded_config(ratio=8).target)
     assert (
         len(coded_values(planned)) <= len(rounded) <= (planning.CHOICES_BY_ESTIMATE + 1) * len(planner.problem.layers)
     )
-    again = planner.plan(coded_config(ratio=8))
+    again = planner.plan(coded_config(ratio=8).target)
     assert again.plan == planned.plan and coded_values(again).keys() == coded_values(planned).keys()
     for name, one in coded_values(planned).items():
         assert coded_values(again)[name].stored.tobytes() == one.stored.tobytes()
@@ -517,21 +515,21 @@ def test_planning_ends_with_what_was_rounded(rounds, monkeypatch):
             if candidate.coded is not None:
                 wrong = max(1, candidate.cost_bytes * (place % 3 + 1) // 2)
                 group[place] = dataclasses.replace(candidate, cost_bytes=wrong)
-    is_rounded(planner.plan(coded_config(storage=("entropy",), loss_budget=0.01)))
+    is_rounded(planner.plan(coded_config(storage=("entropy",), loss_budget=0.01).target))
 
 
 def test_the_ratio_named_in_an_error_can_be_reached():
     planner = shared_planner(("entropy",))
     with pytest.raises(UnreachableTargetError, match=r"a ratio of \d") as caught:
-        planner.plan(coded_config(storage=("entropy",), ratio=1000))
+        planner.plan(coded_config(storage=("entropy",), ratio=1000).target)
     best = float(re.search(r"a ratio of ([0-9.]+)\.", str(caught.value))[1])
-    planned = planner.plan(coded_config(storage=("entropy",), ratio=0.9 * best))
+    planned = planner.plan(coded_config(storage=("entropy",), ratio=0.9 * best).target)
     is_rounded(planned)
 
 
 def test_errors_of_coded_layers_are_those_of_what_is_stored():
     planner = shared_planner(("entropy",))
-    planned = planner.plan(coded_config(storage=("entropy",), ratio=8))
+    planned = planner.plan(coded_config(storage=("entropy",), ratio=8).target)
     twin = copy.deepcopy(planner.problem.model)
     apply(twin, planned.stored)
     for layer in planner.problem.layers:
@@ -547,8 +545,8 @@ def test_errors_of_coded_layers_are_those_of_what_is_stored():
 
 def test_codes_that_do_not_fit_the_plan():
     planner = shared_planner(("entropy",))
-    first = planner.plan(coded_config(storage=("entropy",), ratio=4))
-    second = planner.plan(coded_config(storage=("entropy",), ratio=10))
+    first = planner.plan(coded_config(storage=("entropy",), ratio=4).target)
+    second = planner.plan(coded_config(storage=("entropy",), ratio=10).target)
     model = network()
     with pytest.raises(
         PlanError, match=r"layer '0' as codes at their entropy, but its values were not given\. Give them"

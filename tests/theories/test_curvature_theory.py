@@ -27,7 +27,7 @@ def prepared(ranks="auto"):
     layers = find_layers(model)
     calibration = calibrate(model, batches, layers, batch_loss, curvature=True)
     config = LosslessCompressionConfig(ratio=2, ranks=ranks, theory="curvature", bits=(2, 4, 8, 16), group_size=8)
-    candidates = propose(layers, calibration, config, ranks_by_layer(layers, config.ranks), "metric")
+    candidates = propose(layers, calibration, config.choices, ranks_by_layer(layers, config.ranks), "metric")
     calls = []
     problem = Problem(model, batches, batch_loss, layers, calibration, candidates, advance=lambda: calls.append(1))
     return problem, calls
@@ -109,7 +109,7 @@ def test_the_loss_of_other_rows_rises_as_predicted():
     layers = find_layers(model)
     calibration = calibrate(model, rows(2048), layers, batch_loss, curvature=True)
     config = LosslessCompressionConfig(ratio=2, theory="curvature", bits=(2, 3), group_size=None)
-    candidates = propose(layers, calibration, config, {}, "metric")
+    candidates = propose(layers, calibration, config.choices, {}, "metric")
     problem = Problem(model, [], batch_loss, layers, calibration, candidates)
     others = rows(60_000)
     before = sum(batch_loss(model, batch).item() * len(batch[1]) for batch in others) / 60_000

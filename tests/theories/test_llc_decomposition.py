@@ -61,7 +61,7 @@ def prepared(model: nn.Module, bits=(2, 4, 8, 16), ranks="auto", **keywords) -> 
     layers, loss = find_layers(model), Counted()
     calibration = calibrate(model, batches, layers, loss, gradients=True)
     config = LosslessCompressionConfig(ratio=2, bits=bits, ranks=ranks, group_size=None)
-    candidates = propose(layers, calibration, config, ranks_by_layer(layers, config.ranks), "plain")
+    candidates = propose(layers, calibration, config.choices, ranks_by_layer(layers, config.ranks), "plain")
     loss.calls = 0
     return Problem(model, batches, loss, layers, calibration, candidates, **keywords), loss
 

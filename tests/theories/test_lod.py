@@ -206,7 +206,7 @@ def test_the_tolerance_of_each_weight():
 def grid_problem(bits=(1, 2, 4, 8, 16)) -> Problem:
     problem = prepared()
     config = LosslessCompressionConfig(ratio=2, bits=bits, group_size=None)
-    return replace(problem, candidates=propose(problem.layers, problem.calibration, config, {}, "descent"))
+    return replace(problem, candidates=propose(problem.layers, problem.calibration, config.choices, {}, "descent"))
 
 
 def test_a_width_need_not_keep_to_that_tolerance():
@@ -250,7 +250,9 @@ def test_the_model_is_as_it_was_and_every_candidate_counted():
     problem = replace(grid_problem(), advance=lambda: calls.append(1))
     config = LosslessCompressionConfig(ratio=2, ranks="auto")
     ranks = ranks_by_layer(problem.layers, "auto")
-    problem = replace(problem, candidates=propose(problem.layers, problem.calibration, config, ranks, "descent"))
+    problem = replace(
+        problem, candidates=propose(problem.layers, problem.calibration, config.choices, ranks, "descent")
+    )
     state = {name: value.clone() for name, value in problem.model.state_dict().items()}
     found = predict(problem)
     assert all(torch.equal(value, state[name]) for name, value in problem.model.state_dict().items())

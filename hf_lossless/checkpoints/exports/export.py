@@ -184,8 +184,8 @@ def _load(saved: SavedFolder) -> PreTrainedModel:
     model_class = getattr(transformers, saved.architecture, None)
     if model_class is None:
         raise CheckpointError(
-            f"{saved.path} is of the class {saved.architecture!r}, which transformers {transformers.__version__} does not "
-            "have: stock transformers could not load an export of it."
+            f"{saved.path} is of the class {saved.architecture!r}, which transformers {transformers.__version__} "
+            "lacks: stock transformers could not load an export of it."
         )
     model: PreTrainedModel = model_class.from_pretrained(saved.path)
     return model

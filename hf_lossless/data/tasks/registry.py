@@ -1,30 +1,56 @@
-"""Which task a model does, or a user names."""
+"""`TASKS`: which tasks there are, and which of them a model does, or a user names.
 
-from transformers import PreTrainedModel
+This file loads none of them before it is asked, so that a command line can name them at no cost.
+"""
 
-from hf_lossless.data.tasks.base import Task
-from hf_lossless.data.tasks.image_classification import ImageClassification
-from hf_lossless.data.tasks.language_modelling import CausalLanguageModelling, MaskedLanguageModelling
-from hf_lossless.data.tasks.multiple_choice import MultipleChoice
-from hf_lossless.data.tasks.question_answering import QuestionAnswering
-from hf_lossless.data.tasks.text_classification import TextClassification
+from collections.abc import Iterator, Mapping
+from functools import cache
+from importlib import import_module
+from typing import TYPE_CHECKING
+
 from hf_lossless.errors import ConfigurationError
 
-TASKS: dict[str, Task] = {
-    task.name: task
-    for task in (
-        TextClassification(),
-        ImageClassification(),
-        QuestionAnswering(),
-        MultipleChoice(),
-        CausalLanguageModelling(),
-        MaskedLanguageModelling(),
-    )
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from hf_lossless.data.tasks.base import Task
+
+_CLASSES = {
+    "text-classification": "text_classification.TextClassification",
+    "image-classification": "image_classification.ImageClassification",
+    "question-answering": "question_answering.QuestionAnswering",
+    "multiple-choice": "multiple_choice.MultipleChoice",
+    "text-generation": "language_modelling.CausalLanguageModelling",
+    "fill-mask": "language_modelling.MaskedLanguageModelling",
 }
+"""File and class of each task, in the order in which a model's class is compared with them."""
 
 
-def task_named(name: str) -> Task:
-    """The task of a name.
+class _Tasks(Mapping[str, "Task"]):
+    """The tasks by name, each made when it is asked for."""
+
+    def __getitem__(self, name: str) -> "Task":
+        return _task(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(_CLASSES)
+
+    def __len__(self) -> int:
+        return len(_CLASSES)
+
+
+TASKS: Mapping[str, "Task"] = _Tasks()
+
+
+@cache
+def _task(name: str) -> "Task":
+    module, _, class_name = _CLASSES[name].partition(".")
+    task: Task = getattr(import_module(f"{__package__}.{module}"), class_name)()
+    return task
+
+
+def task_named(name: str) -> "Task":
+    """Finds a task by its name.
 
     Raises:
         ConfigurationError: There is none.
@@ -34,8 +60,8 @@ def task_named(name: str) -> Task:
     return TASKS[name]
 
 
-def task_of_class(class_name: str) -> Task:
-    """The task of a model class, by its name.
+def task_of_class(class_name: str) -> "Task":
+    """Finds the task of a model class, by its name.
 
     Raises:
         ConfigurationError: It does none of the known tasks.
@@ -51,6 +77,6 @@ def task_of_class(class_name: str) -> Task:
     )
 
 
-def task_of(model: PreTrainedModel, name: str | None = None) -> Task:
-    """The task named, or else that of the model's class."""
+def task_of(model: "PreTrainedModel", name: str | None = None) -> "Task":
+    """Finds the task named, or else that of the model's class."""
     return task_named(name) if name is not None else task_of_class(type(model).__name__)

@@ -17,7 +17,7 @@ from hf_lossless.storage.activation_grid import (
 )
 from hf_lossless.storage.layers import find_layers
 from hf_lossless.storage.plan import ActivationGrid
-from hf_lossless.theories.activation_noise import (
+from hf_lossless.theories.quantised_inputs import (
     ActivationOption,
     activation_options,
     choose_activation,

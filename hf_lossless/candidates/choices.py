@@ -1,0 +1,125 @@
+"""`Choices`: which layers may be compressed, and what each of them may be stored as."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from hf_lossless.errors import ConfigurationError, check_whole_number
+from hf_lossless.storage.plan import KEPT_BITS, STORAGES
+
+Truncation = Literal["plain", "descent", "metric"]
+"""How a matrix is cut to a rank: the plain SVD (LLC), one whose error does not point up the gradient (LoD), or the SVD
+in the metric of the loss."""
+
+
+@dataclass(frozen=True)
+class Choices:
+    """What the knapsack may choose from.
+
+    Lists and single values are taken too; they are checked and put in order.
+
+    Attributes:
+        bits: Widths of grids, 1 to 8, ascending; 16 stands for keeping a layer as it is.
+        storage: Kinds of grids, of `STORAGES`.
+        group_size: Inputs that share a scale; None: one scale per output channel.
+        symmetric: Whether grids are symmetric.
+        ranks: "auto", ranks by layer name or pattern, or None: no factors.
+        activation_bits: Widths of quantised inputs, 2 to 8; None among them: floating point.
+        modules_to_not_convert: Modules to leave alone.
+        keep_head: Whether everything outside the base model is left alone.
+
+    Raises:
+        ConfigurationError: A value is unknown or out of range.
+
+    Example:
+        >>> Choices(bits=[8, 2, 8], ranks={"head": 4})
+        Choices(bits=(2, 8), storage=('fixed',), group_size=64, symmetric=True, ranks={'head': (4,)}, \
+activation_bits=(None,), modules_to_not_convert=(), keep_head=False)
+    """
+
+    bits: tuple[int, ...] = (2, 3, 4, 8, KEPT_BITS)
+    storage: tuple[str, ...] = ("fixed",)
+    group_size: int | None = 64
+    symmetric: bool = True
+    ranks: Literal["auto"] | dict[str, tuple[int, ...]] | None = None
+    activation_bits: tuple[int | None, ...] = (None,)
+    modules_to_not_convert: tuple[str, ...] = ()
+    keep_head: bool = False
+
+    def __post_init__(self) -> None:
+        names = self.modules_to_not_convert
+        put = {
+            "bits": _widths(self.bits),
+            "storage": _storages(self.storage),
+            "ranks": _ranks(self.ranks),
+            "activation_bits": _activation_widths(self.activation_bits),
+            "modules_to_not_convert": (names,) if isinstance(names, str) else tuple(names or ()),
+        }
+        for name, value in put.items():
+            object.__setattr__(self, name, value)
+        if self.group_size is not None:
+            check_whole_number("group_size", self.group_size, 1)
+
+    @property
+    def activation_widths(self) -> tuple[int, ...]:
+        """The widths among `activation_bits`."""
+        return tuple(width for width in self.activation_bits if width is not None)
+
+
+def _widths(bits: Any) -> tuple[int, ...]:
+    """The widths, each once, in order."""
+    widths = list(bits) if isinstance(bits, Iterable) else [bits]
+    allowed = (*range(1, 9), KEPT_BITS)
+    wrong = [width for width in widths if not isinstance(width, int) or isinstance(width, bool) or width not in allowed]
+    if wrong or not widths:
+        raise ConfigurationError(
+            f"bits={bits!r} cannot be used{f' because of {wrong}' if wrong else ''}. "
+            "Choose widths from 1 to 8, and 16 for keeping a layer, say bits=(2, 4, 8, 16)."
+        )
+    return tuple(sorted(set(widths)))
+
+
+def _activation_widths(bits: Any) -> tuple[int | None, ...]:
+    """None first where it is given, then the widths, each once, in order."""
+    given = list(bits) if isinstance(bits, Iterable) and not isinstance(bits, str) else [bits]
+    widths = [width for width in given if width is not None]
+    wrong = [width for width in widths if type(width) is not int or not 2 <= width <= 8]
+    if wrong or not given:
+        raise ConfigurationError(
+            f"activation_bits={bits!r} cannot be used{f' because of {wrong}' if wrong else ''}. "
+            "Choose widths from 2 to 8, and None for floating point, say activation_bits=(None, 8)."
+        )
+    return (*((None,) if None in given else ()), *sorted(set(widths)))
+
+
+def _storages(storage: Any) -> tuple[str, ...]:
+    """The kinds of storage, each once, in their order."""
+    given = [storage] if isinstance(storage, str) else list(storage) if isinstance(storage, Iterable) else [storage]
+    wrong = [one for one in given if one not in STORAGES]
+    if wrong or not given:
+        raise ConfigurationError(
+            f"storage={storage!r} cannot be used{f' because of {wrong}' if wrong else ''}. "
+            f'Choose of {", ".join(STORAGES)}, say storage=("fixed", "entropy").'
+        )
+    return tuple(one for one in STORAGES if one in given)
+
+
+def _ranks(ranks: Any) -> Literal["auto"] | dict[str, tuple[int, ...]] | None:
+    """Ranks by layer name, each once, in order."""
+    if ranks is None:
+        return None
+    if isinstance(ranks, str) and ranks == "auto":
+        return "auto"
+    remedy = 'Give "auto", or ranks by layer name, say ranks={"encoder.layer.0.output.dense": (16, 32)}.'
+    if not isinstance(ranks, Mapping) or not ranks:
+        raise ConfigurationError(f"ranks={ranks!r} cannot be used. {remedy}")
+    by_name = {}
+    for name, given in ranks.items():
+        numbers = list(given) if isinstance(given, Iterable) and not isinstance(given, str) else [given]
+        wrong = [one for one in numbers if not isinstance(one, int) or isinstance(one, bool) or one < 1]
+        if wrong or not numbers or not isinstance(name, str):
+            raise ConfigurationError(
+                f"ranks gives layer {name!r} the rank {given!r}: a rank is a whole number of at least 1. {remedy}"
+            )
+        by_name[name] = tuple(sorted(set(numbers)))
+    return by_name
