@@ -1,29 +1,21 @@
-"""BERT on MNLI: does one sentence follow from another?
+"""Compresses BERT on MNLI: does one sentence follow from another?
 
     python recipes/bert_mnli.py --out bert-mnli-small
     python recipes/bert_mnli.py --out bert-mnli-small --data nyu-mll/multi_nli --split validation_mismatched
 
+Takes the smallest plan that other rows certify.
 The other options, --smoke among them, are in recipe.py.
 """
 
-from datasets import Dataset, load_dataset
 from recipe import main
 from smoke import ENCODER, mnli_rows, text_model
-from transformers import AutoModelForSequenceClassification, BertConfig, PreTrainedModel
-
-from hf_lossless import LosslessCompressionConfig
-
-
-def compress(model: str, rows: Dataset) -> PreTrainedModel:
-    """The smallest plan that other rows certify."""
-    config = LosslessCompressionConfig(dataset=rows)
-    return AutoModelForSequenceClassification.from_pretrained(model, quantization_config=config)
-
+from transformers import AutoModelForSequenceClassification, BertConfig
 
 if __name__ == "__main__":
     main(
-        compress,
+        AutoModelForSequenceClassification,
         model="gchhablani/bert-base-cased-finetuned-mnli",
-        rows=lambda: load_dataset("nyu-mll/multi_nli", split="validation_matched"),
-        smoke=text_model(AutoModelForSequenceClassification, BertConfig(**ENCODER, num_labels=3), mnli_rows),
+        data=("nyu-mll/multi_nli",),
+        split="validation_matched",
+        smoke=text_model(BertConfig(**ENCODER, num_labels=3), mnli_rows),
     )

@@ -1,4 +1,4 @@
-"""What the recipes share: their options, saving, and what is said at the end.
+"""Runs a recipe: its options, the compression itself, saving, and what is said at the end.
 
 python recipes/bert_squad.py --out small      compress the checkpoint from the Hub, with its data
 python recipes/bert_squad.py --smoke          the same on a tiny random model, offline, in seconds
@@ -7,50 +7,78 @@ python recipes/bert_squad.py --smoke          the same on a tiny random model, o
 
 import argparse
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import datasets
 from rich.console import Console
-from transformers import PreTrainedModel
 
+from hf_lossless import LosslessCompressionConfig
 from hf_lossless.certification.evaluation import evaluate
 from hf_lossless.checkpoints.files import new_folder
 from hf_lossless.data.rows import load_rows
 from hf_lossless.data.tasks.registry import task_of
 from hf_lossless.reports.tables import certificate_texts, comparison_table, plan_table
 
-Compress = Callable[[str, datasets.Dataset], PreTrainedModel]
-"""A recipe: from a checkpoint's name and rows to the compressed model."""
+Compress = Callable[[str, datasets.Dataset], Any]
+"""From a checkpoint's name and rows to the compressed model."""
 
-SmokeModel = Callable[[Path], tuple[str, datasets.Dataset]]
-"""Writes a tiny model into a folder, and gives its name and rows."""
+SmokeModel = Callable[[Any, Path], datasets.Dataset]
+"""Writes a tiny model of an auto class into a folder, and gives rows for it."""
+
+Prepare = Callable[[str, datasets.Dataset], datasets.Dataset]
+"""From a checkpoint's name and rows as they came to rows as they are calibrated and judged on."""
 
 
-def main(compress: Compress, model: str, rows: Callable[[], datasets.Dataset], smoke: SmokeModel) -> None:
-    """Runs a recipe as its options say."""
+def main(
+    auto_class: Any,
+    model: str,
+    data: tuple[str, ...],
+    split: str,
+    smoke: SmokeModel,
+    settings: Mapping[str, Any] | None = None,
+    prepare: Prepare = lambda name, rows: rows,
+) -> None:
+    """Runs a recipe as its options say.
+
+    Args:
+        auto_class: Loads the model, as AutoModelForSequenceClassification does.
+        model: Hub id of the checkpoint.
+        data: Arguments of `datasets.load_dataset`: Hub id of the data set, and which of its configurations.
+        split: Which split of it.
+        smoke: Makes the tiny model of `--smoke`.
+        settings: Of `LosslessCompressionConfig`, beside the data set.
+        prepare: What rows need before the data set is given to it.
+    """
     parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--model", default=model, help="checkpoint: a folder or a Hub id")
-    parser.add_argument("--data", help="a file, a folder or a Hub id in place of the recipe's data")
+    parser.add_argument("--data", help=f"a file, a folder or a Hub id in place of {data[0]}")
     parser.add_argument("--split", help="which split of --data")
     parser.add_argument("--out", type=Path, help="folder to write; needed but for --smoke")
     parser.add_argument("--smoke", action="store_true", help="a tiny random model instead, offline")
     options = parser.parse_args()
+
+    def compress(name: str, rows: datasets.Dataset) -> Any:
+        config = LosslessCompressionConfig(dataset=prepare(name, rows), **settings or {})
+        return auto_class.from_pretrained(name, quantization_config=config)
+
     if options.smoke:
-        with tempfile.TemporaryDirectory(prefix="hf-lossless-smoke-") as folder:
-            name, few_rows = smoke(Path(folder) / "model")
-            _run(compress, name, few_rows, options.out or Path(folder) / "small")
+        with tempfile.TemporaryDirectory(prefix="hf-lossless-smoke-") as name:
+            folder = Path(name)
+            few_rows = smoke(auto_class, folder / "model")
+            _run(compress, str(folder / "model"), few_rows, options.out or folder / "small")
         return
     if options.out is None:
         parser.error("--out is needed: the folder to write")
-    _run(compress, options.model, load_rows(options.data, options.split) if options.data else rows(), options.out)
+    rows = load_rows(options.data, options.split) if options.data else datasets.load_dataset(*data, split=split)
+    _run(compress, options.model, rows, options.out)
 
 
 def _run(compress: Compress, name: str, rows: datasets.Dataset, out: Path) -> None:
     console = Console()
     with new_folder(out) as folder:
-        model: Any = compress(name, rows)
+        model = compress(name, rows)
         task = task_of(model)
         processor = task.load_processor(name)
         model.save_pretrained(folder)

@@ -1,10 +1,10 @@
 """Tiny models of every family, with a tokenizer or image processor of their own and a few rows, for `--smoke`.
 
 Weights are random, so nothing is learnt and no figure means anything; what is tried is the whole way from rows to a
-loaded checkpoint. Rows are those of the real data where they are at hand, and else made up.
+loaded checkpoint. Rows are made up, or those of real data where HF_LOSSLESS_ASSETS names a folder that has them.
 """
 
-import json
+import os
 import random
 from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
@@ -17,7 +17,6 @@ import torch
 from PIL import Image
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import (
-    AutoModelForImageClassification,
     PreTrainedConfig,
     PreTrainedTokenizerFast,
     ViTImageProcessorPil,
@@ -25,7 +24,6 @@ from transformers import (
 
 from hf_lossless.data.rows import load_rows
 
-ASSETS = Path(__file__).resolve().parents[2] / "shared" / "assets"
 ROWS, IMAGE, VOCABULARY = 120, 32, 400
 
 Row = dict[str, Any]
@@ -50,13 +48,14 @@ PATCHES: dict[str, Any] = {
 }
 """Sizes of a tiny ViT."""
 
-Smoke = Callable[[Path], tuple[str, datasets.Dataset]]
+Smoke = Callable[[Any, Path], datasets.Dataset]
+"""Writes a tiny model of an auto class into a folder, and gives rows for it."""
 
 
-def text_model(auto_class: Any, config: PreTrainedConfig, rows: Callable[[], list[Row]]) -> Smoke:
+def text_model(config: PreTrainedConfig, rows: Callable[[], list[Row]]) -> Smoke:
     """A tiny model of texts, with a tokenizer as its family has, trained on the rows."""
 
-    def make(folder: Path) -> tuple[str, datasets.Dataset]:
+    def make(auto_class: Any, folder: Path) -> datasets.Dataset:
         table = datasets.Dataset.from_list(rows())
         texts = [text for row in table for text in row.values() if isinstance(text, str)]
         byte_level = config.model_type in ("roberta", "gpt2")
@@ -66,7 +65,7 @@ def text_model(auto_class: Any, config: PreTrainedConfig, rows: Callable[[], lis
         config.vocab_size = len(tokenizer)
         config.pad_token_id = tokenizer.pad_token_id
         auto_class.from_config(config).save_pretrained(folder)
-        return str(folder), table
+        return table
 
     return make
 
@@ -74,11 +73,11 @@ def text_model(auto_class: Any, config: PreTrainedConfig, rows: Callable[[], lis
 def image_model(config: PreTrainedConfig) -> Smoke:
     """A tiny classifier of images."""
 
-    def make(folder: Path) -> tuple[str, datasets.Dataset]:
+    def make(auto_class: Any, folder: Path) -> datasets.Dataset:
         torch.manual_seed(0)
-        AutoModelForImageClassification.from_config(config).save_pretrained(folder)
+        auto_class.from_config(config).save_pretrained(folder)
         ViTImageProcessorPil(size={"height": IMAGE, "width": IMAGE}).save_pretrained(folder)
-        return str(folder), _images()
+        return _images()
 
     return make
 
@@ -121,22 +120,7 @@ def _fast(backend: Tokenizer, special: list[str]) -> PreTrainedTokenizerFast:
 
 def squad_rows() -> list[Row]:
     """Questions on short contexts."""
-    path = ASSETS / "squad/xquad.en.json"
-    found = _squad(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else _made_up_questions()
-    return list(islice(found, ROWS))
-
-
-def _squad(official: Any) -> Iterator[Row]:
-    for article in official["data"]:
-        for paragraph in article["paragraphs"]:
-            for question in paragraph["qas"]:
-                answers = question["answers"]
-                yield {
-                    "id": question["id"],
-                    "question": question["question"],
-                    "context": paragraph["context"],
-                    "answers": {key: [answer[key] for answer in answers] for key in ("text", "answer_start")},
-                }
+    return _real("squad/xquad.en.json") or list(islice(_made_up_questions(), ROWS))
 
 
 def _made_up_questions() -> Iterator[Row]:
@@ -151,13 +135,9 @@ def _made_up_questions() -> Iterator[Row]:
 
 def swag_rows() -> list[Row]:
     """Sentences with four endings."""
-    path = ASSETS / "swag/codah.tsv"
-    if not path.is_file():
-        rows = []
-        for words in islice(_sentences(count=20), ROWS):
-            endings = {f"ending{index}": " ".join(words[8 + 3 * index : 11 + 3 * index]) for index in range(4)}
-            rows.append({"sent1": " ".join(words[:6]), "sent2": words[6], **endings, "label": len(words[7]) % 4})
-        return rows
+    path = _real_file("swag/codah.tsv")
+    if path is None:
+        return [_made_up_endings(words) for words in islice(_sentences(count=20), ROWS)]
     rows = []
     for line in islice(path.read_text(encoding="utf-8").splitlines(), ROWS):
         _, prompt, *endings, label = line.split("\t")
@@ -168,12 +148,14 @@ def swag_rows() -> list[Row]:
 _ENDINGS = ("ending0", "ending1", "ending2", "ending3")
 
 
+def _made_up_endings(words: list[str]) -> Row:
+    endings = {name: " ".join(words[8 + 3 * index : 11 + 3 * index]) for index, name in enumerate(_ENDINGS)}
+    return {"sent1": " ".join(words[:6]), "sent2": words[6], **endings, "label": len(words[7]) % 4}
+
+
 def mnli_rows() -> list[Row]:
     """Pairs of sentences with one of three labels."""
-    path = ASSETS / "mnli/train_sample.jsonl"
-    if path.is_file():
-        return _first(path)
-    return [
+    return _real("mnli/train_sample.jsonl") or [
         {"premise": " ".join(words[:12]), "hypothesis": " ".join(words[12:]), "label": len(words[0]) % 3}
         for words in islice(_sentences(count=18), ROWS)
     ]
@@ -181,10 +163,9 @@ def mnli_rows() -> list[Row]:
 
 def sst2_rows() -> list[Row]:
     """Sentences with one of two labels."""
-    path = ASSETS / "minilm-sst2/validation.jsonl"
-    if path.is_file():
-        return _first(path)
-    return [{"text": " ".join(words), "label": len(words[0]) % 2} for words in islice(_sentences(count=12), ROWS)]
+    return _real("minilm-sst2/validation.jsonl") or [
+        {"text": " ".join(words), "label": len(words[0]) % 2} for words in islice(_sentences(count=12), ROWS)
+    ]
 
 
 def language_rows() -> list[Row]:
@@ -192,9 +173,17 @@ def language_rows() -> list[Row]:
     return [{"text": " ".join(row["context"].split()[:60])} for row in squad_rows()]
 
 
-def _first(path: Path) -> list[Row]:
-    rows: list[Row] = load_rows(str(path)).select(range(ROWS)).to_list()
-    return rows
+def _real_file(name: str) -> Path | None:
+    """A file of real data, where the environment names a folder that has it."""
+    folder = os.environ.get("HF_LOSSLESS_ASSETS")
+    path = Path(folder or "", name)
+    return path if folder and path.is_file() else None
+
+
+def _real(name: str) -> list[Row] | None:
+    """The first rows of such a file."""
+    path = _real_file(name)
+    return None if path is None else load_rows(str(path)).select(range(ROWS)).to_list()
 
 
 def _sentences(count: int) -> Iterator[list[str]]:
@@ -206,8 +195,8 @@ def _sentences(count: int) -> Iterator[list[str]]:
 
 
 def _images() -> datasets.Dataset:
-    path = ASSETS / "fashion-mnist/validation.parquet"
-    if path.is_file():
+    path = _real_file("fashion-mnist/validation.parquet")
+    if path is not None:
         return load_rows(str(path)).select(range(ROWS))
     pixels = np.random.default_rng(0).integers(0, 256, (ROWS, IMAGE, IMAGE, 3), dtype=np.uint8)
     return datasets.Dataset.from_list(

@@ -1,31 +1,24 @@
-"""ViT on ImageNet.
+"""Compresses ViT on ImageNet.
 
     python recipes/vit_imagenet.py --out small --data imagenet/val    # a folder for each class
     python recipes/vit_imagenet.py --out small                        # the Hub's gated copy: log in first
 
+Takes the smallest plan that other images certify; low-rank factors gain much on image models.
 The other options, --smoke among them, are in recipe.py.
 """
 
-from datasets import Dataset, load_dataset
 from recipe import main
 from smoke import PATCHES, image_model
-from transformers import AutoModelForImageClassification, PreTrainedModel, ViTConfig
-
-from hf_lossless import LosslessCompressionConfig
+from transformers import AutoModelForImageClassification, ViTConfig
 
 SMALL = ViTConfig(**PATCHES)
 
-
-def compress(model: str, rows: Dataset) -> PreTrainedModel:
-    """The smallest plan that other images certify; low-rank factors gain much on image models."""
-    config = LosslessCompressionConfig(dataset=rows, num_samples=256, ranks="auto")
-    return AutoModelForImageClassification.from_pretrained(model, quantization_config=config)
-
-
 if __name__ == "__main__":
     main(
-        compress,
+        AutoModelForImageClassification,
         model="google/vit-base-patch16-224",
-        rows=lambda: load_dataset("ILSVRC/imagenet-1k", split="validation"),
+        data=("ILSVRC/imagenet-1k",),
+        split="validation",
+        settings={"num_samples": 256, "ranks": "auto"},
         smoke=image_model(SMALL),
     )

@@ -27,6 +27,16 @@ def pytest_unconfigure() -> None:
     shutil.rmtree(os.environ["HF_DATASETS_CACHE"], ignore_errors=True)
 
 
+@pytest.fixture
+def assets() -> Path:
+    """The folder of real models and data, where the environment names one; see recipes/README.md."""
+    folder = os.environ.get("HF_LOSSLESS_ASSETS")
+    if not folder:
+        pytest.skip("needs real models and data: HF_LOSSLESS_ASSETS names no folder of them")
+    assert Path(folder).is_dir(), f"HF_LOSSLESS_ASSETS={folder} is no folder"
+    return Path(folder)
+
+
 @pytest.fixture(scope="session")
 def text_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny text classifier with its tokenizer; not to be written to."""

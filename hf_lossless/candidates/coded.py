@@ -14,8 +14,8 @@ from hf_lossless.storage.layers import Layer, LayerKind
 from hf_lossless.storage.plan import CodedGrid, Damping
 
 DAMPING = Damping(rows=1.0, columns=0.1)
-"""Of the ladders in `recipes/bench_information_limit.py`, with 128 calibration rows. At mild ratios all from 0.03 to 1
-do alike; at high ones, less damping lets feedback bring errors that other rows object to, ten times and more."""
+"""Of the ladders in `recipes/benchmarks/information_limit.py`, with 128 calibration rows. At mild ratios all from 0.03
+to 1 do alike; at high ones, less damping lets feedback bring errors that other rows object to, ten times and more."""
 
 EMBEDDING_DAMPING = Damping(rows=1.0, columns=0.3)
 """The same for an embedding. Its rows are counts of tokens, and their damping is the floor of rate for tokens that the

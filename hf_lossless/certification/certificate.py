@@ -31,8 +31,8 @@ CONFIDENCE = 0.95
 
 MIN_ROWS = 500
 """Fewer never certify. The tests hold their level only where the sample has seen the tail: in the simulation of
-recipes/bench_certificate.json, where one row in a hundred is much worse, 14 % of the walks passed wrongly with 300 rows
-(5 % were allowed), 4 % with 1,000."""
+recipes/benchmarks/certificate.json, where one row in a hundred is much worse, 14 % of the walks passed wrongly with 300
+rows (5 % were allowed), 4 % with 1,000."""
 
 _LIBRARIES = ("hf-lossless", "torch", "transformers", "datasets", "numpy", "scipy")
 

@@ -17,7 +17,7 @@ the largest of n seen with chance 1/(n+1); so one row more, equal to the largest
 what adjusted empirical likelihood, and Gaffke's bound with a known limit, do for the same reason.)
 
 Wrong passes in per cent, where 5 are allowed, at the border of the hypothesis, with 300 / 1000 rows (1,500 to 2,000
-simulated samples each, standard error about 0.5; recipes/bench_certificate.py makes such tables):
+simulated samples each, standard error about 0.5; recipes/benchmarks/certificate.py makes such tables):
 
     differences                     Student's t   bootstrap BCa   bootstrap-t   Hall alone    both
     lognormal, sigma 1               8.8 /  6.7     6.6 / 5.4      5.9 / 5.0     5.8 / 5.2   3.7 / 2.6

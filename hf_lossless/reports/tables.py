@@ -17,8 +17,8 @@ from hf_lossless.storage.plan import KEPT_BITS, CompressionPlan, LayerPlan, LowR
 from hf_lossless.theories.neighbourhood import Neighbourhood
 
 SAVES_TIME = 0.85
-"""Two products cost more than one of as many multiplications: in recipes/bench_low_rank.json factors took less time
-than the dense layer at 75 % of its multiplications, and more at 99 %."""
+"""Two products cost more than one of as many multiplications: in recipes/benchmarks/low_rank.json factors took less
+time than the dense layer at 75 % of its multiplications, and more at 99 %."""
 
 
 def inspection(config: LosslessCheckpointConfig) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """CET: compression error theory, the sharp directions of each layer's Hessian.
 
 "A General Error-Theoretical Analysis Framework for Constructing Compression Strategies", Zhang et al., ICML 2025, arXiv
-2502.15802: Eq. 5 to 11 and step 1 of Algorithm 1; the other steps are in `cet_allocation`.
+2502.15802: Eq. 5 to 11 and step 1 of Algorithm 1; the other steps are in recipes/benchmarks/cet_allocation.py.
 
 Notation: for one layer, w its weight [n], H the Hessian [n, n] of the mean loss f, d the error of the stored weight.
 

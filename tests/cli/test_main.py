@@ -30,7 +30,6 @@ from hf_lossless.reports.tables import SAVES_TIME
 from hf_lossless.storage.modules.base import CompressedModule
 from hf_lossless.storage.plan import CompressionPlan
 
-ASSETS = Path(__file__).parents[1].parent / "shared/assets"
 HEAD = "classifier"
 Run = Callable[..., str]
 
@@ -518,10 +517,8 @@ def test_python_m() -> None:
 
 
 @pytest.mark.slow
-def test_minilm_is_six_times_smaller_and_no_worse(run: Run, tmp_path: Path) -> None:
-    model = ASSETS / "minilm-sst2"
-    if not model.is_dir():
-        pytest.skip(f"the real models are not here ({ASSETS})")
+def test_minilm_is_six_times_smaller_and_no_worse(run: Run, tmp_path: Path, assets: Path) -> None:
+    model = assets / "minilm-sst2"
     out, test = tmp_path / "small", tmp_path / "test.jsonl"
     test.write_text("".join((model / "test.jsonl").read_text().splitlines(keepends=True)[:800]))
     options = ("--ratio", 6, "--bits", "4,8", "--samples", 64)

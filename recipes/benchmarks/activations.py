@@ -1,6 +1,6 @@
-"""Quantised activations by themselves: weights stay in floating point. Writes bench_activations.json.
+"""Quantised activations by themselves: weights stay in floating point. Writes activations.json.
 
-    python recipes/bench_activations.py [--assets DIR] [--models NAME ...]
+    python recipes/benchmarks/activations.py [--assets DIR] [--models NAME ...]
 
 Calibrated on 128 rows of the validation split, judged on other rows of it. First the inputs of all layers are quantised
 together: divergence of the predicted classes from the original's (KL), loss, metric, and how many answers changed. Then
@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 import transformers
+from assets import add_assets_option, assets_folder
 from scipy.stats import spearmanr
 from torch import Tensor, nn
 from torch.nn.functional import nll_loss
@@ -33,7 +34,6 @@ from hf_lossless.storage.modules.activations import QuantisedInput
 from hf_lossless.theories.quantised_inputs import ActivationOption, activation_options
 
 _HERE = Path(__file__).resolve().parent
-_ASSETS = _HERE.parents[1] / "shared" / "assets"
 _WIDTHS = (4, 6, 8)
 _CALIBRATION_ROWS, _ROWS, _ROWS_BY_LAYER = 128, 512, 128
 _MODELS = {
@@ -120,13 +120,14 @@ def measure(name: str, assets: Path) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--assets", type=Path, default=_ASSETS)
+    add_assets_option(parser)
     parser.add_argument("--models", nargs="+", default=list(_MODELS), choices=list(_MODELS))
     arguments = parser.parse_args()
-    path = _HERE / "bench_activations.json"
+    assets = assets_folder(parser, arguments)
+    path = _HERE / "activations.json"
     results = json.loads(path.read_text()) if path.exists() else {}
     for name in arguments.models:
-        results[name] = measure(name, arguments.assets)
+        results[name] = measure(name, assets)
         results["environment"] = {
             "torch": torch.__version__,
             "transformers": transformers.__version__,

@@ -1,9 +1,9 @@
-"""Figures of the core: knapsack, packing, and the main job on minilm-sst2. Writes bench_core.json beside itself.
+"""Figures of the core: knapsack, packing, and the main job on minilm-sst2. Writes core.json beside itself.
 
-    python recipes/bench_core.py [--assets DIR]
+    python recipes/benchmarks/core.py [--assets DIR] [--only PART ...]
 
-Times are medians of several runs, and what is compared is measured in the same run, one after the other in turn. The
-third part needs the folder `minilm-sst2`; without it, it is left out and the file says so.
+Times are medians of several runs, and what is compared is measured in the same run, one after the other in turn.
+Of the parts only `minilm-sst2` needs `--assets`.
 """
 
 import argparse
@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
+from assets import add_assets_option, assets_folder
 from scipy.optimize import Bounds, LinearConstraint, milp
 from scipy.sparse import coo_array
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
@@ -40,7 +41,6 @@ from hf_lossless.storage.packing import pack, unpack
 from hf_lossless.storage.plan import Grid
 
 _HERE = Path(__file__).resolve().parent
-_ASSETS = _HERE.parents[1] / "shared" / "assets"
 
 
 def seconds(run: Callable[[], object], repeats: int = 5) -> float:
@@ -156,8 +156,6 @@ def bench_packing(num_codes: int = 100_000_000) -> dict[str, Any]:
 def bench_main_job(assets: Path, ratio: float = 6.0) -> dict[str, Any]:
     """minilm-sst2: calibrate and plan in units of one forward-backward pass, held-out loss, reload."""
     folder = assets / "minilm-sst2"
-    if not folder.is_dir():
-        return {"left_out": "the folder minilm-sst2 is not there"}
     model = AutoModelForSequenceClassification.from_pretrained(folder)
     config = LosslessCompressionConfig(dataset=str(folder / "validation.jsonl"), ratio=ratio, theory="llc")
     batches = calibration_batches(model, config.rows)
@@ -260,10 +258,22 @@ def _reloads(folders: dict[str, str], repeats: int = 5) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--assets", type=Path, default=_ASSETS, help="folder that holds minilm-sst2")
+    parts: dict[str, Callable[[], Any]] = {
+        "knapsack": bench_knapsack,
+        "packing": bench_packing,
+        "minilm-sst2": lambda: bench_main_job(assets),
+    }
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_assets_option(parser)
+    parser.add_argument(
+        "--only", nargs="+", choices=parts, default=list(parts), help="leave the other parts as they are"
+    )
     arguments = parser.parse_args()
-    results = {
+    if "minilm-sst2" in arguments.only:
+        assets = assets_folder(parser, arguments)
+    file = _HERE / "core.json"
+    results = json.loads(file.read_text()) if file.exists() else {}
+    results |= {
         "versions": {
             "python": platform.python_version(),
             "torch": torch.__version__,
@@ -271,12 +281,10 @@ def main() -> None:
             "hf_lossless": hf_lossless.__version__,
         },
         "machine": {"processor": platform.machine(), "threads": torch.get_num_threads()},
-        "knapsack": bench_knapsack(),
-        "packing": bench_packing(),
-        "minilm-sst2": bench_main_job(arguments.assets),
+        **{name: parts[name]() for name in arguments.only},
     }
     text = json.dumps(results, indent=2) + "\n"
-    (_HERE / "bench_core.json").write_text(text)
+    file.write_text(text)
     print(text)
 
 

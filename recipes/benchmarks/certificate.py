@@ -1,6 +1,6 @@
-"""How often a certificate is wrong, and how often it is given. Writes bench_certificate.json beside itself.
+"""How often a certificate is wrong, and how often it is given. Writes certificate.json beside itself.
 
-    python recipes/bench_certificate.py [--assets DIR] [--only PART ...]
+    python recipes/benchmarks/certificate.py [--assets DIR] [--only PART ...]
 
 Everything is simulated where the truth is known: at the border of the hypothesis, where a test errs most.
 
@@ -8,8 +8,7 @@ Everything is simulated where the truth is known: at the border of the hypothesi
 - `proportions`: wrong passes of three tests of paired proportions, summed over all outcomes, not sampled.
 - `walks`: 1,000 walks of 8 plans for each distribution; a walk is wrong if it certifies a plan that is not good.
 - `real`: the same with differences of real losses, resampled from compressed models and moved to the border, and how
-  often a model of no true difference passes at the default settings. Needs the folders `minilm-sst2`,
-  `resnet-fashion-mnist` and `fashion-mnist`; without them it is left out and the file says so.
+  often a model of no true difference passes at the default settings. It alone needs `--assets`.
 
 Models take about four minutes, the rest about five, on one core.
 """
@@ -25,6 +24,7 @@ from typing import Any
 import datasets
 import numpy as np
 import torch
+from assets import add_assets_option, assets_folder
 from scipy import stats
 
 from hf_lossless import LosslessCompressionConfig
@@ -36,7 +36,6 @@ from hf_lossless.data.rows import load_rows, make_batches
 from hf_lossless.data.tasks.registry import task_named
 
 _HERE = Path(__file__).resolve().parent
-_ASSETS = _HERE.parents[1] / "shared" / "assets"
 _ALPHA = 1 - CONFIDENCE
 _SAMPLES, _SLOW_SAMPLES, _RESAMPLES, _WALKS, _PLANS = 4_000, 500, 500, 1_000, 8
 
@@ -348,25 +347,24 @@ def _metric_power(fall: np.ndarray, n: int, seed: int) -> float:
 
 
 def main() -> None:
-    parts: dict[str, Callable[[Path], Any]] = {
-        "levels": lambda assets: levels(),
-        "proportions": lambda assets: proportions(),
-        "walks": lambda assets: walks(),
-        "real": lambda assets: real(real_models(assets)),
+    parts: dict[str, Callable[[], Any]] = {
+        "levels": levels,
+        "proportions": proportions,
+        "walks": walks,
+        "real": lambda: real(real_models(assets)),
     }
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--assets", type=Path, default=_ASSETS)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_assets_option(parser)
     parser.add_argument(
         "--only", nargs="+", choices=parts, default=list(parts), help="leave the other parts as they are"
     )
     arguments = parser.parse_args()
-    file = _HERE / "bench_certificate.json"
+    if "real" in arguments.only:
+        assets = assets_folder(parser, arguments)
+    file = _HERE / "certificate.json"
     for name in arguments.only:
         start = time.perf_counter()
-        if name == "real" and not (arguments.assets / "minilm-sst2").is_dir():
-            found = f"left out: {arguments.assets} holds no minilm-sst2"
-        else:
-            found = parts[name](arguments.assets)
+        found = parts[name]()
         print(name, f"{time.perf_counter() - start:.0f} s", flush=True)
         result = json.loads(file.read_text()) if file.exists() else {}
         result["settings"] = {"confidence": CONFIDENCE, "tolerance": TOLERANCE, "metric margin": METRIC_MARGIN}

@@ -5,11 +5,13 @@ import importlib.util
 import json
 import math
 import sys
-from pathlib import Path
 
+import peers
 import pytest
 import torch
 import transformers
+from peer_methods.problem import PeerModel, PeerProblem, Unavailable, inputs_of, logits_of
+from peer_methods.stored_bytes import stored_bytes
 from tiny_models import TINY_MODELS
 from torch import Tensor, nn
 
@@ -18,12 +20,6 @@ from hf_lossless.candidates.uniform import quantise
 from hf_lossless.data.tasks.registry import task_of
 from hf_lossless.storage.grid import stored_bytes as grid_bytes
 from hf_lossless.storage.layers import find_layers
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "recipes"))
-
-import peers
-from peer_methods.problem import PeerModel, PeerProblem, Unavailable, inputs_of, logits_of
-from peer_methods.stored_bytes import stored_bytes
 
 
 def _text(rows: int, seed: int) -> dict[str, Tensor]:

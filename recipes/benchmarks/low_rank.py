@@ -1,6 +1,6 @@
-"""Low rank by itself: five ways to choose and make factors, on three real models. Writes bench_low_rank.json.
+"""Low rank by itself: five ways to choose and make factors, on three real models. Writes low_rank.json.
 
-    python recipes/bench_low_rank.py [--assets DIR]
+    python recipes/benchmarks/low_rank.py [--assets DIR]
 
 Every layer is stored dense or as two factors in float32, so that the share of the layers' parameters that is kept is
 the only thing that varies. Ranks and factors come from calibration rows (validation split), losses and metrics from
@@ -36,6 +36,7 @@ from typing import Any
 import datasets
 import torch
 import transformers
+from assets import add_assets_option, assets_folder
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -62,7 +63,6 @@ from hf_lossless.theories import curvature, llc_decomposition
 from hf_lossless.theories.problem import Prediction, Problem
 
 _HERE = Path(__file__).resolve().parent
-_ASSETS = _HERE.parents[1] / "shared" / "assets"
 _SHARES = (0.8, 0.6, 0.4)
 _ROWS = 128
 _DATA = {  # model: calibration rows, test rows, how many of those
@@ -407,13 +407,12 @@ def bench_latency() -> list[dict[str, Any]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--assets", type=Path, default=_ASSETS)
+    add_assets_option(parser)
     parser.add_argument("--models", nargs="*", default=list(_DATA))
     parser.add_argument("--methods", nargs="*", default=list(METHODS))
-    parser.add_argument("--out", type=Path, default=_HERE / "bench_low_rank.json")
+    parser.add_argument("--out", type=Path, default=_HERE / "low_rank.json")
     arguments = parser.parse_args()
-    if not arguments.assets.is_dir():
-        raise SystemExit(f"{arguments.assets} is not there: the benchmark needs its models and data. Name it: --assets")
+    assets = assets_folder(parser, arguments)
     torch.set_num_threads(1)  # times of one thread are steadier on a machine that others use
     report = {
         "machine": {
@@ -424,7 +423,7 @@ def main() -> None:
             "hf_lossless": hf_lossless.__version__,
         },
         "calibration_rows": _ROWS,
-        "models": {name: bench_model(name, arguments.assets, arguments.methods) for name in arguments.models},
+        "models": {name: bench_model(name, assets, arguments.methods) for name in arguments.models},
         "latency": bench_latency(),
     }
     arguments.out.write_text(json.dumps(report, indent=1) + "\n")

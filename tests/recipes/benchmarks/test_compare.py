@@ -1,21 +1,17 @@
-"""The comparison's tables: what the README shows is what the committed figures say."""
+"""The comparison's tables: what recipes/README.md shows is what the committed figures say."""
 
 import json
-import sys
 from pathlib import Path
 
+import compare
 import pytest
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "recipes"))
-
-import compare
-
-ROOT = Path(__file__).resolve().parents[2]
-REPORT = json.loads((ROOT / "recipes/compare.json").read_text())
+BENCHMARKS = Path(compare.__file__).parent
+REPORT = json.loads((BENCHMARKS / "compare.json").read_text())
 
 
 def test_the_readme_shows_the_committed_figures(tmp_path):
-    readme = ROOT / "README.md"
+    readme = BENCHMARKS.parent / "README.md"
     copy = tmp_path / "README.md"
     copy.write_text(readme.read_text())
     compare.write_readme(REPORT, copy)
@@ -23,7 +19,7 @@ def test_the_readme_shows_the_committed_figures(tmp_path):
 
 
 def test_the_file_of_tables_is_that_of_the_committed_figures():
-    text = (ROOT / "recipes/compare.md").read_text()
+    text = (BENCHMARKS / "compare.md").read_text()
     assert text == f"{compare.summary(REPORT)}\n{compare.peers_tables(REPORT)}"
 
 

@@ -1,6 +1,6 @@
 """Every peer on the same model, calibration rows and held-out rows as `compare.py`. Writes peers.json.
 
-    python recipes/peers.py [--assets DIR] [--models NAME ...] [--peers NAME ...] [--out FILE]
+    python recipes/benchmarks/peers.py [--assets DIR] [--models NAME ...] [--peers NAME ...] [--out FILE]
 
 A row is one setting of a tool. Its bytes are those of the whole checkpoint as that tool stores it (codes as it packs
 them, scales, zero points, and all that stays in floating point, embeddings and norms included). Beside the loss stand
@@ -23,6 +23,7 @@ from typing import Any
 import datasets
 import torch
 import transformers
+from assets import add_assets_option, assets_folder
 from peer_methods import bitsandbytes, modelopt, nearest, nncf, onnxruntime, quanto, torch_dynamic, torchao
 from peer_methods.problem import Batch, Method, PeerProblem, Unavailable, logits_of
 from rich.console import Console
@@ -38,7 +39,6 @@ from hf_lossless.data.tasks.registry import task_of
 from hf_lossless.storage.layers import find_layers
 
 _HERE = Path(__file__).resolve().parent
-ASSETS = _HERE.parents[1] / "shared" / "assets"
 ROWS = 128
 _BATCH_SIZE = 64
 DATA = {  # model: calibration rows, test rows, how many of those judge
@@ -235,15 +235,12 @@ def versions() -> dict[str, str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--assets", type=Path, default=ASSETS)
+    add_assets_option(parser)
     parser.add_argument("--models", nargs="*", choices=list(DATA), default=list(DATA))
     parser.add_argument("--peers", nargs="*", choices=list(PEERS), default=list(PEERS))
     parser.add_argument("--out", type=Path, default=_HERE / "peers.json")
     arguments = parser.parse_args()
-    if not arguments.assets.is_dir():
-        raise SystemExit(
-            f"{arguments.assets} is not there: the comparison needs its models and data. Name it: --assets"
-        )
+    assets = assets_folder(parser, arguments)
     torch.set_num_threads(1)  # times of one thread are steadier on a machine that others use
     report = {
         "machine": {
@@ -254,7 +251,7 @@ def main() -> None:
             **versions(),
         },
         "calibration_rows": ROWS,
-        "models": {name: bench_model(name, arguments.assets, arguments.peers) for name in arguments.models},
+        "models": {name: bench_model(name, assets, arguments.peers) for name in arguments.models},
     }
     arguments.out.write_text(json.dumps(report, indent=1) + "\n")
     for name, model in report["models"].items():

@@ -1,6 +1,6 @@
 """Every theory, and with --peers every other tool, on the same model and rows. Writes compare.json, .md, .png.
 
-    python recipes/compare.py [--assets DIR] [--models NAME ...] [--theories NAME ...] [--peers] [--update]
+    python recipes/benchmarks/compare.py [--assets DIR] [--models NAME ...] [--theories NAME ...] [--peers] [--update]
 
 1. **Predictions.** Every layer is rounded alone, to nearest, at 2, 3, 4 and 8 bits. A theory's prediction (calibrated
    on 128 rows of the validation split) stands against what is measured on 128 test rows: the change of the loss and the
@@ -19,7 +19,7 @@
    own ratio is that or more.
 
 --update keeps what the present compare.json has of models, theories and peers that are not run again. The summary goes
-into the README as well.
+into recipes/README.md as well.
 """
 
 import argparse
@@ -33,10 +33,12 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
+from assets import add_assets_option, assets_folder
+from cet_allocation import allocate
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from peer_methods.problem import Batch, PeerProblem, logits_of
-from peers import ASSETS, DATA, ROWS, compare_peers, figures, load, scores, time_of_pass, versions
+from peers import DATA, ROWS, compare_peers, figures, load, scores, time_of_pass, versions
 from scipy.stats import spearmanr
 from torch import Tensor
 from torch.nn.functional import nll_loss
@@ -62,7 +64,6 @@ from hf_lossless.storage.layers import find_layers
 from hf_lossless.storage.plan import LayerPlan
 from hf_lossless.theories import THEORIES, cet
 from hf_lossless.theories.problem import Prediction, Problem
-from recipes.cet_allocation import allocate
 
 _HERE = Path(__file__).resolve().parent
 _OUT = _HERE / "compare.json"
@@ -339,7 +340,7 @@ def best_peer(rows: list[dict[str, Any]], ratio: float) -> dict[str, Any] | None
 
 
 def summary(report: dict[str, Any]) -> str:
-    """What the README shows: predictions, plans, and the best peer at each ratio."""
+    """What recipes/README.md shows: predictions, plans, and the best peer at each ratio."""
     lines = [
         "| theory | rank correlation with the divergence, 2 / 3 / 4 / 8 bits | passes to predict |",
         "|---|---|---|",
@@ -394,7 +395,7 @@ def peers_tables(report: dict[str, Any]) -> str:
 
 
 def write_readme(report: dict[str, Any], readme: Path) -> None:
-    """Puts the summary between the README's markers."""
+    """Puts the summary between the markers of recipes/README.md."""
     before, rest = readme.read_text().split("<!-- compare -->\n")
     _, after = rest.split("<!-- /compare -->\n")
     readme.write_text(f"{before}<!-- compare -->\n{summary(report)}<!-- /compare -->\n{after}")
@@ -430,17 +431,14 @@ def draw(report: dict[str, Any], path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--assets", type=Path, default=ASSETS)
+    add_assets_option(parser)
     parser.add_argument("--models", nargs="*", choices=list(DATA), default=list(DATA))
     parser.add_argument("--theories", nargs="*", choices=_PLANNERS, default=list(_PLANNERS))
     parser.add_argument("--peers", action="store_true", help="other tools too: pip install 'hf-lossless[peers]'")
     parser.add_argument("--update", action="store_true", help="keep what is not run again")
     parser.add_argument("--out", type=Path, default=_OUT)
     arguments = parser.parse_args()
-    if not arguments.assets.is_dir():
-        raise SystemExit(
-            f"{arguments.assets} is not there: the comparison needs its models and data. Name it: --assets"
-        )
+    assets = assets_folder(parser, arguments)
     torch.set_num_threads(1)  # times of one thread are steadier on a machine that others use
     report: dict[str, Any] = json.loads(arguments.out.read_text()) if arguments.update else {"models": {}}
     machine = {
@@ -453,7 +451,7 @@ def main() -> None:
     }
     report["calibration_rows"] = ROWS
     for name in arguments.models:
-        new = {"machine": machine, **bench_model(name, arguments.assets, arguments.theories, arguments.peers)}
+        new = {"machine": machine, **bench_model(name, assets, arguments.theories, arguments.peers)}
         old = report["models"].get(name)
         if old is not None:
             merged = {part: old[part] | new[part] for part in ("predictions", "plans")}

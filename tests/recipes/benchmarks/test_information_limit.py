@@ -1,16 +1,12 @@
-"""The recipe on the information limit: its parts, and that its committed figures keep to what was asked."""
+"""The benchmark of the information limit: its parts, and that its committed figures keep to what was asked."""
 
 import json
 import math
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "recipes"))
-
 from limit_parts import frontier
 from limit_parts.coder import coder_figures
 from limit_parts.rate_aware import rate_aware, rounding_with
@@ -23,8 +19,8 @@ from hf_lossless.candidates.two_sided import round_two_sided
 from hf_lossless.storage.entropy.matrix import CodedMatrix, encode
 from hf_lossless.storage.plan import CodedGrid
 
-ROOT = Path(__file__).resolve().parents[2]
-REPORT = json.loads((ROOT / "recipes/bench_information_limit.json").read_text())
+BENCHMARKS = Path(frontier.__file__).parents[1]
+REPORT = json.loads((BENCHMARKS / "information_limit.json").read_text())
 FRONTIERS = [name for name, model in REPORT["models"].items() if "storages" in model]
 
 

@@ -1,4 +1,4 @@
-"""What the README shows of bench_information_limit.json."""
+"""What recipes/README.md shows of information_limit.json."""
 
 from pathlib import Path
 from typing import Any
@@ -7,7 +7,7 @@ _MARKERS = "<!-- limit -->\n", "<!-- /limit -->"
 
 
 def write_summary(report: dict[str, Any], readme: Path) -> None:
-    """Puts the summary between the README's markers."""
+    """Puts the summary between the markers of recipes/README.md."""
     start, end = _MARKERS
     before, rest = readme.read_text(encoding="utf-8").split(start)
     _, after = rest.split(end)

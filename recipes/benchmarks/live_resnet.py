@@ -1,6 +1,6 @@
 """A ResNet none of whose taps is dead: trained here, in a few minutes on one core, and kept in a folder.
 
-    python recipes/live_resnet.py FOLDER [--assets DIR]
+    python recipes/benchmarks/live_resnet.py FOLDER [--assets DIR]
 
 In the last stage of resnet-fashion-mnist an image is one pixel, so that 8 of 9 taps of its convolutions see padding
 only, and cost nothing. Here the images are enlarged to 64 x 64 pixels: transformers' ResNet takes a quarter of the side
@@ -15,6 +15,7 @@ from pathlib import Path
 
 import datasets
 import torch
+from assets import add_assets_option, assets_folder
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import ResNetConfig, ResNetForImageClassification, ViTImageProcessorPil
@@ -22,7 +23,6 @@ from transformers import ResNetConfig, ResNetForImageClassification, ViTImagePro
 from hf_lossless.data.rows import make_batches
 from hf_lossless.data.tasks.registry import task_of
 
-ASSETS = Path(__file__).resolve().parents[2] / "shared" / "assets"
 SIDE = 64
 _EPOCHS = 5
 _BATCH_SIZE = 64
@@ -84,10 +84,10 @@ def _augmented(images: Tensor) -> Tensor:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--assets", type=Path, default=ASSETS)
+    add_assets_option(parser)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    live_resnet(arguments.folder, arguments.assets)
+    live_resnet(arguments.folder, assets_folder(parser, arguments))
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""Entropy-coded storage near the information limit. Writes bench_information_limit.json and .png.
+"""Entropy-coded storage near the information limit. Writes information_limit.json and .png.
 
-    python recipes/bench_information_limit.py [--assets DIR] [--models NAME ...] [--parts NAME ...] [--cache DIR]
+    python recipes/benchmarks/information_limit.py [--assets DIR] [--models NAME ...] [--parts NAME ...] [--cache DIR]
 
 Four models; calibrated on 128 rows of the validation split, judged on test rows that nothing else is done with (see
-peers.py). "live-resnet" is trained by the recipe itself, once, and kept in the cache (see live_resnet.py): in
+peers.py). "live-resnet" is trained by the script itself, once, and kept in the cache (see live_resnet.py): in
 resnet-fashion-mnist most taps of the last convolutions see padding only, and cost nothing; here none is dead.
 
 1. **frontier**: fixed widths and entropy-coded storage at equal budgets, each from one analysis for all ratios. Ratios
@@ -18,7 +18,7 @@ resnet-fashion-mnist most taps of the last convolutions see padding only, and co
    on fewer test rows: feedback from both sides, rate-aware rounding, damping, calibration rows, the labels of the
    Fisher matrix, damping of embeddings.
 
-What is run replaces what the present JSON says of it; all else stays. The summary goes into the README as well.
+What is run replaces what the present JSON says of it; all else stays. The summary goes into recipes/README.md too.
 """
 
 import argparse
@@ -32,6 +32,7 @@ from typing import Any
 import peers
 import torch
 import transformers
+from assets import add_assets_option, assets_folder
 from limit_parts import effects
 from limit_parts.coder import coder_figures
 from limit_parts.frontier import (
@@ -48,7 +49,7 @@ from limit_parts.trial import Bench
 from live_resnet import live_resnet
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from peers import ASSETS, ROWS
+from peers import ROWS
 
 import hf_lossless
 from hf_lossless import LosslessCompressionConfig
@@ -59,7 +60,7 @@ from hf_lossless.planning.planner import Planned
 from hf_lossless.storage.values import EncodedMatrix
 
 _HERE = Path(__file__).resolve().parent
-_OUT = _HERE / "bench_information_limit.json"
+_OUT = _HERE / "information_limit.json"
 _RATIOS = (6, 8, 10, 12, 13, 14, 16, 20, 24)
 _SHOWN_RATIO = 13
 """Whose plan the coder and loading are looked at on."""
@@ -184,7 +185,7 @@ def draw(report: dict[str, Any], path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--assets", type=Path, default=ASSETS)
+    add_assets_option(parser)
     parser.add_argument("--models", nargs="*", choices=MODELS, default=list(MODELS))
     parser.add_argument("--parts", nargs="*", choices=PARTS, default=list(PARTS))
     parser.add_argument("--storages", nargs="*", choices=STORAGES, default=list(STORAGES))
@@ -192,8 +193,7 @@ def main() -> None:
     parser.add_argument("--cache", type=Path, default=Path(tempfile.gettempdir()) / "hf_lossless_models")
     parser.add_argument("--out", type=Path, default=_OUT)
     arguments = parser.parse_args()
-    if not arguments.assets.is_dir():
-        raise SystemExit(f"{arguments.assets} is not there: the recipe needs its models and data. Name it: --assets")
+    assets = assets_folder(parser, arguments)
     torch.set_num_threads(1)  # times of one thread are steadier on a machine that others use
     report: dict[str, Any] = json.loads(arguments.out.read_text()) if arguments.out.exists() else {"models": {}}
     report["machine"] = {
@@ -207,7 +207,7 @@ def main() -> None:
     parts = set(arguments.parts)
     for name in arguments.models:
         model = report["models"].setdefault(name, {})
-        bench, folder = load(name, arguments.assets, arguments.cache)
+        bench, folder = load(name, assets, arguments.cache)
 
         def write(found: dict[str, Any], model: dict[str, Any] = model) -> None:
             model["effects"] = found
@@ -218,7 +218,7 @@ def main() -> None:
             bench_frontier(bench, folder, chosen, arguments.storages, arguments.ratios, model)
             arguments.out.write_text(json.dumps(report, indent=1) + "\n")
         if "effects" in parts and name in EFFECTS:
-            bench_effects(name, bench, arguments.assets, write)
+            bench_effects(name, bench, assets, write)
     draw(report, arguments.out.with_suffix(".png"))
     if arguments.out == _OUT:
         write_summary(report, _HERE.parent / "README.md")

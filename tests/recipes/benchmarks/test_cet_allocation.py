@@ -4,15 +4,10 @@ import doctest
 import math
 from types import SimpleNamespace
 
+import cet_allocation
 import pytest
 import torch
-from scipy.optimize import minimize
-
-from hf_lossless.errors import UnreachableTargetError
-from hf_lossless.storage.plan import KEPT_BITS
-from hf_lossless.theories.cet import LayerSpectrum
-from recipes import cet_allocation
-from recipes.cet_allocation import (
+from cet_allocation import (
     allocate,
     real_errors,
     solve_errors,
@@ -20,6 +15,11 @@ from recipes.cet_allocation import (
     width_by_matching,
     width_of,
 )
+from scipy.optimize import minimize
+
+from hf_lossless.errors import UnreachableTargetError
+from hf_lossless.storage.plan import KEPT_BITS
+from hf_lossless.theories.cet import LayerSpectrum
 
 
 def spectrum(values: tuple[float, ...], num_weights: int) -> LayerSpectrum:

@@ -1,0 +1,1 @@
+"""Parts of information_limit.py."""
