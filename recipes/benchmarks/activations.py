@@ -5,7 +5,7 @@
 Calibrated on 128 rows of the validation split, judged on other rows of it. First the inputs of all layers are quantised
 together: divergence of the predicted classes from the original's (KL), loss, metric, and how many answers changed. Then
 those of one layer at a time: Spearman's rank correlation of what was predicted with the divergence that was measured,
-and the median of measured over predicted.
+and the median of measured over predicted. A table of the first goes into recipes/README.md as well.
 """
 
 import argparse
@@ -20,6 +20,7 @@ from typing import Any
 import torch
 import transformers
 from assets import add_assets_option, assets_folder
+from readme import write_part
 from scipy.stats import spearmanr
 from torch import Tensor, nn
 from torch.nn.functional import nll_loss
@@ -118,6 +119,18 @@ def measure(name: str, assets: Path) -> dict[str, Any]:
     return results
 
 
+def summary(report: dict[str, Any]) -> str:
+    """Divergence, change of the loss and changed answers with all inputs quantised, by model."""
+    models = [name for name in _MODELS if name in report]
+    lines = ["| | " + " | ".join(models) + " |", "|---" * (len(models) + 1) + "|"]
+    for bits in sorted(_WIDTHS, reverse=True):
+        for range_ in ("static", "dynamic"):
+            rows = [report[name][f"{bits} {range_}"] for name in models]
+            cells = [f"{row['divergence']:.4f} / {row['loss_change']:+.3f} / {row['changed_answers']}" for row in rows]
+            lines.append(f"| {bits} bits, {range_} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_assets_option(parser)
@@ -136,6 +149,7 @@ def main() -> None:
             "rows": {"calibration": _CALIBRATION_ROWS, "together": _ROWS, "one layer at a time": _ROWS_BY_LAYER},
         }
         path.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    write_part("activations", summary(results))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""How often a certificate is wrong, and how often it is given. Writes certificate.json beside itself.
+"""How often a certificate is wrong, and how often it is given. Writes certificate.json.
 
     python recipes/benchmarks/certificate.py [--assets DIR] [--only PART ...]
 
@@ -10,7 +10,7 @@ Everything is simulated where the truth is known: at the border of the hypothesi
 - `real`: the same with differences of real losses, resampled from compressed models and moved to the border, and how
   often a model of no true difference passes at the default settings. It alone needs `--assets`.
 
-Models take about four minutes, the rest about five, on one core.
+Models take about four minutes, the rest about five, on one core. Tables go into recipes/README.md as well.
 """
 
 import argparse
@@ -25,6 +25,8 @@ import datasets
 import numpy as np
 import torch
 from assets import add_assets_option, assets_folder
+from certificate_tables import summary
+from readme import write_part
 from scipy import stats
 
 from hf_lossless import LosslessCompressionConfig
@@ -366,9 +368,11 @@ def main() -> None:
         start = time.perf_counter()
         found = parts[name]()
         print(name, f"{time.perf_counter() - start:.0f} s", flush=True)
-        result = json.loads(file.read_text()) if file.exists() else {}
+        result: dict[str, Any] = json.loads(file.read_text())
         result["settings"] = {"confidence": CONFIDENCE, "tolerance": TOLERANCE, "metric margin": METRIC_MARGIN}
-        file.write_text(json.dumps(result | {name: found}, indent=1) + "\n")
+        result[name] = found
+        file.write_text(json.dumps(result, indent=1) + "\n")
+        write_part("certificate", summary(result))
 
 
 if __name__ == "__main__":

@@ -39,6 +39,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from peer_methods.problem import Batch, PeerProblem, logits_of
 from peers import DATA, ROWS, compare_peers, figures, load, scores, time_of_pass, versions
+from readme import write_part
 from scipy.stats import spearmanr
 from torch import Tensor
 from torch.nn.functional import nll_loss
@@ -394,13 +395,6 @@ def peers_tables(report: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def write_readme(report: dict[str, Any], readme: Path) -> None:
-    """Puts the summary between the markers of recipes/README.md."""
-    before, rest = readme.read_text().split("<!-- compare -->\n")
-    _, after = rest.split("<!-- /compare -->\n")
-    readme.write_text(f"{before}<!-- compare -->\n{summary(report)}<!-- /compare -->\n{after}")
-
-
 def draw(report: dict[str, Any], path: Path) -> None:
     """Divergence from the original against the ratio, for theories (lines) and peers (crosses), model by model."""
     models = report["models"]
@@ -461,7 +455,7 @@ def main() -> None:
     arguments.out.with_suffix(".md").write_text(f"{summary(report)}\n{peers_tables(report)}")
     draw(report, arguments.out.with_suffix(".png"))
     if arguments.out == _OUT:
-        write_readme(report, _HERE.parent / "README.md")
+        write_part("compare", summary(report))
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""Figures of the core: knapsack, packing, and the main job on minilm-sst2. Writes core.json beside itself.
+"""Figures of the core: knapsack, packing, and the main job on minilm-sst2. Writes core.json.
 
     python recipes/benchmarks/core.py [--assets DIR] [--only PART ...]
 
 Times are medians of several runs, and what is compared is measured in the same run, one after the other in turn.
-Of the parts only `minilm-sst2` needs `--assets`.
+Of the parts only `minilm-sst2` needs `--assets`. Tables go into recipes/README.md as well.
 """
 
 import argparse
@@ -23,6 +23,7 @@ import numpy as np
 import torch
 import transformers
 from assets import add_assets_option, assets_folder
+from readme import write_part
 from scipy.optimize import Bounds, LinearConstraint, milp
 from scipy.sparse import coo_array
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
@@ -257,6 +258,51 @@ def _reloads(folders: dict[str, str], repeats: int = 5) -> dict[str, Any]:
     }
 
 
+def planning(report: dict[str, Any]) -> str:
+    """Time of the knapsack, and of a whole job."""
+    lines = ["| 1,000 groups x 16 candidates | whole frontier | one budget by HiGHS, over that |", "|---|---|---|"]
+    for name, row in report["knapsack"].items():
+        times = f"{row['seconds_whole_frontier']:.2f} s | {row['highs_one_budget_over_whole_frontier']:.1f}"
+        lines.append(f"| {name} | {times} |")
+    job = report["minilm-sst2"]
+    seconds, passes = (
+        job[f"{part}load_calibrate_and_plan{unit}"]
+        for part, unit in (("seconds_", ""), ("", "_in_forward_backward_passes"))
+    )
+    return "\n".join(lines) + f"\n\nThe job on minilm-sst2: {seconds:.0f} s, {passes:.0f} forward-backward passes.\n"
+
+
+def running(report: dict[str, Any]) -> str:
+    """The original of minilm-sst2 beside the compressed one, then rates of packing and unpacking."""
+    job = report["minilm-sst2"]
+    size, judged, loads = job["size_bytes"], job["held_out"].values(), job["reload"].values()
+    rows = {
+        "bytes": [f"{size * job['ratio']:,.0f}", f"{size:,} ({job['ratio']:.2f} times smaller)"],
+        "held-out loss": [f"{one['loss']:.4f}" for one in judged],
+        "held-out accuracy": [f"{one['accuracy']:.4f}" for one in judged],
+        "load": [f"{one['seconds']:.3f} s" for one in loads],
+        "growth of peak memory, load alone": [f"{one['peak_memory_growth_bytes'] / 1e6:.0f} MB" for one in loads],
+        "growth of peak memory, load and one forward pass": [
+            f"{one['peak_memory_growth_with_a_forward_pass_bytes'] / 1e6:.0f} MB" for one in loads
+        ],
+    }
+    for name, times in job["forward_milliseconds"].items():
+        compressed = f"{times['compressed']:.1f} ms ({times['ratio']:.2f} times as long)"
+        rows[f"forward, {name}"] = [f"{times['original']:.1f} ms", compressed]
+    lines = ["| | original | compressed |", "|---|---|---|"]
+    lines += [f"| {name} | {' | '.join(cells)} |" for name, cells in rows.items()]
+    lines += [
+        "",
+        "| codes, GB/s | pack | unpack into new memory | copy into memory at hand |",
+        "|---|---|---|---|",
+    ]
+    for name, rates in report["packing"].items():
+        if isinstance(rates, dict):
+            cells = [f"{rates[f'{what}_gb_per_s']:.1f}" for what in ("pack", "unpack", "copy")]
+            lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
 def main() -> None:
     parts: dict[str, Callable[[], Any]] = {
         "knapsack": bench_knapsack,
@@ -272,7 +318,7 @@ def main() -> None:
     if "minilm-sst2" in arguments.only:
         assets = assets_folder(parser, arguments)
     file = _HERE / "core.json"
-    results = json.loads(file.read_text()) if file.exists() else {}
+    results: dict[str, Any] = json.loads(file.read_text())
     results |= {
         "versions": {
             "python": platform.python_version(),
@@ -285,6 +331,8 @@ def main() -> None:
     }
     text = json.dumps(results, indent=2) + "\n"
     file.write_text(text)
+    write_part("planning", planning(results))
+    write_part("running", running(results))
     print(text)
 
 

@@ -44,12 +44,13 @@ from limit_parts.frontier import (
     largest_within_one_error,
 )
 from limit_parts.loading import loading
-from limit_parts.summary import write_summary
+from limit_parts.summary import summary
 from limit_parts.trial import Bench
 from live_resnet import live_resnet
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from peers import ROWS
+from readme import write_part
 
 import hf_lossless
 from hf_lossless import LosslessCompressionConfig
@@ -221,7 +222,7 @@ def main() -> None:
             bench_effects(name, bench, assets, write)
     draw(report, arguments.out.with_suffix(".png"))
     if arguments.out == _OUT:
-        write_summary(report, _HERE.parent / "README.md")
+        write_part("limit", summary(report))
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ test rows. The methods:
     gradient-aligned, same share    the factors of gradient-aligned at the same share for every layer
 
 Times are in forward-backward passes over the calibration rows, one of them timed in the same run. Latencies are medians
-of runs in turn.
+of runs in turn. The tables go into recipes/README.md as well.
 """
 
 import argparse
@@ -37,6 +37,7 @@ import datasets
 import torch
 import transformers
 from assets import add_assets_option, assets_folder
+from readme import write_part
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -62,7 +63,7 @@ from hf_lossless.storage.plan import LayerPlan, LowRank
 from hf_lossless.theories import curvature, llc_decomposition
 from hf_lossless.theories.problem import Prediction, Problem
 
-_HERE = Path(__file__).resolve().parent
+_OUT = Path(__file__).resolve().with_suffix(".json")
 _SHARES = (0.8, 0.6, 0.4)
 _ROWS = 128
 _DATA = {  # model: calibration rows, test rows, how many of those
@@ -405,12 +406,38 @@ def bench_latency() -> list[dict[str, Any]]:
     return rows
 
 
+def summary(report: dict[str, Any]) -> str:
+    """Changes of the loss by method and model, then latencies by layer and rank."""
+    models = report["models"]
+    lines = ["| | " + " | ".join(models) + " |", "|---" * (len(models) + 1) + "|"]
+    for method in METHODS:
+        cells = [
+            " / ".join(_signed(point["loss_change"]) for point in model["methods"][method]["points"])
+            for model in models.values()
+        ]
+        lines.append(f"| {method} | {' | '.join(cells)} |")
+    by_layer: dict[str, list[dict[str, Any]]] = {}
+    for row in report["latency"]:
+        by_layer.setdefault(row["layer"], []).append(row)
+    shares = [f"{math.floor(100 * row['multiplications'])}%" for row in next(iter(by_layer.values()))]
+    lines += ["", f"| layer | {' | '.join(shares)} |", "|---" * (len(shares) + 1) + "|"]
+    for layer, rows in by_layer.items():
+        times = [f"{row['time']:.2f}" for row in rows]
+        lines.append(f"| {layer} | {' | '.join(times)} |")
+    return "\n".join(lines) + "\n"
+
+
+def _signed(change: float) -> str:
+    """A fourth digit where the change is below a hundredth."""
+    return f"{change:+.4f}" if abs(change) < 0.01 else f"{change:+.3f}"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_assets_option(parser)
     parser.add_argument("--models", nargs="*", default=list(_DATA))
     parser.add_argument("--methods", nargs="*", default=list(METHODS))
-    parser.add_argument("--out", type=Path, default=_HERE / "low_rank.json")
+    parser.add_argument("--out", type=Path, default=_OUT)
     arguments = parser.parse_args()
     assets = assets_folder(parser, arguments)
     torch.set_num_threads(1)  # times of one thread are steadier on a machine that others use
@@ -427,6 +454,8 @@ def main() -> None:
         "latency": bench_latency(),
     }
     arguments.out.write_text(json.dumps(report, indent=1) + "\n")
+    if arguments.out == _OUT:
+        write_part("low rank", summary(report))
 
 
 if __name__ == "__main__":

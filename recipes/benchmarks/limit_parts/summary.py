@@ -1,17 +1,6 @@
 """What recipes/README.md shows of information_limit.json."""
 
-from pathlib import Path
 from typing import Any
-
-_MARKERS = "<!-- limit -->\n", "<!-- /limit -->"
-
-
-def write_summary(report: dict[str, Any], readme: Path) -> None:
-    """Puts the summary between the markers of recipes/README.md."""
-    start, end = _MARKERS
-    before, rest = readme.read_text(encoding="utf-8").split(start)
-    _, after = rest.split(end)
-    readme.write_text(f"{before}{start}{summary(report)}{end}{after}", encoding="utf-8")
 
 
 def summary(report: dict[str, Any]) -> str:

@@ -1,4 +1,4 @@
-"""The comparison's tables: what recipes/README.md shows is what the committed figures say."""
+"""The comparison's tables: what compare.md shows is what the committed figures say."""
 
 import json
 from pathlib import Path
@@ -8,14 +8,6 @@ import pytest
 
 BENCHMARKS = Path(compare.__file__).parent
 REPORT = json.loads((BENCHMARKS / "compare.json").read_text())
-
-
-def test_the_readme_shows_the_committed_figures(tmp_path):
-    readme = BENCHMARKS.parent / "README.md"
-    copy = tmp_path / "README.md"
-    copy.write_text(readme.read_text())
-    compare.write_readme(REPORT, copy)
-    assert copy.read_text() == readme.read_text()
 
 
 def test_the_file_of_tables_is_that_of_the_committed_figures():

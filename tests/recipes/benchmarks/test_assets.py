@@ -1,0 +1,50 @@
+"""The folder of models and data: the flag, the variable, and what is said where neither leads anywhere."""
+
+import argparse
+import subprocess
+import sys
+from pathlib import Path
+
+import assets as benchmark_assets
+import pytest
+
+BENCHMARKS = Path(benchmark_assets.__file__).parent
+NAMES = sorted(path.stem for path in BENCHMARKS.glob("*.py") if '__name__ == "__main__"' in path.read_text())
+
+
+def folder_of(*options: str) -> Path:
+    parser = argparse.ArgumentParser()
+    benchmark_assets.add_assets_option(parser)
+    return benchmark_assets.assets_folder(parser, parser.parse_args(options))
+
+
+def test_the_flag_wins_over_the_variable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_LOSSLESS_ASSETS", str(tmp_path))
+    assert folder_of() == tmp_path
+    (tmp_path / "other").mkdir()
+    assert folder_of("--assets", str(tmp_path / "other")) == tmp_path / "other"
+
+
+@pytest.mark.parametrize("value", [None, ""], ids=["unset", "empty"])
+def test_neither(value: str | None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.delenv("HF_LOSSLESS_ASSETS", raising=False)
+    if value is not None:
+        monkeypatch.setenv("HF_LOSSLESS_ASSETS", value)
+    with pytest.raises(SystemExit):
+        folder_of()
+    assert "Give --assets DIR, or set HF_LOSSLESS_ASSETS=DIR" in capsys.readouterr().err
+
+
+def test_a_folder_that_is_not_there(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("HF_LOSSLESS_ASSETS", "nowhere")
+    with pytest.raises(SystemExit):
+        folder_of()
+    assert "there is no folder 'nowhere'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_script_shows_its_help_in_any_folder(name: str, tmp_path: Path) -> None:
+    command = [sys.executable, str(BENCHMARKS / f"{name}.py"), "--help"]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert "--assets DIR" in result.stdout
