@@ -410,7 +410,7 @@ def summary(report: dict[str, Any]) -> str:
     """Changes of the loss by method and model, then latencies by layer and rank."""
     models = report["models"]
     lines = ["| | " + " | ".join(models) + " |", "|---" * (len(models) + 1) + "|"]
-    for method in METHODS:
+    for method in next(iter(models.values()))["methods"]:
         cells = [
             " / ".join(_signed(point["loss_change"]) for point in model["methods"][method]["points"])
             for model in models.values()
