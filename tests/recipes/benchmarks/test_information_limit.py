@@ -14,10 +14,9 @@ from limit_parts.rate_aware import rate_aware, rounding_with
 from hf_lossless.calibration.curvature import KroneckerFactors
 from hf_lossless.candidates.coded import DAMPING
 from hf_lossless.candidates.inverse_roots import InverseRoots
-from hf_lossless.candidates.round_coded import CodedRounding
 from hf_lossless.candidates.two_sided import round_two_sided
 from hf_lossless.storage.entropy.matrix import CodedMatrix, encode
-from hf_lossless.storage.plan import CodedGrid
+from hf_lossless.storage.values import EncodedMatrix
 
 BENCHMARKS = Path(frontier.__file__).parents[1]
 REPORT = json.loads((BENCHMARKS / "information_limit.json").read_text())
@@ -110,8 +109,7 @@ def test_the_parts_of_what_is_stored_add_up():
     codes = np.random.default_rng(0).laplace(scale=2, size=(300, 200)).round().astype(np.int32)
     codes[3, 5] = 1000
     matrix = CodedMatrix.of(codes, np.ones(300, np.float32), np.ones(200, np.float32))
-    grid = CodedGrid(step=1.0, damping=DAMPING, shape=codes.shape)
-    found = coder_figures([CodedRounding(grid, matrix, encode(matrix), 0.0)])
+    found = coder_figures([EncodedMatrix(matrix, encode(matrix))])
     assert found["weights"] == 60_000
     assert found["bytes"]["far"] == 8
     assert found["codes_over_entropy"] == pytest.approx(1, abs=0.002)
