@@ -4,7 +4,7 @@ from typing import Any
 import pytest
 
 from hf_lossless.reports.card import folder as cards_folder
-from hf_lossless.reports.card import pictures
+from hf_lossless.reports.card import text as cards_text
 
 DRAWN: dict[str, dict[str, bytes]] = {}
 
@@ -15,7 +15,7 @@ def drawn_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def card_pictures(*given: Any) -> dict[str, bytes]:
         key = repr(given)
-        DRAWN[key] = DRAWN.get(key) or pictures.card_pictures(*given)
+        DRAWN[key] = DRAWN.get(key) or cards_text.card_pictures(*given)
         return DRAWN[key]
 
     monkeypatch.setattr(cards_folder, "card_pictures", card_pictures)
