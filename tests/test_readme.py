@@ -1,4 +1,4 @@
-"""What the README shows is run: its Python, its shell commands, its tables."""
+"""What the READMEs show is run: their Python, their shell commands, their tables; their links lead somewhere."""
 
 import json
 import os
@@ -6,9 +6,12 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 import typer
+from readmes import PACKAGE, READMES, ROOT, blocks, snippets
 from tiny_checkpoints import save_text_model, text_rows
 from tiny_models import LABELS, TinyModel
 from tiny_models import TINY_MODELS as MODELS
@@ -16,25 +19,30 @@ from transformers import AutoModelForSequenceClassification, BertConfig
 
 from hf_lossless.cli import main as cli
 
-ROOT = Path(__file__).parents[1]
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+TOP = READMES[ROOT / "README.md"]
+LARGEST = 9216
 COMMANDS = typer.main.get_command(cli.app).commands
-
-
-def blocks(marker: str) -> list[str]:
-    """The fenced blocks after `<!-- marker -->`."""
-    return re.findall(rf"^<!-- {re.escape(marker)} -->\n```\w+\n(.*?)^```$", README, re.DOTALL | re.MULTILINE)
+RUN = {
+    *("setup: demo", "setup: tests"),  # by .ci/run
+    *("quickstart", "report", "module", "cli", "export", "entropy"),  # here
+    "push",  # in reports/hub/test_push.py, where there is a Hub
+}
 
 
 def table(heading: str) -> list[list[str]]:
-    """The rows of the table that has this heading in its first column, without marks of code."""
-    [body] = re.findall(rf"^\| {re.escape(heading)} \|.*\n\|[-|]+\|\n((?:\|.*\n)+)", README, re.MULTILINE)
+    """The rows of the table that has this heading in its first column."""
+    pattern = re.compile(rf"^\| {re.escape(heading)} \|.*\n\|[-|]+\|\n((?:\|.*\n)+)", re.MULTILINE)
+    [body] = [match[1] for text in PACKAGE.values() for match in pattern.finditer(text)]
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in body.splitlines()]
+
+
+def recorded(name: str) -> Any:
+    return json.loads((ROOT / "recipes" / name).read_text(encoding="utf-8"))
 
 
 @pytest.fixture
 def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The current folder, with the files that the README names."""
+    """The current folder, with the files that the READMEs name."""
     monkeypatch.chdir(tmp_path)
     vocabulary = 2000  # most of the bytes are in the embedding, so that ratio 6 is within reach
     config = BertConfig(
@@ -48,14 +56,81 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+def test_every_snippet_has_the_marker_of_a_test_that_runs_it() -> None:
+    assert {marker for marker, _ in snippets()} == RUN
+    assert len(snippets()) == sum(text.count("```python\n") + text.count("```bash\n") for text in PACKAGE.values())
+
+
+def test_the_top_is_short() -> None:
+    assert len(TOP.encode()) <= LARGEST
+
+
+@pytest.mark.parametrize("path", READMES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_relative_links_lead_to_files_and_headings_that_are_there(path: Path) -> None:
+    prose = re.sub(r"^```.*?^```$", "", READMES[path], flags=re.DOTALL | re.MULTILINE)
+    for link in re.findall(r"\]\(([^)\s]+)\)", prose):
+        if re.match(r"[a-z]+:", link):
+            continue
+        name, _, heading = link.partition("#")
+        target = (path.parent / name).resolve() if name else path
+        assert target.exists() and target.is_relative_to(ROOT), link
+        if heading:
+            assert heading in headings(target), link
+
+
+def headings(path: Path) -> set[str]:
+    """The names under which GitHub reaches the headings of a file."""
+    lines = re.findall(r"^#+ (.+)$", path.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", line.lower()).replace(" ", "-") for line in lines}
+
+
+def test_the_table_of_figures_shows_what_was_recorded() -> None:
+    limits, peers = recorded("bench_information_limit.json")["models"], recorded("compare.json")["models"]
+    shown = table("held-out rows")
+    for name in ("minilm-sst2", "vit-fashion-mnist", "resnet-fashion-mnist"):
+        original, fixed, like_fixed, entropy, like_entropy = (shown.pop(0) for _ in range(5))
+        assert original[0] == f"{name}, {limits[name]['test_rows']:,}"
+        assert original[2:6] == figures({"ratio": 1, **limits[name]["original"]}, "1", "")
+        for row, storage, ratio, peer_row in ((fixed, "fixed", 6, like_fixed), (entropy, "entropy", 12, like_entropy)):
+            ours = limits[name]["storages"][storage][str(ratio)]
+            assert row[2:6] == figures(ours, f"{ours['ratio']:.1f}", str(ours["flips"]))
+            reaching = [peer for peer in peers[name]["peers"] if peer.get("ratio", 0) >= ratio]
+            best = min(reaching, key=lambda peer: peer["kl"])
+            assert best["peer"].startswith(peer_row[1].strip("*"))
+            assert peer_row[2:6] == figures(best, f"{best['ratio']:.1f}", str(best["flips"]))
+    assert not shown
+
+
+def figures(row: dict[str, Any], ratio: str, flips: str) -> list[str]:
+    return [ratio, f"{row['loss']:.4f}", f"{row['metric']:.4f}", flips]
+
+
+def test_what_it_costs_is_what_was_recorded() -> None:
+    core = recorded("bench_core.json")["minilm-sst2"]
+    seconds = {name: one["seconds"] for name, one in core["reload"].items()}
+    memory = {name: one["peak_memory_growth_with_a_forward_pass_bytes"] / 1e6 for name, one in core["reload"].items()}
+    times = [one["ratio"] for one in core["forward_milliseconds"].values()]
+    load = recorded("bench_information_limit.json")["models"]["minilm-sst2"]["loading"]["last_over_first"]["load"]
+    load_fixed, run = f"{seconds['compressed'] / seconds['original']:.1f}", f"{min(times):.1f} to {max(times):.1f}"
+    _, fixed, _, entropy, *_ = table("held-out rows")
+    assert fixed[6:] == [load_fixed, run] and entropy[6:] == [f"{load:.1f}", ""]
+    text = " ".join(TOP.split())
+    assert f"{load_fixed} times as long to load and {run} times as long to run with fixed widths" in text
+    assert f"{load:.1f} times as long to load entropy-coded" in text
+    assert f"{memory['compressed']:.0f} MB for {memory['original']:.0f}" in text
+
+
 def test_quick_start(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
     [code] = blocks("quickstart")
-    names: dict[str, object] = {}
+    names: dict[str, Any] = {}
     exec(code, names)
     model, again = names["model"], names["again"]
     assert again.config.quantization_config.plan == model.config.quantization_config.plan
     assert again.config.quantization_config.certificate == model.config.quantization_config.certificate
     assert again.config.quantization_config.plan.original_bytes / again.config.quantization_config.size_bytes > 1
+    tensors = model.state_dict()
+    assert again.state_dict().keys() == tensors.keys()
+    assert all(torch.equal(tensor, tensors[name]) for name, tensor in again.state_dict().items())
     assert capsys.readouterr().out.startswith("Not certified: ")  # of so few rows
     [code] = blocks("report")
     exec(code, names)
@@ -63,19 +138,19 @@ def test_quick_start(workplace: Path, capsys: pytest.CaptureFixture[str]) -> Non
 
 
 def test_modules(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    codes = blocks("module")
-    assert codes
-    names: dict[str, object] = {}
-    for code in codes:  # each goes on where the one before ended
+    names: dict[str, Any] = {}
+    for code in blocks("module"):  # each goes on where the one before ended
         exec(code, names)
+    inputs = torch.randn(4, 64)
+    assert torch.allclose(names["again"](inputs), names["model"](inputs))
     assert float(capsys.readouterr().out.split()[0]) >= 4
 
 
 def test_shell_commands(workplace: Path) -> None:
     [compress], [export], [entropy] = blocks("cli"), blocks("export"), blocks("entropy")
-    commands = compress + export + entropy
     scripts = str(Path(sys.executable).parent)  # where hf-lossless is installed
     environment = {**os.environ, "PATH": os.pathsep.join([scripts, os.environ["PATH"]])}
+    commands = compress + export + entropy
     result = subprocess.run(["bash", "-euc", commands], env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     assert "Traceback" not in result.stderr
@@ -138,4 +213,3 @@ def test_the_set_up_commands_are_those_that_ci_runs() -> None:
         )
         assert extracted.stdout == command
         assert len(command.splitlines()) == 1
-    assert set(re.findall(r"^<!-- setup: (\w+) -->$", README, re.MULTILINE)) == {"demo", "tests"}

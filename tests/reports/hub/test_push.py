@@ -12,6 +12,7 @@ import torch
 from huggingface_hub import ModelCard
 from loopback_hub import TOKEN, USER, LoopbackHub
 from pushing import REPO, WEIGHTS, Run, card_of, contents_of_files, ratio, uploads_of_weights
+from readmes import blocks
 from tiny_checkpoints import text_rows, tokenizer
 from transformers import AutoModelForSequenceClassification, BertForSequenceClassification
 
@@ -149,8 +150,7 @@ def test_the_command(folder: Path, hub: LoopbackHub, run: Run) -> None:
 
 
 def test_the_commands_of_the_readme(folder: Path, hub: LoopbackHub, tmp_path: Path, run: Run, monkeypatch) -> None:
-    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
-    [commands] = re.findall(r"^<!-- push -->\n```bash\n(.*?)^```$", readme, re.DOTALL | re.MULTILINE)
+    [commands] = blocks("push")
     hub.create(f"{USER}/my-model", {"README.md": b"---\nlicense: mit\n---\n"})
     monkeypatch.chdir(tmp_path)
     for command in commands.replace("my-name/", f"{USER}/").splitlines():
