@@ -2,7 +2,7 @@
 
 python recipes/bert_squad.py --out small      compress the checkpoint from the Hub, with its data
 python recipes/bert_squad.py --smoke          the same on a tiny random model, offline, in seconds
---model DIR, --data DATA [--split NAME]       another checkpoint of the family, other data (see README)
+--model DIR, --data DATA [--split NAME]       another checkpoint of the family, other data (hf_lossless/data/README.md)
 """
 
 import argparse

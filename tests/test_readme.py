@@ -37,7 +37,7 @@ def table(heading: str) -> list[list[str]]:
 
 
 def recorded(name: str) -> Any:
-    return json.loads((ROOT / "recipes" / name).read_text(encoding="utf-8"))
+    return json.loads((ROOT / "recipes/benchmarks" / name).read_text(encoding="utf-8"))
 
 
 @pytest.fixture
@@ -85,7 +85,7 @@ def headings(path: Path) -> set[str]:
 
 
 def test_the_table_of_figures_shows_what_was_recorded() -> None:
-    limits, peers = recorded("bench_information_limit.json")["models"], recorded("compare.json")["models"]
+    limits, peers = recorded("information_limit.json")["models"], recorded("compare.json")["models"]
     shown = table("held-out rows")
     for name in ("minilm-sst2", "vit-fashion-mnist", "resnet-fashion-mnist"):
         original, fixed, like_fixed, entropy, like_entropy = (shown.pop(0) for _ in range(5))
@@ -106,11 +106,11 @@ def figures(row: dict[str, Any], ratio: str, flips: str) -> list[str]:
 
 
 def test_what_it_costs_is_what_was_recorded() -> None:
-    core = recorded("bench_core.json")["minilm-sst2"]
+    core = recorded("core.json")["minilm-sst2"]
     seconds = {name: one["seconds"] for name, one in core["reload"].items()}
     memory = {name: one["peak_memory_growth_with_a_forward_pass_bytes"] / 1e6 for name, one in core["reload"].items()}
     times = [one["ratio"] for one in core["forward_milliseconds"].values()]
-    load = recorded("bench_information_limit.json")["models"]["minilm-sst2"]["loading"]["last_over_first"]["load"]
+    load = recorded("information_limit.json")["models"]["minilm-sst2"]["loading"]["last_over_first"]["load"]
     load_fixed, run = f"{seconds['compressed'] / seconds['original']:.1f}", f"{min(times):.1f} to {max(times):.1f}"
     _, fixed, _, entropy, *_ = table("held-out rows")
     assert fixed[6:] == [load_fixed, run] and entropy[6:] == [f"{load:.1f}", ""]
