@@ -1,32 +1,58 @@
 """Loss-preserving compression of Hugging Face checkpoints.
 
 Importing the package registers it with transformers, so that `from_pretrained` compresses with a
-`LosslessCompressionConfig` and loads what was compressed.
+`LosslessCompressionConfig` and loads what was compressed. What making, judging and drawing need is loaded when a name
+that needs it is used: who only loads a compressed checkpoint does not wait for it.
 """
 
-from hf_lossless.checkpoints.entry import LosslessCheckpointConfig
-from hf_lossless.checkpoints.exports.export import ExportResult, export
-from hf_lossless.checkpoints.quantizer import LosslessHfQuantizer
-from hf_lossless.compression import CompressionResult, compress
-from hf_lossless.config import LosslessCompressionConfig
-from hf_lossless.errors import (
-    CalibrationError,
-    CheckpointError,
-    ConfigurationError,
-    DataError,
-    HubError,
-    LosslessError,
-    PlanError,
-    UnreachableTargetError,
-)
-from hf_lossless.reports.card.details import CardDetails
-from hf_lossless.reports.card.model_card import model_card
-from hf_lossless.reports.html import html_report
-from hf_lossless.reports.hub.push import PushResult, push_to_hub
-from hf_lossless.storage.apply import apply_plan
-from hf_lossless.storage.plan import CompressionPlan, Grid, LayerPlan
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+import wrapt
+
+if TYPE_CHECKING:
+    from hf_lossless.checkpoints.entry import LosslessCheckpointConfig
+    from hf_lossless.checkpoints.exports.export import ExportResult, export
+    from hf_lossless.checkpoints.quantizer import LosslessHfQuantizer
+    from hf_lossless.compression import CompressionResult, compress
+    from hf_lossless.config import LosslessCompressionConfig
+    from hf_lossless.errors import (
+        CalibrationError,
+        CheckpointError,
+        ConfigurationError,
+        DataError,
+        HubError,
+        LosslessError,
+        PlanError,
+        UnreachableTargetError,
+    )
+    from hf_lossless.reports.card.details import CardDetails
+    from hf_lossless.reports.card.model_card import model_card
+    from hf_lossless.reports.html import html_report
+    from hf_lossless.reports.hub.push import PushResult, push_to_hub
+    from hf_lossless.storage.apply import apply_plan
+    from hf_lossless.storage.plan import CompressionPlan, Grid, LayerPlan
 
 __version__ = "0.1.0"
+
+_PLACES = {
+    "checkpoints.entry": ["LosslessCheckpointConfig"],
+    "checkpoints.exports.export": ["ExportResult", "export"],
+    "checkpoints.quantizer": ["LosslessHfQuantizer"],
+    "compression": ["CompressionResult", "compress"],
+    "config": ["LosslessCompressionConfig"],
+    "errors": [
+        *("CalibrationError", "CheckpointError", "ConfigurationError", "DataError"),
+        *("HubError", "LosslessError", "PlanError", "UnreachableTargetError"),
+    ],
+    "reports.card.details": ["CardDetails"],
+    "reports.card.model_card": ["model_card"],
+    "reports.html": ["html_report"],
+    "reports.hub.push": ["PushResult", "push_to_hub"],
+    "storage.apply": ["apply_plan"],
+    "storage.plan": ["CompressionPlan", "Grid", "LayerPlan"],
+}
+_PLACE_OF = {name: place for place, names in _PLACES.items() for name in names}
 
 __all__ = [
     "CalibrationError",
@@ -54,3 +80,24 @@ __all__ = [
     "model_card",
     "push_to_hub",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """Loads a public name when it is first used."""
+    if name not in _PLACE_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f"{__name__}.{_PLACE_OF[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+def _register(_: Any) -> None:
+    import_module("hf_lossless.checkpoints.quantizer")
+
+
+# Once from_pretrained is there, or now where it is: who never loads a model does not wait for torch.
+wrapt.register_post_import_hook(_register, "transformers.modeling_utils")

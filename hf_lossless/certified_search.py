@@ -35,12 +35,13 @@ from hf_lossless.compression import (
     CompressionResult,
     analyse,
     checks_of,
+    compress,
     evaluation_mode,
     no_rows_to_hold_back,
     realise,
 )
 from hf_lossless.config import LosslessCompressionConfig
-from hf_lossless.data.rows import Rows, batches_of_rows, load_rows, processor_of, ready_batches
+from hf_lossless.data.rows import Rows, batches_of_rows, calibration_batches, load_rows, processor_of, ready_batches
 from hf_lossless.data.splits import (
     Splits,
     assign,
@@ -80,6 +81,25 @@ class _Measured:
     @property
     def ratio(self) -> float:
         return self.plan.original_bytes / checkpoint_bytes(self.plan)
+
+
+def compress_pretrained(
+    model: PreTrainedModel, config: LosslessCompressionConfig, *, original_bytes: int | None = None
+) -> CompressionResult:
+    """Compresses a model of transformers in place, with the rows that the configuration names.
+
+    Args:
+        model: On its devices; put in evaluation mode.
+        config: All of it: a tolerance is certified, another target is met by what is predicted.
+        original_bytes: As for `compression.compress`.
+
+    Raises:
+        LosslessError: As for `compress_certified` and `compression.compress`.
+    """
+    with torch.enable_grad():  # the caller may be under no_grad
+        if config.target.tolerance is not None:
+            return compress_certified(model, config, original_bytes=original_bytes)
+        return compress(model, calibration_batches(model, config.rows), config, original_bytes=original_bytes)
 
 
 def compress_certified(

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from torch import Tensor, nn
+from torch import nn
 
 from hf_lossless.calibration.batch_norms import batch_norms, follow, input_moments
 from hf_lossless.calibration.biases import bias_corrections, correct_biases
@@ -28,7 +28,7 @@ from hf_lossless.planning import knapsack
 from hf_lossless.planning.loss_check import LossCheck, loss_check
 from hf_lossless.planning.planner import Planned, Planner
 from hf_lossless.storage.apply import apply
-from hf_lossless.storage.layers import Layer, find_layers
+from hf_lossless.storage.layers import Layer, find_layers, tensor_bytes
 from hf_lossless.storage.modules.base import CompressedModule
 from hf_lossless.storage.plan import CompressionPlan, checkpoint_bytes
 from hf_lossless.theories import THEORIES
@@ -246,17 +246,6 @@ def realise(model: nn.Module, problem: Problem, planned: Planned) -> LossChange:
     if moments is not None:
         follow(model, batches, loss, moments)
     return loss_change(model, batches, loss, problem.calibration.batch_losses)
-
-
-def tensor_bytes(model: nn.Module) -> int:
-    """Bytes of all tensors that a checkpoint of the model holds; shared ones once."""
-    unsaved = getattr(model, "_keys_to_ignore_on_save", None) or ()
-    storages = {
-        (tensor.untyped_storage().data_ptr(), tensor.storage_offset(), tensor.shape): tensor.nbytes
-        for name, tensor in model.state_dict().items()
-        if isinstance(tensor, Tensor) and tensor.numel() and name not in unsaved
-    }
-    return sum(storages.values())
 
 
 def _layers_to_compress(model: nn.Module, choices: Choices) -> list[Layer]:

@@ -200,7 +200,7 @@ def test_widths_of_activations_that_cannot_be_used(bits, message):
 )
 def test_widths_of_activations(bits, stored, widths):
     config = LosslessCompressionConfig(ratio=2, theory="curvature", activation_bits=bits)
-    assert (config.activation_bits, config.activation_widths) == (stored, widths)
+    assert (config.activation_bits, config.choices.activation_widths) == (stored, widths)
     assert json.loads(json.dumps(config.to_dict()))["activation_bits"] == list(stored)
 
 

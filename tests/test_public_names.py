@@ -3,7 +3,6 @@
 import doctest
 import importlib
 import pkgutil
-from types import ModuleType
 
 import pytest
 
@@ -15,12 +14,9 @@ MODULES = ["hf_lossless", *(f"{module.name}" for module in pkgutil.walk_packages
 def test_all_is_what_is_public() -> None:
     assert all(hasattr(hf_lossless, name) for name in hf_lossless.__all__)
     assert hf_lossless.__all__ == sorted(set(hf_lossless.__all__))
-    others = {
-        name
-        for name, value in vars(hf_lossless).items()
-        if not name.startswith("_") and not isinstance(value, ModuleType)
-    }
-    assert others == set(hf_lossless.__all__)
+    assert set(hf_lossless._PLACE_OF) == set(hf_lossless.__all__) <= set(dir(hf_lossless))
+    with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
+        _ = hf_lossless.nothing
 
 
 def test_every_error_is_public() -> None:

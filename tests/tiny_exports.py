@@ -13,8 +13,7 @@ from torch import nn
 from hf_lossless import CompressionPlan, LayerPlan, LosslessCheckpointConfig, LosslessHfQuantizer
 from hf_lossless.candidates.low_rank import Factors
 from hf_lossless.checkpoints.names import forget_compressed_ties, with_present_bytes
-from hf_lossless.compression import tensor_bytes
-from hf_lossless.storage.layers import Layer, find_layers
+from hf_lossless.storage.layers import Layer, find_layers, tensor_bytes
 from hf_lossless.storage.modules.base import compressed_layers
 from hf_lossless.storage.modules.tied import Tied
 

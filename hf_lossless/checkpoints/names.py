@@ -7,8 +7,8 @@ from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, build_glob_alternation, rename_source_key
 
-from hf_lossless.compression import tensor_bytes
 from hf_lossless.errors import PlanError
+from hf_lossless.storage.layers import tensor_bytes
 from hf_lossless.storage.modules.base import CompressedModule, compressed_layers
 from hf_lossless.storage.modules.coded import CodedModule
 from hf_lossless.storage.modules.packed import PackedModule

@@ -6,16 +6,14 @@ while the model is still on meta, so that the saved tensors load into them and a
 
 import re
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING, register_quantizer
 from transformers.quantizers.base import HfQuantizer
 
 from hf_lossless.certification.certificate import Certificate
-from hf_lossless.certified_search import compress_certified
 from hf_lossless.checkpoints.entry import LosslessCheckpointConfig
 from hf_lossless.checkpoints.guards import check_files, guard_names, state_dict_with_guards
 from hf_lossless.checkpoints.names import (
@@ -30,13 +28,13 @@ from hf_lossless.checkpoints.names import (
     with_present_bytes,
 )
 from hf_lossless.checkpoints.saved_folder import refuse_other_bytes, tensor_sizes
-from hf_lossless.compression import CompressionResult, compress
-from hf_lossless.config import LosslessCompressionConfig
-from hf_lossless.data.rows import calibration_batches
 from hf_lossless.errors import CheckpointError, ConfigurationError
 from hf_lossless.storage.apply import apply_plan
 from hf_lossless.storage.modules.base import compressed_layers
 from hf_lossless.storage.plan import QUANT_METHOD, CompressionPlan
+
+if TYPE_CHECKING:
+    from hf_lossless.compression import CompressionResult
 
 
 class LosslessHfQuantizer(HfQuantizer):
@@ -53,11 +51,14 @@ class LosslessHfQuantizer(HfQuantizer):
         super().__init__(quantization_config, **kwargs)
         self.result: CompressionResult | None = None
         self._original_bytes: int | None = None
-        if not self.pre_quantized and not isinstance(quantization_config, LosslessCompressionConfig):
-            raise ConfigurationError(
-                f"quantization_config is a {type(quantization_config).__name__}. "
-                "Pass a LosslessCompressionConfig with a dataset."
-            )
+        if not self.pre_quantized:
+            from hf_lossless.config import LosslessCompressionConfig  # it loads all that compressing needs
+
+            if not isinstance(quantization_config, LosslessCompressionConfig):
+                raise ConfigurationError(
+                    f"quantization_config is a {type(quantization_config).__name__}. "
+                    "Pass a LosslessCompressionConfig with a dataset."
+                )
 
     def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
         """Refuses disk offload: a layer whose weight is on disk can be neither calibrated nor unpacked."""
@@ -113,13 +114,9 @@ class LosslessHfQuantizer(HfQuantizer):
             self._describe(model, plan_of(model, self.quantization_config.plan), certificate)
             return model
         _refuse_meta(model)
-        config = self.quantization_config
-        with torch.enable_grad():  # the caller may be under no_grad
-            if config.target.tolerance is not None:
-                self.result = compress_certified(model, config, original_bytes=self._original_bytes)
-            else:
-                batches = calibration_batches(model, config.rows)
-                self.result = compress(model, batches, config, original_bytes=self._original_bytes)
+        from hf_lossless.certified_search import compress_pretrained
+
+        self.result = compress_pretrained(model, self.quantization_config, original_bytes=self._original_bytes)
         forget_compressed_ties(model)
         self._describe(model, self.result.plan, self.result.certificate)
         return model

@@ -8,20 +8,21 @@ import re
 from itertools import pairwise
 from os import PathLike
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import numpy as np
 from pydantic import Field, field_validator
 
 from hf_lossless.certification.certificate import library_versions
 from hf_lossless.checkpoints.files import read_json, write_file
-from hf_lossless.compression import CompressionResult
 from hf_lossless.errors import CheckpointError
-from hf_lossless.planning.knapsack import Frontier
-from hf_lossless.planning.loss_check import LossCheck
-from hf_lossless.planning.planner import NEGLIGIBLE_SHARE
+from hf_lossless.planning.loss_check import NEGLIGIBLE_SHARE, LossCheck
 from hf_lossless.storage.plan import CompressionPlan
 from hf_lossless.storage.records import Record, read_record
+
+if TYPE_CHECKING:
+    from hf_lossless.compression import CompressionResult
+    from hf_lossless.planning.knapsack import Frontier
 
 FILE_NAME = "compression.json"
 
@@ -94,7 +95,7 @@ class CompressionRecord(Record):
         return max(NEGLIGIBLE_SHARE * abs(self.calibration_loss), 1e-9)
 
 
-def record_of(result: CompressionResult) -> CompressionRecord:
+def record_of(result: "CompressionResult") -> CompressionRecord:
     """What is worth keeping of a compression.
 
     Args:
@@ -183,7 +184,7 @@ def _by_number(name: str) -> list[tuple[int, str]]:
     return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"([0-9]+)", name)]
 
 
-def _thinned(frontier: Frontier, other_bytes: int, chosen: Point) -> tuple[Point, ...]:
+def _thinned(frontier: "Frontier", other_bytes: int, chosen: Point) -> tuple[Point, ...]:
     """The best plan within each of many budgets, evenly spaced by ratio, and the chosen plan."""
     tensor_bytes = frontier.cost_bytes + other_bytes
     kept: set[int] = set(range(len(frontier)))

@@ -10,10 +10,10 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from hf_lossless.certification.evaluation import Answers, answers
 from hf_lossless.checkpoints.entry import LosslessCheckpointConfig
-from hf_lossless.compression import tensor_bytes
 from hf_lossless.data.tasks.base import Task
 from hf_lossless.data.tasks.registry import task_named, task_of_class
 from hf_lossless.errors import CheckpointError, ConfigurationError, LosslessError, reason
+from hf_lossless.storage.layers import tensor_bytes
 
 
 def task_of_model(model: str, name: str | None) -> Task:

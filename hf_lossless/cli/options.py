@@ -1,8 +1,23 @@
-"""Options of the command line that are lists: from their text to what the configuration takes."""
+"""Options that several commands have, and those that are lists: from their text to what the configuration takes.
 
-from typing import Literal
+The command line loads what a command works with when it runs: `--help` and `--version` wait for none of it.
+"""
 
+from typing import Annotated, Literal
+
+import typer
+
+from hf_lossless.data.tasks.registry import TASKS
 from hf_lossless.errors import ConfigurationError
+
+DATA = Annotated[str, typer.Option("--data", help="A json, jsonl, csv or parquet file, a saved dataset, or a Hub id.")]
+SPLIT = Annotated[str | None, typer.Option("--split", help="Which split of a dataset that has several.")]
+TASK = Annotated[str | None, typer.Option("--task", help=f"{' or '.join(TASKS)}; default: by the model's class.")]
+CONFIDENCE_OPTION = Annotated[float, typer.Option("--confidence", help="Of the certificate, between 0 and 1.")]
+METRIC_MARGIN_OPTION = Annotated[
+    float, typer.Option("--metric-margin", help="How far the metric may fall, for the certificate.")
+]
+JSON = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
 def bit_widths(text: str) -> tuple[int, ...]:

@@ -1,20 +1,16 @@
-"""Commands that hand a compressed checkpoint on: `card`, `report`, `export`, `push`."""
+"""Commands that hand a compressed checkpoint on: `card`, `report`, `push`, `export`."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
 
-from hf_lossless.checkpoints.exports.convert import largest_move
-from hf_lossless.checkpoints.exports.export import FORMATS, ExportResult, by_reason, export
-from hf_lossless.checkpoints.files import write_file
+from hf_lossless.checkpoints.exports import FORMATS
+from hf_lossless.cli.screen import console
 from hf_lossless.errors import CheckpointError
-from hf_lossless.reports.card.details import CardDetails, details_of_card
-from hf_lossless.reports.card.folder import write_card
-from hf_lossless.reports.card.text import PROCESSORS
-from hf_lossless.reports.html import GENERATOR, html_report
-from hf_lossless.reports.hub.push import push_to_hub
+
+if TYPE_CHECKING:
+    from hf_lossless.checkpoints.exports.export import ExportResult
 
 
 def card(
@@ -29,6 +25,9 @@ def card(
     out: Annotated[Path | None, typer.Option(help="The folder to write to; default: DIR.")] = None,
 ) -> None:
     """Write a model card; one that was changed by hand is never overwritten."""
+    from hf_lossless.reports.card.details import CardDetails, details_of_card
+    from hf_lossless.reports.card.folder import write_card
+
     details = CardDetails(
         base_model=base_model,
         dataset=dataset,
@@ -37,10 +36,9 @@ def card(
         language=tuple(language) if language else None,
     )
     path = write_card(folder, details, out=out)
-    console = Console()
-    console.print(f"{path}: written", soft_wrap=True, highlight=False)
+    console().print(f"{path}: written", soft_wrap=True, highlight=False)
     if details_of_card(path.read_text(encoding="utf-8")).license is None:
-        console.print(
+        console().print(
             "It names no licence: give --license, or a --base-model whose card has one and can be read.",
             soft_wrap=True,
             highlight=False,
@@ -59,21 +57,23 @@ def push(
     message: Annotated[str | None, typer.Option(help="The commit's first line.")] = None,
 ) -> None:
     """Push a compressed checkpoint and its card to the Hub, in one commit; the token is that of `hf auth login`."""
+    from hf_lossless.reports.card.text import PROCESSORS
+    from hf_lossless.reports.hub.push import push_to_hub
+
     done = push_to_hub(folder, repo, private=private, revision=revision, create_pr=create_pr, commit_message=message)
-    console = Console()
     what = "pushed" if done.changed else "nothing had changed since"
-    console.print(
+    console().print(
         f"{done.repo_id}: {what}, {done.pull_request_url or done.commit_url}", soft_wrap=True, highlight=False
     )
     if done.card == "kept":
-        console.print(
+        console().print(
             "README.md there was written or changed by hand, and stays as it is: see whether it still speaks of this "
             "model. Delete it there and push again to have the one from here.",
             soft_wrap=True,
             highlight=False,
         )
     if not any((folder / name).is_file() for name in PROCESSORS):
-        console.print(
+        console().print(
             f"{folder} has no tokenizer or image processor, so none was pushed. Save it there, and push again.",
             soft_wrap=True,
             highlight=False,
@@ -87,6 +87,9 @@ def report(
     ] = None,
 ) -> None:
     """Write all that a compressed checkpoint says of itself into one HTML file, with pictures."""
+    from hf_lossless.checkpoints.files import write_file
+    from hf_lossless.reports.html import html_report
+
     out = folder / "report.html" if out is None else out
     _refuse_other_files(out)
     write_file(out, html_report(folder))
@@ -95,16 +98,15 @@ def report(
 
 def _refuse_other_files(out: Path) -> None:
     """Raises CheckpointError where there is something that is no report."""
+    from hf_lossless.reports.html import GENERATOR
+
     if out.is_dir():
         raise CheckpointError(f"the output file {out} is a folder. Name a file in it, say {out / 'report.html'}.")
     if out.exists() and f'content="{GENERATOR}"'.encode() not in out.read_bytes()[:1000]:
         raise CheckpointError(f"the output file {out} exists and is no report of ours. Remove it, or name another one.")
 
 
-_console = Console()
-
-
-def export_command(
+def export(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="A compressed checkpoint.")],
     format: Annotated[str, typer.Option("--format", help=f"{', '.join(FORMATS)}.")],
     out: Annotated[Path, typer.Option("--out", help="The folder to write; must not exist, or be empty.")],
@@ -116,13 +118,18 @@ def export_command(
     ] = False,
 ) -> None:
     """Write a compressed checkpoint in a format that transformers loads without hf_lossless."""
-    result = export(folder, out, format, allow_dense=allow_dense)
+    from hf_lossless.checkpoints.exports.export import export as write_export
+
+    result = write_export(folder, out, format, allow_dense=allow_dense)
     for line in _lines(folder, out, result):
-        _console.print(line, soft_wrap=True, highlight=False, markup=False)
+        console().print(line, soft_wrap=True, highlight=False, markup=False)
 
 
-def _lines(folder: Path, out: Path, result: ExportResult) -> list[str]:
+def _lines(folder: Path, out: Path, result: "ExportResult") -> list[str]:
     """What was done, one statement a line."""
+    from hf_lossless.checkpoints.exports.convert import largest_move
+    from hf_lossless.checkpoints.exports.export import by_reason
+
     total = len(result.carried) + len(result.dense)
     others = ", the others in floating point:" if result.dense else ""
     lines = [

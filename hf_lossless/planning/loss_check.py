@@ -8,6 +8,9 @@ from pydantic import Field
 from hf_lossless.storage.plan import CompressionPlan
 from hf_lossless.storage.records import Record
 
+NEGLIGIBLE_SHARE = 1e-3
+"""Of the loss: a rise below it is no reason to plan anew, however small the prediction was."""
+
 Checked = Literal["layer", "plan", "model"]
 
 

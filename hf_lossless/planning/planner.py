@@ -32,7 +32,7 @@ from hf_lossless.candidates.stored import stored_layer
 from hf_lossless.data.processes import process_state
 from hf_lossless.errors import CalibrationError, UnreachableTargetError
 from hf_lossless.planning import knapsack
-from hf_lossless.planning.loss_check import LossCheck, loss_check
+from hf_lossless.planning.loss_check import NEGLIGIBLE_SHARE, LossCheck, loss_check
 from hf_lossless.planning.options import Option, Options, RoundedCost, options_of, scaled, with_rounded_costs
 from hf_lossless.planning.target import Target, choose_plan
 from hf_lossless.storage.apply import quantised_input
@@ -47,9 +47,6 @@ from hf_lossless.theories.rate_distortion import rate_distortion
 
 STATED_FACTOR = 2.0
 """A prediction is stated to be right to within this factor."""
-
-NEGLIGIBLE_SHARE = 1e-3
-"""Of the loss: a rise below it is no reason to plan anew, however small the prediction was."""
 
 REMEASURED_LAYERS = 8
 """Layers that are measured one by one, at one forward pass each, where a plan's prediction was off."""

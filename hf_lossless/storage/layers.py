@@ -147,3 +147,14 @@ def modules_of(model: nn.Module, layer: Layer) -> list[nn.Module]:
     """The modules that use a layer's weight; a module that has several names, once."""
     modules = [model.get_submodule(name) for name in (layer.name, *layer.tied)]
     return list({id(module): module for module in modules}.values())
+
+
+def tensor_bytes(model: nn.Module) -> int:
+    """Bytes of all tensors that a checkpoint of the model holds; shared ones once."""
+    unsaved = getattr(model, "_keys_to_ignore_on_save", None) or ()
+    storages = {
+        (tensor.untyped_storage().data_ptr(), tensor.storage_offset(), tensor.shape): tensor.nbytes
+        for name, tensor in model.state_dict().items()
+        if isinstance(tensor, Tensor) and tensor.numel() and name not in unsaved
+    }
+    return sum(storages.values())

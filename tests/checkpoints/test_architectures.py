@@ -22,8 +22,8 @@ from torch import Tensor
 
 from hf_lossless import CheckpointError, LosslessCompressionConfig
 from hf_lossless.checkpoints.saved_folder import SavedFolder
-from hf_lossless.compression import tensor_bytes
 from hf_lossless.data.batches import batch_loss
+from hf_lossless.storage.layers import tensor_bytes
 from hf_lossless.storage.modules.base import CompressedModule
 from hf_lossless.storage.modules.tied import Tied, TiedEmbedding, TiedLinear
 from hf_lossless.storage.packing import packed_width

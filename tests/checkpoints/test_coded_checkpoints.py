@@ -20,7 +20,7 @@ from torch import Tensor
 
 from hf_lossless import CheckpointError, ConfigurationError, LosslessCompressionConfig, PlanError
 from hf_lossless.checkpoints.saved_folder import SavedFolder
-from hf_lossless.compression import tensor_bytes
+from hf_lossless.storage.layers import tensor_bytes
 from hf_lossless.storage.modules.coded import CodedModule
 
 SETTINGS = {

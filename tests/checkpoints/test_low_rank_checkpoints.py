@@ -27,8 +27,7 @@ from hf_lossless import (
 )
 from hf_lossless.checkpoints.names import forget_compressed_ties
 from hf_lossless.checkpoints.saved_folder import SavedFolder
-from hf_lossless.compression import tensor_bytes
-from hf_lossless.storage.layers import Layer, find_layers
+from hf_lossless.storage.layers import Layer, find_layers, tensor_bytes
 from hf_lossless.storage.modules.base import compressed_layers
 from hf_lossless.storage.modules.low_rank import LowRankModule
 from hf_lossless.storage.modules.packed import PackedModule

@@ -15,7 +15,8 @@ from tiny_models import TINY_MODELS
 from torch import Tensor, nn
 
 from hf_lossless import CheckpointError, LosslessCompressionConfig, compress
-from hf_lossless.compression import CompressionResult, tensor_bytes
+from hf_lossless.compression import CompressionResult
+from hf_lossless.storage.layers import tensor_bytes
 from hf_lossless.storage.modules.activations import QuantisedInput
 from hf_lossless.storage.modules.base import CompressedModule
 from hf_lossless.storage.plan import FORMAT_VERSION

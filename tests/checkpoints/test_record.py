@@ -127,7 +127,6 @@ def test_it_comes_back_as_it_was(tmp_path: Path) -> None:
 
 def test_a_folder_without_one(tmp_path: Path) -> None:
     assert SavedFolder.read(save_folder(tmp_path / "small", plan_of())).record is None
-    assert SavedFolder.read(tmp_path).record is None
 
 
 @pytest.mark.parametrize(

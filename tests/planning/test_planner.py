@@ -69,11 +69,10 @@ def config_of(**settings) -> LosslessCompressionConfig:
 def predict_times(monkeypatch, factor: float) -> None:
     """Lets the default theory predict so many times what it would."""
 
-    def predict(problem):
-        return scaled(curvature.predict(problem), factor)
+    def predict(problem, predict=curvature.predict):
+        return scaled(predict(problem), factor)
 
-    theory = dataclasses.replace(THEORIES["curvature"], predict=predict)
-    monkeypatch.setitem(THEORIES, "curvature", theory)
+    monkeypatch.setattr(curvature, "predict", predict)
 
 
 def scaled(predictions: dict[str, list[Prediction]], factor: float) -> dict[str, list[Prediction]]:
@@ -90,7 +89,7 @@ def planner_of(factor: float = 1.0, model: nn.Module | None = None, batches: lis
 
 def first_plan(planner: Planner, config: LosslessCompressionConfig) -> Planned:
     """Before anything is measured."""
-    return planner._plan(planner._options(config), config)
+    return planner._plan(planner._options(), config.target)
 
 
 def measure_as(monkeypatch, answer) -> list[int]:
@@ -241,7 +240,7 @@ def corrected_options(planner: Planner, options, planned: Planned, whole: LossCh
 
 def corrections(planner: Planner, planned: Planned, whole: float = 0.0) -> dict[str, float]:
     """By how much the predictions of each layer were multiplied."""
-    options = planner._options(config_of(ratio=8))
+    options = planner._options()
     before, after = changes(options), changes(corrected_options(planner, options, planned, LossChange(whole, 0.0)))
     found = {}
     for name, group in after.items():
@@ -303,7 +302,7 @@ def test_corrections_leave_the_inputs_as_they_were_chosen(monkeypatch):
     planner = analyse(network(), BATCHES, config)
     planned = first_plan(planner, config)
     measure_as(monkeypatch, lambda planned, layers: (math.inf, 0.0))
-    options = planner._options(config)
+    options = planner._options()
     corrected = corrected_options(planner, options, planned, LossChange(math.inf, 0.0))
     for name, group in corrected.items():
         assert [one.plan.activation for one in group] == [one.plan.activation for one in options[name]]
@@ -332,7 +331,7 @@ def test_nothing_to_correct_where_nothing_is_predicted():
     planner = planner_of()
     kept = first_plan(planner, config_of(loss_budget=0))
     assert {layer.kind for layer in kept.plan.layers.values()} == {"kept"}
-    options = planner._options(config_of(loss_budget=0))
+    options = planner._options()
     assert corrected_options(planner, options, kept, LossChange(1.0, 0.0)) == options
     measured = planner._measured(kept, planner.problem.layers)
     assert measured == (0, 0) and planner._as_stated(kept, measured)
@@ -382,7 +381,7 @@ def test_a_gain_that_was_predicted_never_grows(monkeypatch):
     planner = dataclasses.replace(planner, predictions=predictions)
     planned = first_plan(planner, config_of(ratio=8))
     measure_as(monkeypatch, lambda planned, layers: (1.0, 0.0))
-    options = planner._options(config_of(ratio=8))
+    options = planner._options()
     before, after = changes(options), changes(corrected_options(planner, options, planned, LossChange(1.0, 0.0)))
     assert after != before
     for name, group in after.items():

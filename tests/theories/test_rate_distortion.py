@@ -14,9 +14,8 @@ from hf_lossless.candidates.inverse_roots import InverseRoots
 from hf_lossless.candidates.round_coded import round_coded
 from hf_lossless.candidates.shaped import step_at
 from hf_lossless.candidates.two_sided import round_two_sided
-from hf_lossless.compression import tensor_bytes
 from hf_lossless.data.batches import batch_loss
-from hf_lossless.storage.layers import find_layers
+from hf_lossless.storage.layers import find_layers, tensor_bytes
 from hf_lossless.storage.plan import CodedGrid, Damping
 from hf_lossless.theories.problem import Problem
 from hf_lossless.theories.rate_distortion import Signals, eigenvalues, rate_distortion

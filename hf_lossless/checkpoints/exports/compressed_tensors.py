@@ -27,7 +27,6 @@ from hf_lossless.checkpoints.exports.convert import (
 )
 from hf_lossless.storage.plan import LayerPlan
 
-PACKAGE = "compressed-tensors"
 _OTHER_KINDS = {"embedding": "it is an embedding", "conv2d": "it is a convolution", "conv1d": "it is a Conv1D"}
 
 

@@ -9,7 +9,7 @@ import json
 import os
 import shutil
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -20,31 +20,14 @@ import transformers
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from hf_lossless.checkpoints.exports import compressed_tensors, dense, gemma
+from hf_lossless.checkpoints.exports import FORMATS, dense
 from hf_lossless.checkpoints.exports.convert import NotCarried, Stored, model_dtype
 from hf_lossless.checkpoints.files import new_folder, refuse_occupied
 from hf_lossless.checkpoints.saved_folder import SavedFolder, tensor_sizes
 from hf_lossless.errors import CheckpointError, ConfigurationError, reason
 from hf_lossless.storage.modules.base import CompressedModule, compressed_layers
-from hf_lossless.storage.plan import LayerPlan, json_bytes
+from hf_lossless.storage.plan import json_bytes
 
-
-@dataclass(frozen=True)
-class _Format:
-    """How a layer is stored (or NotCarried is raised), what config.json says, and what loading needs."""
-
-    store: Callable[[PreTrainedModel, str, LayerPlan], Stored]
-    quantization_config: Callable[[PreTrainedModel, dict[str, Stored]], dict[str, Any] | None]
-    package: str | None = None
-
-
-FORMATS: dict[str, _Format] = {
-    "dense": _Format(dense.store, dense.quantization_config),
-    "compressed-tensors": _Format(
-        compressed_tensors.store, compressed_tensors.quantization_config, compressed_tensors.PACKAGE
-    ),
-    "gemma": _Format(gemma.store, gemma.quantization_config),
-}
 _LEFT_BEHIND = (
     *("*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json"),  # written anew
     *("README.md", "*.html", "*.png", "*.svg"),  # model card, report and pictures of the compressed model

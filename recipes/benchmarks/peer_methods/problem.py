@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from hf_lossless.compression import tensor_bytes
 from hf_lossless.data.tasks.base import Task
+from hf_lossless.storage.layers import tensor_bytes
 
 Batch = dict[str, Tensor]
 

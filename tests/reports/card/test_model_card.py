@@ -23,7 +23,8 @@ from hf_lossless import (
     model_card,
 )
 from hf_lossless.certification.certificate import library_versions
-from hf_lossless.checkpoints.saved_folder import SavedFolder, record_of, write_record
+from hf_lossless.checkpoints.record import record_of, write_record
+from hf_lossless.checkpoints.saved_folder import SavedFolder
 from hf_lossless.reports.card.details import details_of_card
 from hf_lossless.reports.card.digest import own_text
 from hf_lossless.reports.card.folder import write_card
