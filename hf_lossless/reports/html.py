@@ -25,8 +25,9 @@ from hf_lossless.reports.pictures.frontier import frontier_figure
 from hf_lossless.reports.pictures.layers import layers_figure
 from hf_lossless.reports.pictures.style import svg_data_uri
 from hf_lossless.reports.tables import layer_columns
-from hf_lossless.reports.words import unchecked
-from hf_lossless.storage.plan import CompressionPlan, LayerPlan
+from hf_lossless.reports.words import limitations
+from hf_lossless.storage.kinds import KINDS
+from hf_lossless.storage.plan import CompressionPlan
 
 GENERATOR = "hf-lossless report"
 """What a report calls its maker, by which it is known again."""
@@ -91,7 +92,7 @@ def html_report(folder: str | os.PathLike[str]) -> str:
         summary=_summary(plan),
         columns=layer_columns(plan),
         largest_bytes=max((layer.cost_bytes for layer in plan.layers.values()), default=0),
-        unchecked=unchecked(config, record),
+        unchecked=limitations(config, record),
         provenance=_provenance(config, record, about),
     )
 
@@ -157,17 +158,11 @@ def _pictures(plan: CompressionPlan, record: CompressionRecord | None) -> Iterat
 
 def _summary(plan: CompressionPlan) -> list[str]:
     """How many layers of which kind, and the bytes in them."""
-    kinds = {
-        "grid": "on a grid",
-        "low_rank": "as two factors",
-        "sum": "as codes plus two factors",
-        "kept": "kept as they were",
-    }
     texts = []
-    for kind, words in kinds.items():
-        found: list[LayerPlan] = [layer for layer in plan.layers.values() if layer.kind == kind]
+    for kind, what in KINDS.items():
+        found = [layer for layer in plan.layers.values() if layer.kind == kind]
         if found:
-            texts.append(f"{len(found):,} {words}, {sum(layer.cost_bytes for layer in found):,} bytes")
+            texts.append(f"{len(found):,} as {what.words}, {sum(layer.cost_bytes for layer in found):,} bytes")
     return texts
 
 

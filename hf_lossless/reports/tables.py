@@ -13,6 +13,7 @@ from hf_lossless.certification.evaluation import Evaluation
 from hf_lossless.checkpoints.entry import LosslessCheckpointConfig
 from hf_lossless.compression import CompressionResult
 from hf_lossless.reports.pictures.neighbourhood import ORDERS, UNTIL, gaps_by_size, responses_by_kind
+from hf_lossless.storage.kinds import KINDS
 from hf_lossless.storage.plan import KEPT_BITS, CompressionPlan, LayerPlan, LowRank, Regime
 from hf_lossless.theories.neighbourhood import Neighbourhood
 
@@ -116,11 +117,7 @@ def layer_columns(plan: CompressionPlan) -> dict[str, Callable[[LayerPlan], str]
 
 
 def _width(layer: LayerPlan) -> str:
-    if layer.coded is not None:
-        return f"{layer.bits:.2f} coded"
-    if layer.grid is None:
-        return "kept" if layer.low_rank is None else ""
-    return f"{layer.grid.bits}" if layer.grid.rounding == "nearest" else f"{layer.grid.bits} {layer.grid.rounding}"
+    return KINDS[layer.kind].width(layer)
 
 
 def _group(layer: LayerPlan) -> str:

@@ -1,12 +1,14 @@
-"""What nobody looked at, said beside what somebody did: for reports and model cards."""
+"""Says what was not checked of a compressed checkpoint, for reports and model cards."""
 
 from hf_lossless.certification.certificate import Certificate
 from hf_lossless.checkpoints.entry import LosslessCheckpointConfig
 from hf_lossless.checkpoints.record import CompressionRecord
+from hf_lossless.storage.kinds import KINDS
+from hf_lossless.storage.plan import CompressionPlan
 
 
-def unchecked(config: LosslessCheckpointConfig, record: CompressionRecord | None) -> list[str]:
-    """What was not checked of a compressed checkpoint, in whole sentences.
+def limitations(config: LosslessCheckpointConfig, record: CompressionRecord | None) -> list[str]:
+    """Lists what was not checked of a compressed checkpoint, in whole sentences.
 
     Args:
         config: What the checkpoint says of itself.
@@ -15,7 +17,7 @@ def unchecked(config: LosslessCheckpointConfig, record: CompressionRecord | None
     Example:
         >>> from hf_lossless import CompressionPlan
         >>> plan = CompressionPlan(theory="llc", layers={}, other_bytes=4, original_bytes=4)
-        >>> unchecked(LosslessCheckpointConfig.of(plan), None)[0].split(":")[0]
+        >>> limitations(LosslessCheckpointConfig.of(plan), None)[0].split(":")[0]
         'Held-out rows'
     """
     texts = [*_of_rows(config.certificate), *_of_measurements(config, record)]
@@ -26,11 +28,20 @@ def unchecked(config: LosslessCheckpointConfig, record: CompressionRecord | None
     return [
         *texts,
         "Speed and memory in use: neither was measured. Weights are unpacked at each call, which costs time.",
-        "The values in the files: there is no checksum. Names, types and shapes of the tensors are compared with the "
-        "plan when the model is loaded.",
+        f"The values in the files: {_of_checksums(config.plan)} Names, types and shapes of the tensors are compared "
+        "with the plan when the model is loaded.",
         "What is made of this model later: training it, casting it, or taking the base model out of it makes another "
         "model, of which nothing here was measured.",
     ]
+
+
+def _of_checksums(plan: CompressionPlan) -> str:
+    """Which of the values vouch for themselves."""
+    checked = [layer for layer in plan.layers.values() if KINDS[layer.kind].checksum]
+    if not checked:
+        return "there is no checksum."
+    share = f"{len(checked):,} of {len(plan.layers):,} layers"
+    return f"{share} have a checksum, which is compared when they are loaded; all else has none."
 
 
 def _of_rows(certificate: Certificate | None) -> list[str]:

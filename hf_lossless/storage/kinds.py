@@ -14,7 +14,7 @@ from hf_lossless.storage.modules.base import CompressedModule
 from hf_lossless.storage.modules.coded import CODED
 from hf_lossless.storage.modules.low_rank import LOW_RANK
 from hf_lossless.storage.modules.packed import PACKED
-from hf_lossless.storage.plan import KEPT_BITS, LayerPlan, LayerPlanKind
+from hf_lossless.storage.plan import KEPT_BITS, CompressionPlan, LayerPlan, LayerPlanKind
 from hf_lossless.storage.values import EncodedMatrix, FactoredMatrix
 
 
@@ -120,3 +120,9 @@ def stored_as(plan: LayerPlan) -> str:
     if plan.kind in ("kept", "coded"):
         return words
     return f"{words}, {'floating point' if plan.bits == KEPT_BITS else f'{plan.bits} bits'}"
+
+
+def extras_of(plan: CompressionPlan) -> list[str]:
+    """Names of the extras of this package without which a checkpoint with this plan cannot be loaded."""
+    extras = {KINDS[layer.kind].extra for layer in plan.layers.values()}
+    return sorted(extra for extra in extras if extra is not None)

@@ -27,13 +27,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from hf_lossless.storage.grid import per_weight
+from hf_lossless.storage.kinds import KINDS
 from hf_lossless.storage.modules.base import CompressedModule
 from hf_lossless.storage.modules.packed import PackedModule
 from hf_lossless.storage.packing import unpack
 from hf_lossless.storage.plan import LayerPlan
 
 _CONTAINERS = {1: 2, 2: 2, 3: 4, 4: 4, 5: 8, 6: 8, 7: 8, 8: 8}
-_KINDS = {"low_rank": "it is stored as factors", "sum": "it is stored as a grid and factors"}
 
 
 class NotCarried(Exception):
@@ -106,7 +106,7 @@ def whole_numbers(module: CompressedModule, layer_plan: LayerPlan, dtype: torch.
     if layer_plan.tied:
         raise NotCarried(f"it shares its weight with {', '.join(layer_plan.tied)}")
     if layer_plan.kind != "grid" or not isinstance(module, PackedModule):
-        raise NotCarried(_KINDS.get(layer_plan.kind, f"it is stored as {layer_plan.kind!r}"))
+        raise NotCarried(f"it is stored as {KINDS[layer_plan.kind].words}")
     grid, (out_features, in_features) = module.grid, module.matrix_shape
     if not grid.symmetric:
         raise NotCarried("its grid has zero points")

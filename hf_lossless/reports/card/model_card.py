@@ -203,7 +203,7 @@ def _words(source: _Source, details: CardDetails) -> dict[str, Any]:
         "layers_table": layers_table(plan),
         "num_layers": len(plan.layers),
         "pictures": {file: text for file, text in CAPTIONS.items() if record is not None or file != FRONTIER},
-        "loading_code": loading_code(source.name, source.architecture, source.files),
+        "loading_code": loading_code(source.name, source.architecture, source.files, plan),
         "not_checked": not_checked(entry, record),
         "provenance": _provenance(source, details),
     }

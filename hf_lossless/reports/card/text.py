@@ -16,10 +16,9 @@ from hf_lossless.errors import ConfigurationError
 from hf_lossless.reports.pictures.frontier import frontier_figure
 from hf_lossless.reports.pictures.layers import layers_figure
 from hf_lossless.reports.tables import layer_columns
-from hf_lossless.reports.words import unchecked
-from hf_lossless.storage.plan import KEPT_BITS, CompressionPlan, LayerPlan
-
-_STORED_AS = {"grid": "codes", "low_rank": "two factors", "sum": "codes plus two factors"}
+from hf_lossless.reports.words import limitations
+from hf_lossless.storage.kinds import extras_of, stored_as
+from hf_lossless.storage.plan import CompressionPlan
 
 _TRAINING = "The original's training: whether it has seen some of these rows is not known."
 _TAKEN_FOR_GRANTED = (
@@ -62,7 +61,7 @@ def storage_table(plan: CompressionPlan) -> str:
     count: dict[tuple[float, str], int] = defaultdict(int)
     total_bytes: dict[tuple[float, str], int] = defaultdict(int)
     for layer in plan.layers.values():
-        key = (0.0 if layer.coded is not None else layer.bits, _stored_as(layer))
+        key = (0.0 if layer.coded is not None else layer.bits, stored_as(layer))
         count[key] += 1
         total_bytes[key] += layer.cost_bytes
     rows = [(f"{key[1]}", f"{count[key]:,}", f"{total_bytes[key]:,}") for key in sorted(count)]
@@ -71,19 +70,10 @@ def storage_table(plan: CompressionPlan) -> str:
     )
 
 
-def _stored_as(layer: LayerPlan) -> str:
-    if layer.kind == "kept":
-        return "kept as it came"
-    if layer.coded is not None:
-        return "codes at their entropy"
-    width = "floating point" if layer.bits == KEPT_BITS else f"{layer.bits} bits"
-    return f"{_STORED_AS.get(layer.kind, layer.kind)}, {width}"
-
-
 def not_checked(entry: LosslessCheckpointConfig, record: CompressionRecord | None) -> list[str]:
     """What nobody should read out of the card: all that a report says, and what a stranger may take for granted."""
     training = [] if entry.certificate is None else [_TRAINING]
-    return [*unchecked(entry, record), *training, *_TAKEN_FOR_GRANTED]
+    return [*limitations(entry, record), *training, *_TAKEN_FOR_GRANTED]
 
 
 def task_name(architecture: str) -> str | None:
@@ -98,12 +88,24 @@ def task_name(architecture: str) -> str | None:
         return None
 
 
-def loading_code(name: str, architecture: str, files: Iterable[str]) -> str | None:
-    """The lines that load a checkpoint; None for a class that transformers does not have.
+def install_command(plan: CompressionPlan) -> str:
+    """The command that installs what loading a checkpoint with this plan takes.
+
+    Example:
+        >>> install_command(CompressionPlan(theory="llc", layers={}, other_bytes=0, original_bytes=8))
+        'pip install hf-lossless'
+    """
+    extras = ",".join(extras_of(plan))
+    return f"pip install 'hf-lossless[{extras}]'" if extras else "pip install hf-lossless"
+
+
+def loading_code(name: str, architecture: str, files: Iterable[str], plan: CompressionPlan) -> str | None:
+    """Writes the lines that load a checkpoint; None for a class that transformers does not have.
 
     Args:
         name: A repo id or a folder.
         architecture: The class that was saved.
+        plan: Its plan, which tells the extras that loading takes.
         files: Names of the files beside config.json; they tell what else there is to load.
     """
     if not hasattr(transformers, architecture):
@@ -111,7 +113,7 @@ def loading_code(name: str, architecture: str, files: Iterable[str]) -> str | No
     there = set(files)
     processor = next((kind for file, kind in PROCESSORS.items() if file in there), None)
     lines = [
-        "import hf_lossless  # pip install hf-lossless; registers the plug-in with transformers",
+        f"import hf_lossless  # {install_command(plan)}; registers the plug-in with transformers",
         f"from transformers import {', '.join(sorted(filter(None, (architecture, processor))))}",
         "",
         f'model = {architecture}.from_pretrained("{name}")',

@@ -1,27 +1,22 @@
 """What became of each layer: bits and rank, in the model's own order."""
 
+import math
 from collections.abc import Sequence
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
-from hf_lossless.reports.pictures.style import BLUE, GREEN, GREY, ORANGE, PURPLE, VERMILION, new_figure, short
+from hf_lossless.reports.pictures.style import GREY, PURPLE, VERMILION, new_figure, short
+from hf_lossless.storage.kinds import KINDS
 from hf_lossless.storage.plan import KEPT_BITS, CompressionPlan, LayerPlan
 
-_KINDS = {
-    "kept": (GREY, "kept in floating point"),
-    "grid": (BLUE, "codes on a grid"),
-    "low_rank": (ORANGE, "two factors"),
-    "sum": (GREEN, "codes plus two factors"),
-    "coded": (PURPLE, "codes at their entropy"),
-}
 _RANGES = {"static": ("s", VERMILION), "dynamic": ("o", PURPLE)}
-_FLOAT = 10
-"""Where floating point is drawn on an axis of bits that ends at 8."""
+_WIDEST = 8
+"""The axis of bits reaches at least so far."""
 
-_MOST_BITS = 9
-"""Tiny layers may take more, for what goes with their codes."""
+_MOST_BITS = 32
+"""The axis reaches at most so far; layers of a few weights may take more, for what goes with their codes."""
 
 _MAX_NAMES, _MAX_RANKS = 64, 45
 """Names that fit beside the axis; ranks that fit beside their bars."""
@@ -54,8 +49,8 @@ def layers_figure(plan: CompressionPlan) -> Figure:
         axes.grid(axis="x", alpha=0.3)
         axes.set_axisbelow(True)
     _name_rows(columns[0], list(plan.layers))
-    present = [kind for kind in _KINDS if any(layer.kind == kind for layer in layers)]
-    handles: list[object] = [Patch(color=_KINDS[kind][0], label=_KINDS[kind][1]) for kind in present]
+    present = [kind for name, kind in KINDS.items() if any(layer.kind == name for layer in layers)]
+    handles: list[object] = [Patch(color=kind.colour, label=kind.words) for kind in present]
     handles += [handle for axes in columns[1:] for handle in axes.get_legend_handles_labels()[0]]
     figure.legend(handles=handles, loc="outside upper center", ncols=3)
     return figure
@@ -82,21 +77,38 @@ def _shared_prefix(names: Sequence[str]) -> int:
 
 
 def _draw_bits(axes: Axes, layers: Sequence[LayerPlan]) -> None:
+    """Bars of the bits that weights take; floating point lies beyond the axis, and what is beyond it has its number."""
+    bits = [layer.bits for layer in layers if layer.bits != KEPT_BITS]
+    widest = min(max([_WIDEST, *map(math.ceil, bits)]), _MOST_BITS)
     axes.barh(
         range(len(layers)),
-        [_FLOAT if layer.bits == KEPT_BITS else min(layer.bits, _MOST_BITS) for layer in layers],
+        [_floating(widest) if layer.bits == KEPT_BITS else min(layer.bits, widest) for layer in layers],
         height=0.8,
-        color=[_KINDS[layer.kind][0] for layer in layers],
+        color=[KINDS[layer.kind].colour for layer in layers],
     )
-    axes.set_xlim(0, _FLOAT + 0.5)
-    axes.set_xticks([0, 2, 4, 6, 8, _FLOAT], ["0", "2", "4", "6", "8", "float"])
+    for row, layer in enumerate(layers):
+        if layer.bits != KEPT_BITS and layer.bits > widest:
+            axes.annotate(f"{layer.bits:.0f}", (widest, row), xytext=(2, 0), textcoords="offset points", va="center")
+    _bits_axis(axes, widest)
     axes.set_xlabel("bits of a weight")
+
+
+def _floating(widest: int) -> float:
+    """Where floating point is drawn on an axis that reaches so many bits."""
+    return 1.25 * widest
+
+
+def _bits_axis(axes: Axes, widest: int) -> None:
+    """An axis of bits, with a place for floating point beyond it."""
+    ticks = list(range(0, widest + 1, 2 * math.ceil(widest / 8)))
+    axes.set_xlim(0, 1.05 * _floating(widest))
+    axes.set_xticks([*ticks, _floating(widest)], [*map(str, ticks), "float"])
 
 
 def _draw_ranks(axes: Axes, layers: Sequence[LayerPlan]) -> None:
     rows = [(row, layer.low_rank) for row, layer in enumerate(layers) if layer.low_rank is not None]
     shares = [100 * low_rank.rank / min(low_rank.shape) for _, low_rank in rows]
-    colours = [_KINDS[layers[row].kind][0] for row, _ in rows]
+    colours = [KINDS[layers[row].kind].colour for row, _ in rows]
     bars = axes.barh([row for row, _ in rows], shares, height=0.8, color=colours)
     if len(layers) <= _MAX_RANKS:
         axes.bar_label(bars, [str(low_rank.rank) for _, low_rank in rows], padding=2, fontsize=7.5)
@@ -116,7 +128,6 @@ def _draw_inputs(axes: Axes, layers: Sequence[LayerPlan]) -> None:
             axes.plot(*zip(*found, strict=True), marker, color=colour, markersize=4, label=f"input, {name} range")
     floating = [row for row, layer in enumerate(layers) if layer.activation is None]
     if floating:
-        axes.plot([_FLOAT] * len(floating), floating, "|", color=GREY, label="input in floating point")
-    axes.set_xlim(0, _FLOAT + 0.5)
-    axes.set_xticks([0, 2, 4, 6, 8, _FLOAT], ["0", "2", "4", "6", "8", "float"])
+        axes.plot([_floating(_WIDEST)] * len(floating), floating, "|", color=GREY, label="input in floating point")
+    _bits_axis(axes, _WIDEST)
     axes.set_xlabel("bits of an input")

@@ -130,11 +130,11 @@ def test_scales_that_a_dtype_cannot_hold_are_not_carried():
 @pytest.mark.parametrize(
     ("kind", "settings", "why"),
     [
-        ("low_rank", {}, "it is stored as factors"),
-        ("sum", {"left": 4}, "it is stored as a grid and factors"),
+        ("low_rank", {}, "it is stored as two factors"),
+        ("sum", {"left": 4}, "it is stored as codes plus two factors"),
         ("asymmetric", {}, "its grid has zero points"),
         ("tied", {}, "it shares its weight with decoder"),
-        ("unknown", {}, "it is stored as 'entropy'"),
+        ("coded", {}, "it is stored as codes at their entropy"),
     ],
 )
 def test_why_a_layer_is_not_carried(kind: str, settings: dict[str, int], why: str):
@@ -147,8 +147,8 @@ def test_why_a_layer_is_not_carried(kind: str, settings: dict[str, int], why: st
     apply_rounded(model, {"0": plan}, {} if factors is None else {"0": factors})
     if kind == "tied":
         plan = plan.model_copy(update={"tied": ("decoder",)})
-    if kind == "unknown":
-        plan = plan.model_copy(update={"kind": "entropy"})
+    if kind == "coded":
+        plan = plan.model_copy(update={"kind": "coded"})
     with pytest.raises(NotCarried, match=f"^{re.escape(why)}$"):
         whole_numbers(model[0], plan, torch.float32)
 

@@ -29,7 +29,7 @@ from hf_lossless.reports.card.details import details_of_card
 from hf_lossless.reports.card.digest import own_text
 from hf_lossless.reports.card.folder import write_card
 from hf_lossless.reports.card.text import loading_code, task_name
-from hf_lossless.reports.words import unchecked
+from hf_lossless.reports.words import limitations
 
 BASE = "google-bert/bert-base-uncased"
 DETAILS = CardDetails(base_model=BASE, dataset="stanfordnlp/sst2", split="test", license="mit", language=("en", "de"))
@@ -152,9 +152,9 @@ def test_what_was_not_checked(compressed_folder: Path) -> None:
     text = section(str(model_card(compressed_folder)), "What was not checked")
     for word in ("Other data", "Other tasks", "Robustness", "Generated text", "Speed", "The original's training"):
         assert f"\n- {word}" in text
-    assert set(unchecked(SavedFolder.read(compressed_folder).entry, SavedFolder.read(compressed_folder).record)) < set(
-        text[3:].split("\n- ")
-    )
+    assert set(
+        limitations(SavedFolder.read(compressed_folder).entry, SavedFolder.read(compressed_folder).record)
+    ) < set(text[3:].split("\n- "))
     assert "Integer arithmetic" not in text
 
 
@@ -207,11 +207,12 @@ def test_tasks(name: str, task: str) -> None:
     assert task_name("SomethingOfMyOwn") is None
 
 
-def test_loading_code() -> None:
-    assert loading_code("me/x", "SomethingOfMyOwn", ()) is None
-    code = loading_code("me/x", "ViTForImageClassification", ("preprocessor_config.json",))
+def test_loading_code(compressed_folder: Path) -> None:
+    plan = SavedFolder.read(compressed_folder).plan
+    assert loading_code("me/x", "SomethingOfMyOwn", (), plan) is None
+    code = loading_code("me/x", "ViTForImageClassification", ("preprocessor_config.json",), plan)
     assert code is not None and 'processor = AutoImageProcessor.from_pretrained("me/x")' in code
-    code = loading_code("me/x", "ViTForImageClassification", ())
+    code = loading_code("me/x", "ViTForImageClassification", (), plan)
     assert code is not None and "processor" not in code
 
 
