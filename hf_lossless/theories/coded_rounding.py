@@ -1,7 +1,7 @@
 """What entropy-coded grids cost, judged on other rows than those that shaped them.
 
 Steps and feedback follow the metric of the calibration rows, and what they save in its weak directions other rows ask
-back. How much that is, is found as for `fitted_rounding` and `truncation`: a layer's grid is made for one half of the
+back. How much that is, is found as for `fitted_rounding` and ranks (`cross_fit`): a layer's grid is made for one half of the
 calibration batches and judged by the curvature of the other, both ways round. Over the costs in the layers' damped
 metrics it is one factor,
 
@@ -24,6 +24,7 @@ from hf_lossless.candidates.parallel import for_each_layer
 from hf_lossless.candidates.shaped import Judge, Sample, try_step
 from hf_lossless.storage.layers import Layer
 from hf_lossless.storage.plan import CodedGrid
+from hf_lossless.theories.cross_fit import folds
 from hf_lossless.theories.problem import Problem
 
 REFERENCE_BITS = 2.5
@@ -68,8 +69,8 @@ def _damped_and_judged(
     assert grid is not None
     if statistics.halves is None or not all(half.scale > 0 for half in statistics.halves):
         return candidate.expected_cost, candidate.expected_cost
-    even, odd = statistics.halves
-    return candidate.expected_cost, (_judged(layer, grid, even, odd, seed) + _judged(layer, grid, odd, even, seed)) / 2
+    judged = [_judged(layer, grid, fit, judge, seed) for fit, judge in folds(statistics)]
+    return candidate.expected_cost, sum(judged) / len(judged)
 
 
 def _judged(layer: Layer, grid: CodedGrid, fit: KroneckerFactors, judge: KroneckerFactors, seed: int) -> float:

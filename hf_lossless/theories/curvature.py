@@ -5,7 +5,7 @@
 with R and C the second moments of the layer's output gradients and inputs, all from the one calibration pass (see
 `calibration.curvature`, which also says how much memory they take at most). No forward pass is needed for a candidate,
 so that many can be compared. What is fitted to the data is judged on other rows: codes, see `fitted_rounding` and
-`coded_rounding`, and ranks, see `truncation`.
+`coded_rounding`, and ranks, see `rank_changes`.
 
 The curvature is the empirical Fisher matrix: it orders layers and candidates well, but its size is too small on rows
 that the model knows by heart (see `calibration.curvature`), and so are then the predictions. That is why a plan's loss
@@ -27,9 +27,9 @@ from hf_lossless.candidates.uniform import on_grid
 from hf_lossless.storage.layers import Layer
 from hf_lossless.storage.plan import CodedGrid, Grid
 from hf_lossless.theories.coded_rounding import coded_changes
-from hf_lossless.theories.cross_fit import CrossFit, rounding_change
 from hf_lossless.theories.fitted_rounding import feedback_changes
 from hf_lossless.theories.problem import Prediction, Problem
+from hf_lossless.theories.rank_changes import RankChanges, rounding_change
 
 
 def predict(problem: Problem) -> dict[str, list[Prediction]]:
@@ -52,9 +52,9 @@ def _changes(
     statistics = problem.calibration.layers[layer.name]
     assert statistics.curvature is not None
     candidates = problem.candidates[layer.name]
-    cross_fit = CrossFit(statistics)
+    ranks = RankChanges(statistics)
     changes_of_rank = {
-        base: cross_fit.changes(_left_by(layer, base), largest) for base, largest in _largest_ranks(candidates).items()
+        base: ranks.changes(_left_by(layer, base), largest) for base, largest in _largest_ranks(candidates).items()
     }
     changes = []
     for candidate in candidates:

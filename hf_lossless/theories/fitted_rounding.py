@@ -2,7 +2,7 @@
 
 Feedback pushes a layer's error into the directions that the calibration rows excite least. Judged on the same rows it
 looks better than it is, the more so the fewer they are. So the codes are fitted to the metric of one half of the
-calibration batches and judged by that of the other half, both ways round, and the mean is taken (see `truncation`).
+calibration batches and judged by that of the other half, both ways round, and the mean is taken (see `cross_fit`).
 
 Of a layer with more rows than S a sample is rounded, drawn with the probabilities R_oo / tr R, and
 
@@ -22,10 +22,11 @@ import torch
 from torch import Tensor
 
 from hf_lossless.calibration.curvature import KroneckerFactors
-from hf_lossless.candidates.feedback import damping_of, quantise_in_metric
+from hf_lossless.candidates.feedback import quantise_in_metric
 from hf_lossless.storage.grid import dequantise
 from hf_lossless.storage.layers import Layer
 from hf_lossless.storage.plan import Grid
+from hf_lossless.theories.cross_fit import folds
 from hf_lossless.theories.problem import Problem
 
 SAMPLED_ROWS = 48
@@ -89,11 +90,10 @@ def _folds(problem: Problem, layer: Layer, generator: torch.Generator) -> list[_
     assert curvature is not None
     indices, pairs = _sample(curvature.rows, generator)
     rows = layer.matrix.detach()[indices].float()
-    folds = [(curvature, curvature)]
-    if statistics.halves is not None:
-        even, odd = statistics.halves
-        folds = [(even, odd), (odd, even)]
-    return [_Fold(layer.name, rows, pairs, grids, fit.columns, judge, damping_of(layer.kind)) for fit, judge in folds]
+    return [
+        _Fold(layer.name, rows, pairs, grids, fit.columns, judge, feedback_damping(layer.kind))
+        for fit, judge in folds(statistics)
+    ]
 
 
 def _sample(rows: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:

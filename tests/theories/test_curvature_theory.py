@@ -14,10 +14,10 @@ from hf_lossless.data.batches import batch_loss
 from hf_lossless.storage.grid import dequantise
 from hf_lossless.storage.layers import find_layers
 from hf_lossless.storage.plan import LayerPlan
-from hf_lossless.theories.cross_fit import CrossFit, rounding_change
 from hf_lossless.theories.curvature import predict
 from hf_lossless.theories.fitted_rounding import feedback_changes
 from hf_lossless.theories.problem import Problem
+from hf_lossless.theories.rank_changes import RankChanges, rounding_change
 
 
 def prepared(ranks="auto"):
@@ -56,7 +56,7 @@ def test_every_candidate_by_its_formula():
                     ].error(layer.matrix)
                     left = -error
                 rank = candidate.low_rank.rank
-                expected = CrossFit(statistics).changes(left, rank)[rank].item()
+                expected = RankChanges(statistics).changes(left, rank)[rank].item()
                 expected += rounding_change(candidate.factors, candidate.low_rank, statistics.curvature)
             assert prediction.loss_change == pytest.approx(expected, rel=1e-4, abs=1e-9)
             assert prediction.loss_change >= 0 and prediction.regime is None

@@ -13,7 +13,7 @@ from hf_lossless.data.batches import batch_loss
 from hf_lossless.storage.layers import find_layers
 from hf_lossless.storage.plan import Grid, LowRank
 from hf_lossless.theories import cross_fit as truncation
-from hf_lossless.theories.cross_fit import CrossFit, changes_of_ranks, rounding_change
+from hf_lossless.theories.rank_changes import RankChanges, changes_of_ranks, rounding_change
 
 
 def random_matrix(rows: int, columns: int, seed: int = 0) -> Tensor:
@@ -61,12 +61,12 @@ def test_cross_fit_is_the_mean_of_both_ways():
     statistics = calibrate(model, batches, [layer], batch_loss, curvature=True).layers["0"]
     even, odd = statistics.halves
     expected = [changes_of_ranks(layer.matrix, Whitening.of(a), b, 4) for a, b in ((even, odd), (odd, even))]
-    torch.testing.assert_close(CrossFit(statistics).changes(layer.matrix, 4), (expected[0] + expected[1]) / 2)
+    torch.testing.assert_close(RankChanges(statistics).changes(layer.matrix, 4), (expected[0] + expected[1]) / 2)
 
     one = calibrate(model, batches[:1], [layer], batch_loss, curvature=True).layers["0"]
     assert one.halves is None  # one batch: judged by its own rows
     own = changes_of_ranks(layer.matrix, Whitening.of(one.curvature), one.curvature, 4)
-    torch.testing.assert_close(CrossFit(one).changes(layer.matrix, 4), own)
+    torch.testing.assert_close(RankChanges(one).changes(layer.matrix, 4), own)
 
 
 def test_the_cut_looks_better_on_the_rows_it_was_made_for():
@@ -85,7 +85,7 @@ def test_the_cut_looks_better_on_the_rows_it_was_made_for():
         factors = factorise(layer.matrix, Whitening.of(few.curvature)).truncated(rank)
         truth = second_order_change(factors.left @ factors.right - layer.matrix, many.curvature)
         own = changes_of_ranks(layer.matrix, Whitening.of(few.curvature), few.curvature, rank)[rank].item()
-        crossed = CrossFit(few).changes(layer.matrix, rank)[rank].item()
+        crossed = RankChanges(few).changes(layer.matrix, rank)[rank].item()
         assert own < 0.75 * truth, "judged by its own rows the cut looks too good"
         assert 0.8 * truth < crossed < 2 * truth
 

@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from hf_lossless.candidates.damping import LADDER, MOST_LAYERS, RESOLUTION, chosen_scale
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -13,7 +14,6 @@ from hf_lossless.calibration.model_labels import drawn_batches, with_fisher
 from hf_lossless.calibration.statistics import Calibration, calibrate
 from hf_lossless.candidates import damping as module_under_test
 from hf_lossless.candidates.coded import DAMPING
-from hf_lossless.candidates.damping import LADDER, MOST_LAYERS, RESOLUTION, chosen_scale
 from hf_lossless.candidates.inverse_roots import InverseRoots
 from hf_lossless.candidates.round_coded import round_coded
 from hf_lossless.candidates.shaped import step_at
