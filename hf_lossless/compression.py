@@ -214,8 +214,8 @@ def analyse(
             advance=advance,
         )
         predictions = theory.predict(problem)
-    if problem.unreached and process_state().is_main_process:
-        _logger.warning("kept as they are, for no calibration row reaches them: %s", ", ".join(problem.unreached))
+    if process_state().is_main_process:
+        _warn_of_kept(problem)
     return Planner(
         problem,
         predictions,
@@ -225,6 +225,18 @@ def analyse(
         other_bytes=present_bytes - sum(layer.weight.nbytes for layer in layers),
         original_bytes=present_bytes if original_bytes is None else original_bytes,
     )
+
+
+def _warn_of_kept(problem: Problem) -> None:
+    """Names the layers of which the calibration rows say nothing."""
+    if problem.unreached:
+        _logger.warning("kept as they are, for no calibration row reaches them: %s", ", ".join(problem.unreached))
+    if problem.underflown:
+        _logger.warning(
+            "kept as they are, for the gradient of the loss underflows there (float16 holds sizes from 6e-8, float32 "
+            "from 1e-45): %s. Load the model in a wider dtype, or check the scale of its inputs and weights.",
+            ", ".join(problem.underflown),
+        )
 
 
 def realise(model: nn.Module, problem: Problem, planned: Planned) -> LossChange:

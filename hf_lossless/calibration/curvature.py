@@ -38,8 +38,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from hf_lossless.calibration.units import in_unit, unit_of
 from hf_lossless.data.batches import Batch, num_examples
-from hf_lossless.data.processes import sum_over_processes
+from hf_lossless.data.processes import max_over_processes, sum_over_processes
 from hf_lossless.storage.layers import Layer, kind_of, modules_of
 
 LARGEST_FACTOR = 4096
@@ -105,11 +106,12 @@ def second_order_change(error: Tensor, curvature: KroneckerFactors) -> float:
         >>> second_order_change(torch.ones(2, 3), factors)
         1.5
     """
-    error = error.float()
+    unit = unit_of(error)
+    error = in_unit(error.float(), unit)
     # tr(R d C d') = <R d, d C>, for C = C'
     left = curvature.rows @ error if curvature.rows.ndim == 2 else curvature.rows[:, None] * error
     right = error @ curvature.columns if curvature.columns.ndim == 2 else error * curvature.columns
-    return 0.5 * curvature.scale * left.mul_(right).sum(dtype=torch.float64).item()
+    return 0.5 * curvature.scale * left.mul_(right).sum(dtype=torch.float64).item() * unit * unit
 
 
 def _damped(factor: Tensor, share: float) -> Tensor:
@@ -130,23 +132,49 @@ class _Sums:
         columns: The same for each group's vector on the side of the columns, [groups, in, in] or [groups, in].
         inputs: Sum of each group's vectors on the side of the columns, [groups, in].
         positions: How many there are, [1], float64.
+        row_unit: The unit of r, that of the largest so far; 0 before there is any.
+        column_unit: The same of the vectors on the side of the columns.
     """
 
     rows: Tensor
     columns: Tensor
     inputs: Tensor
     positions: Tensor
+    row_unit: float = 0.0
+    column_unit: float = 0.0
 
     @property
     def parts(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         return self.rows, self.columns, self.inputs, self.positions
+
+    @property
+    def units(self) -> tuple[float, float]:
+        return self.row_unit, self.column_unit
+
+    def in_units(self, row_unit: float, column_unit: float) -> "_Sums":
+        """The same sums, of vectors in units that are no smaller."""
+        rows = self.row_unit / row_unit if self.row_unit else 1.0
+        columns = self.column_unit / column_unit if self.column_unit else 1.0
+        return _Sums(
+            _times(self.rows, rows * rows),
+            _times(self.columns, columns * columns),
+            _times(self.inputs, columns),
+            self.positions,
+            row_unit,
+            column_unit,
+        )
+
+
+def _times(values: Tensor, factor: float) -> Tensor:
+    return values if factor == 1 else values * factor
 
 
 class CurvatureSums:
     """Running sums of one layer's uses, and the factors they come to.
 
     Inputs and gradients are cast to float32, and multiplied and added in it: what is added to the diagonals is never
-    negative, so their relative error stays near 1e-6, in a half of the memory of float64.
+    negative, so their relative error stays near 1e-6, in a half of the memory of float64. So that their squares are
+    numbers of float32 as well, they are taken in the units of the largest of them; see `units`.
 
     Where H is a sum of several Kronecker products, the factors are those that keep its partial traces: an error spread
     evenly over the columns, or over the rows, has the curvature that the sum gives it. There are two such cases. A
@@ -197,8 +225,9 @@ class CurvatureSums:
             vectors = gradient.reshape(-1, gradient.shape[-1])
             used = vectors.any(1)
             vectors = vectors[used].float()
+            self.lookups = self.lookups.in_units(1.0, max(self.lookups.column_unit, unit_of(vectors)))
             self.lookups.rows += torch.bincount(inputs.reshape(-1)[used], minlength=self.shape[0])
-            _add_columns(self.lookups.columns, vectors.T[None])
+            _add_columns(self.lookups.columns, in_unit(vectors, self.lookups.column_unit).T[None])
             self.lookups.positions += len(vectors)
         elif isinstance(module, nn.Conv2d):
             for patches, pixels in _patches(module, inputs, gradient):
@@ -212,25 +241,36 @@ class CurvatureSums:
         used = gradients.any(1)
         if not used.all():
             inputs, gradients = inputs[:, :, used], gradients[used]
-        gradients = gradients.float()
+        gradients, inputs = gradients.float(), inputs.float()
+        row_unit, column_unit = self.products.units
+        self.products = self.products.in_units(max(row_unit, unit_of(gradients)), max(column_unit, unit_of(inputs)))
+        gradients, inputs = in_unit(gradients, self.products.row_unit), in_unit(inputs, self.products.column_unit)
         if self.products.rows.ndim == 2:
             self.products.rows.addmm_(gradients.T, gradients)
         else:
             self.products.rows += gradients.square().sum(0)
-        _add_columns(self.products.columns, inputs.float())
-        self.products.inputs += inputs.float().sum(2)
+        _add_columns(self.products.columns, inputs)
+        self.products.inputs += inputs.sum(2)
         self.products.positions += len(gradients)
 
     def over_processes(self) -> "CurvatureSums":
         """The sums over all processes, the same in each."""
-        return self._with(lambda sums: _Sums(*map(sum_over_processes, sums.parts)))
+
+        def summed(sums: _Sums) -> _Sums:
+            units = max_over_processes(torch.tensor(sums.units, dtype=torch.float64)).tolist()
+            return _Sums(*map(sum_over_processes, sums.in_units(*units).parts), *units)
+
+        return self._with(summed)
 
     def plus(self, other: "CurvatureSums") -> "CurvatureSums":
         """The sums of both, of one layer."""
         others = iter([sums for sums in (other.lookups, other.products) if sums is not None])
 
         def added(sums: _Sums) -> _Sums:
-            return _Sums(*(a + b for a, b in zip(sums.parts, next(others).parts, strict=True)))
+            other = next(others)
+            units = tuple(map(max, sums.units, other.units))
+            pairs = zip(sums.in_units(*units).parts, other.in_units(*units).parts, strict=True)
+            return _Sums(*(a + b for a, b in pairs), *units)
 
         return self._with(added)
 
@@ -263,7 +303,8 @@ class CurvatureSums:
     def _mean_input(self) -> Tensor | None:
         if self.products is None or self.lookups is not None or self.groups > 1:
             return None
-        return (self.products.inputs[0] / self.products.positions.clamp(min=1)).float()
+        mean = self.products.inputs[0] / self.products.positions.clamp(min=1)
+        return (mean * self.products.column_unit).float()
 
 
 def smoothed_counts(counts: Tensor) -> Tensor:
@@ -294,12 +335,15 @@ def _factors(sums: _Sums, row_weight: float) -> KroneckerFactors:
     if mean == 0:
         return KroneckerFactors(torch.zeros_like(sums.rows), torch.zeros_like(sums.columns[0]), 0.0)
     # With the gradients of 1/N of each row: N/T (sum r r') (x) (sum c c') = T/N (mean r r') (x) (mean c c')
-    scale = row_weight * mean / sums.positions.item()
+    unit = sums.row_unit * sums.column_unit
+    scale = row_weight * mean / sums.positions.item() * unit * unit
     if groups == 1:
         return KroneckerFactors(sums.rows / rows.mean().float(), sums.columns[0] / energy[0].float(), scale)
     group_rows = rows.view(groups, -1)
     rows = group_rows * energy[:, None] / mean
     weights = (group_rows.mean(1) / groups / mean).float()
+    # Of a group whose inputs are too small beside those of others float32 holds nothing.
+    weights = torch.where(energy < torch.finfo(torch.float32).tiny, 0.0, weights)
     columns = torch.einsum("g,g...->...", weights, sums.columns)
     return KroneckerFactors(rows.flatten().float(), columns, scale)
 

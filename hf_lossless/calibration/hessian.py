@@ -29,8 +29,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from hf_lossless.calibration.units import in_unit, unit_of
 from hf_lossless.data.batches import Batch, LossFunction, model_device, num_examples, to_device
-from hf_lossless.data.processes import failing_together, own_share, sum_over_processes
+from hf_lossless.data.processes import failing_together, max_over_processes, own_share, sum_over_processes
 from hf_lossless.errors import CalibrationError, reason
 from hf_lossless.storage.layers import Layer, as_matrix
 
@@ -75,6 +76,7 @@ class HessianProducts:
     def __init__(self, layers: list[Layer], gradients: list[dict[str, Tensor]]) -> None:
         self._layers = {layer.name: layer for layer in layers}
         self._gradients = gradients
+        self._units = _units_of(layers, gradients)
         self.num_products = 0
 
     def __call__(self, vectors: Mapping[str, Tensor]) -> Vectors:
@@ -84,15 +86,18 @@ class HessianProducts:
             vectors: v_l [out, in] by layer name.
 
         Returns:
-            (H v)_l [out, in] for the same layers, float32 (float64 for float64 weights). Zeros where the loss does not
-            depend on a weight, or does so linearly.
+            (H v)_l [out, in] for the same layers, float32 (float64 for float64 weights, and where the gradient is so
+            small or large that the product may be no number of float32). Zeros where the loss does not depend on a
+            weight, or does so linearly.
 
         Raises:
             CalibrationError: An operation has no second derivative, or it is not finite.
         """
         layers = [self._layers[name] for name in vectors]
         weights = [layer.weight for layer in layers]
-        directions = [_as_weight(vectors[layer.name], layer) for layer in layers]
+        # H v is as much smaller than the gradient as this is than one: with v / unit the numbers on the way are not.
+        unit = max(self._units[layer.name] for layer in layers)
+        directions = [in_unit(_as_weight(vectors[layer.name], layer), unit) for layer in layers]
         products = [torch.zeros_like(weight, dtype=_precise(weight)) for weight in weights]
         with failing_together(), naming_what_has_no_derivative():
             for gradients in self._gradients:
@@ -108,7 +113,7 @@ class HessianProducts:
                     materialize_grads=True,
                 )
                 for product, part in zip(products, parts, strict=True):
-                    product += part.to_dense() if part.is_sparse else part
+                    product += _dense(part)
         self.num_products += 1
         results = {}
         for layer, product in zip(layers, products, strict=True):
@@ -118,8 +123,16 @@ class HessianProducts:
                     f"the second derivative of the loss with respect to layer {layer.name!r} is not finite. "
                     "Use theory='llc', which needs none, or leave the layer out with modules_to_not_convert."
                 )
-            results[layer.name] = as_matrix(total, layer.kind)
+            results[layer.name] = as_matrix(total if unit == 1 else total.double() * unit, layer.kind)
         return results
+
+
+def _units_of(layers: list[Layer], gradients: list[dict[str, Tensor]]) -> dict[str, float]:
+    """The unit of each layer's gradient, the same in every process; 1 where there is none."""
+    units = [[unit_of(_dense(parts[layer.name])) for parts in gradients] for layer in layers]
+    largest = torch.tensor([max(of_layer, default=0.0) for of_layer in units], dtype=torch.float64)
+    names = [layer.name for layer in layers]
+    return {name: unit or 1.0 for name, unit in zip(names, max_over_processes(largest).tolist(), strict=True)}
 
 
 @contextmanager
@@ -250,6 +263,10 @@ def _as_weight(matrix: Tensor, layer: Layer) -> Tensor:
     weight = layer.weight
     matrix = matrix.T if layer.kind == "conv1d" else matrix
     return matrix.reshape(weight.shape).to(weight)
+
+
+def _dense(gradient: Tensor) -> Tensor:
+    return gradient.to_dense() if gradient.is_sparse else gradient
 
 
 def _precise(weight: Tensor) -> torch.dtype:

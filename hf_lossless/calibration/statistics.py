@@ -90,6 +90,16 @@ class LayerStatistics:
         vanished = self.curvature is not None and self.curvature.scale == 0
         return bool(self.calls) and not self.weight_gradient.is_zero and not vanished
 
+    @property
+    def underflows(self) -> bool:
+        """Whether the loss depends on what goes into the layer, though by its weight it has no derivatives.
+
+        These are products of inputs and gradients, and may be smaller than a floating dtype can hold.
+        """
+        inputs = self.inputs
+        reached = inputs is not None and not inputs.values.is_zero and not inputs.gradient.is_zero
+        return reached and not self.has_derivatives
+
 
 @dataclass(frozen=True)
 class Calibration:
@@ -227,8 +237,9 @@ def calibrate(
         factors = curvatures.curvature_of(layer.name)
         if factors and not factors["curvature"].is_finite:
             raise CalibrationError(
-                f"the second moments of layer {layer.name!r} overflow: its inputs or gradients are too large. "
-                "Check the scale of the inputs and the loss, or keep this layer out with modules_to_not_convert."
+                f"the second moments of layer {layer.name!r} overflow: its inputs or gradients are too large for "
+                "float32 (3e38). Check the scale of the inputs and the loss, or keep this layer out with "
+                "modules_to_not_convert."
             )
         statistics[layer.name] = replace(
             sums[layer.name].statistics(gradient),

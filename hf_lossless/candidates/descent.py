@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from hf_lossless.calibration.units import in_unit, unit_of
 from hf_lossless.candidates.low_rank import Factorisation, Factors
 
 TOLERANCE = 1e-2
@@ -37,6 +38,7 @@ def aligned_factors(factorisation: Factorisation, rank: int, matrix: Tensor, gra
         gradient has no part in the subspace.
     """
     factors, matrix = factorisation.truncated(rank), matrix.detach()
+    gradient = in_unit(gradient, unit_of(gradient))  # of which only the direction matters
     first_order = _inner(gradient, factors.left @ factors.right - matrix)
     if first_order <= 0:
         return factors

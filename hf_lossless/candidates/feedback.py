@@ -31,6 +31,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from hf_lossless.candidates.cholesky import cholesky
 from hf_lossless.candidates.uniform import quantise
 from hf_lossless.storage.grid import QuantisedMatrix, symmetric_zero
 from hf_lossless.storage.layers import LayerKind
@@ -83,7 +84,7 @@ class Metric:
         for one, own_order in zip(cost, order, strict=True):
             # Backwards, for the Cholesky factor of a matrix turned round is lower: H = R R' with R upper, U = R^-1.
             backwards = own_order.flip(0)
-            lower = torch.linalg.cholesky(one.index_select(0, backwards).index_select(1, backwards))
+            lower = cholesky(one.index_select(0, backwards).index_select(1, backwards))
             roots.append(torch.linalg.solve_triangular(lower.flip(0, 1), identity, upper=True))
         return cls(cost, order, torch.stack(roots))
 

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from hf_lossless.calibration.curvature import KroneckerFactors
+from hf_lossless.candidates.cholesky import cholesky
 
 DAMPING = 0.1
 """Share of a metric's mean diagonal that is added to it: calibration rows span a part of the space only. 0.01 and 0.1
@@ -200,8 +201,7 @@ def _root(metric: Tensor) -> Tensor:
     """C with `C C' = M`: lower triangular [n, n], or a diagonal [n]; float64."""
     if metric.ndim == 1:
         return metric.double().sqrt()
-    root: Tensor = torch.linalg.cholesky(metric.double())
-    return root
+    return cholesky(metric.double())
 
 
 def _transposed_times(root: Tensor, matrix: Tensor) -> Tensor:

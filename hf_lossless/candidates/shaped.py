@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from hf_lossless.calibration.curvature import KroneckerFactors
+from hf_lossless.calibration.units import unit_of_size
 from hf_lossless.candidates.inverse_roots import InverseRoots
 from hf_lossless.storage.entropy.coder import entropy_bytes
 from hf_lossless.storage.entropy.levels import best_levels
@@ -37,6 +38,9 @@ _RESOLUTIONS = 2.0**6, 2.0**-3
 
 _SMALLEST = 1e-30
 """Stands for the size of a matrix of zeros."""
+
+_ORDINARY = 80
+"""Binary orders of magnitude of sqrt(scale) between which c = 1 has steps in float32."""
 
 _BYTES_PER_FAR_CODE = 8
 
@@ -63,8 +67,9 @@ def ladder(matrix: Tensor, sides: InverseRoots) -> list[float]:
 def step_at(resolution: float, matrix: Tensor, sides: InverseRoots) -> float:
     """The c at which the weights' root mean square is so many times the geometric mean of the steps."""
     size = matrix.detach().float().square().mean().sqrt().item()
-    unit = (sides.row_steps(1.0).log().mean() + sides.column_steps.log().mean()).exp().item()
-    return max(size, _SMALLEST) / unit / resolution
+    start = unit_of_size(math.sqrt(sides.scale), _ORDINARY)  # the steps of c = 1 may be no numbers of float32
+    mean = (sides.row_steps(start).log().mean() + sides.column_steps.log().mean()).exp().item()
+    return max(size, _SMALLEST) * start / mean / resolution
 
 
 def stored_steps(steps: Tensor) -> Tensor:

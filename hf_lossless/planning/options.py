@@ -7,6 +7,7 @@ proportion as the nearest that was rounded.
 """
 
 import math
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
@@ -124,7 +125,7 @@ def with_rounded_costs(options: list[Option], found: Mapping[CodedGrid, RoundedC
 
 
 def _ratio(found: float, expected: float) -> float:
-    ratio = found / max(expected, 1e-30)
+    ratio = found / max(expected, sys.float_info.min)
     return min(max(ratio, 1 / _LARGEST_CORRECTION), _LARGEST_CORRECTION)
 
 

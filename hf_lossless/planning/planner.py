@@ -249,12 +249,13 @@ class Planner:
         try:
             return choose_plan(frontier, plan_at, target, self.choices.bits), frontier
         except UnreachableTargetError as error:
-            if not self.problem.unreached:
+            kept = [*self.problem.unreached, *self.problem.underflown]
+            if not kept:
                 raise
             raise UnreachableTargetError(
-                f"{error} On the calibration rows the gradient of the loss is zero for {self.problem.unreached[0]!r} "
-                f"and {len(self.problem.unreached) - 1} other layer(s), which are kept for it: calibrate on other "
-                "rows, or load a float16 model in another dtype, for small gradients vanish in float16."
+                f"{error} On the calibration rows the gradient of the loss is zero, or underflows to zero, for "
+                f"{kept[0]!r} and {len(kept) - 1} other layer(s), which are kept for it: calibrate on other rows, or "
+                "load the model in a wider dtype, for small gradients vanish, in float16 those below 6e-8."
             ) from error
 
     def _as_stated(self, planned: Planned, measured: LossChange) -> bool:

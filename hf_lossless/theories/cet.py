@@ -38,6 +38,7 @@ from torch import Tensor
 
 from hf_lossless.calibration.hessian import HessianProducts, hessian, random_signs, sub_sample
 from hf_lossless.calibration.perturbation import seeded_number
+from hf_lossless.calibration.units import unit_of
 from hf_lossless.candidates.grids import Candidate
 from hf_lossless.storage.layers import Layer
 from hf_lossless.theories.lanczos import Eigenpairs, lanczos
@@ -169,6 +170,8 @@ def curvature_of(product: HessianProducts, layer: Layer, settings: CurvatureSett
     like = layer.matrix.detach()
     # A random vector meets every row of H that is not zero: where its image is exactly zero, so is H.
     image = product({layer.name: random_signs(shape, generator).to(like)})[layer.name].flatten()
+    if unit_of(image) not in (0.0, 1.0):  # in float32 the squares of its norm could be lost
+        image = image.double()
     nonzero = image.nonzero().flatten()
     size = len(nonzero)
     support = nonzero if size < num_weights else None

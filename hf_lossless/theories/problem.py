@@ -46,6 +46,15 @@ class Problem:
     @property
     def unreached(self) -> list[str]:
         """Names of the layers that no gradient reaches on the calibration rows, and that can only be kept."""
+        return [name for name in self._without_derivatives if not self.calibration.layers[name].underflows]
+
+    @property
+    def underflown(self) -> list[str]:
+        """Names of the layers whose derivatives are too small for their dtype, and that can only be kept."""
+        return [name for name in self._without_derivatives if self.calibration.layers[name].underflows]
+
+    @property
+    def _without_derivatives(self) -> list[str]:
         return [
             layer.name
             for layer in self.layers
