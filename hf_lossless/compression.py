@@ -16,7 +16,7 @@ from hf_lossless.calibration.model_labels import drawn_batches, with_fisher
 from hf_lossless.calibration.perturbation import LossChange, loss_change
 from hf_lossless.calibration.statistics import Calibration, calibrate
 from hf_lossless.candidates.choices import Choices
-from hf_lossless.candidates.damping import chosen_scale
+from hf_lossless.candidates.damping_choice import chosen_scale
 from hf_lossless.candidates.propose import propose
 from hf_lossless.candidates.ranks import ranks_by_layer
 from hf_lossless.certification.certificate import Certificate

@@ -13,8 +13,8 @@ from hf_lossless import LosslessCompressionConfig
 from hf_lossless import compression as pipeline
 from hf_lossless.calibration.model_labels import drawn_batches, with_fisher
 from hf_lossless.calibration.statistics import Calibration, calibrate
-from hf_lossless.candidates.coded import damping_of
-from hf_lossless.candidates.damping import chosen_scale
+from hf_lossless.candidates.damping import shaped_damping
+from hf_lossless.candidates.damping_choice import chosen_scale
 from hf_lossless.compression import analyse
 from hf_lossless.data.batches import batch_loss
 from hf_lossless.errors import CalibrationError, DataError
@@ -73,7 +73,7 @@ def test_coded_layers_have_the_labels_of_the_model(of_data):
     assert not same_curvature(found.problem.calibration, of_data)
     assert found.problem.calibration.loss == of_data.loss  # which is still that of the data
     scale = chosen_scale(model, BATCHES, layers, expected)
-    assert dampings(found) == {layer.name: {damping_of(layer.kind, scale)} for layer in layers}
+    assert dampings(found) == {layer.name: {shaped_damping(layer.kind, scale)} for layer in layers}
 
 
 def own_loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
@@ -92,7 +92,7 @@ def test_a_loss_of_the_caller_has_the_labels_of_the_data(storage, of_data, monke
         analyse(network(), BATCHES, config_of(*storage))
     found = analyse(network(), BATCHES, config_of(*storage), loss=own_loss)
     assert same_curvature(found.problem.calibration, of_data)
-    assert dampings(found) == {name: {damping_of("linear", 1.0)} for name in of_data.layers}
+    assert dampings(found) == {name: {shaped_damping("linear", 1.0)} for name in of_data.layers}
 
 
 def test_fixed_grids_have_the_labels_of_the_data(of_data, monkeypatch):

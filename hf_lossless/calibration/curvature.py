@@ -114,12 +114,23 @@ def second_order_change(error: Tensor, curvature: KroneckerFactors) -> float:
     return 0.5 * curvature.scale * left.mul_(right).sum(dtype=torch.float64).item() * unit * unit
 
 
+def damping_term(diagonals: Tensor, share: float) -> Tensor:
+    """What damping adds to the diagonals of a batch of metrics: a share of their mean, or one where they are zero.
+
+    Args:
+        diagonals: [batch, n].
+        share: Of the mean.
+
+    Returns:
+        [batch, 1].
+    """
+    return torch.where(diagonals.any(1), share * diagonals.mean(1), 1.0)[:, None]
+
+
 def _damped(factor: Tensor, share: float) -> Tensor:
-    mean = _diagonal(factor).mean()
-    if mean == 0:
-        return torch.ones_like(factor) if factor.ndim == 1 else torch.eye(len(factor)).to(factor)
     damped = factor.clone()
-    _diagonal(damped).add_(share * mean)
+    diagonal = _diagonal(damped)
+    diagonal += damping_term(diagonal[None], share)[0]
     return damped
 
 
@@ -258,7 +269,8 @@ class CurvatureSums:
 
         def summed(sums: _Sums) -> _Sums:
             units = max_over_processes(torch.tensor(sums.units, dtype=torch.float64)).tolist()
-            return _Sums(*map(sum_over_processes, sums.in_units(*units).parts), *units)
+            rows, columns, inputs, positions = map(sum_over_processes, sums.in_units(*units).parts)
+            return _Sums(rows, columns, inputs, positions, *units)
 
         return self._with(summed)
 
@@ -270,7 +282,8 @@ class CurvatureSums:
             other = next(others)
             units = tuple(map(max, sums.units, other.units))
             pairs = zip(sums.in_units(*units).parts, other.in_units(*units).parts, strict=True)
-            return _Sums(*(a + b for a, b in pairs), *units)
+            rows, columns, inputs, positions = (a + b for a, b in pairs)
+            return _Sums(rows, columns, inputs, positions, *units)
 
         return self._with(added)
 

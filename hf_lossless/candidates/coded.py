@@ -7,25 +7,12 @@ from itertools import pairwise
 import torch
 
 from hf_lossless.calibration.statistics import LayerStatistics
+from hf_lossless.candidates.damping import shaped_damping
 from hf_lossless.candidates.grids import Candidate
 from hf_lossless.candidates.inverse_roots import InverseRoots
 from hf_lossless.candidates.shaped import Sample, coded_bytes, ladder, try_step
-from hf_lossless.storage.layers import Layer, LayerKind
-from hf_lossless.storage.plan import CodedGrid, Damping
-
-DAMPING = Damping(rows=1.0, columns=0.1)
-"""Of the ladders in `recipes/benchmarks/information_limit.py`, with 128 calibration rows. At mild ratios all from 0.03
-to 1 do alike; at high ones, less damping lets feedback bring errors that other rows object to, ten times and more."""
-
-EMBEDDING_DAMPING = Damping(rows=1.0, columns=0.3)
-"""The same for an embedding. Its rows are counts of tokens, and their damping is the floor of rate for tokens that the
-calibration rows do not have: none counts for less than the mean."""
-
-
-def damping_of(kind: LayerKind, scale: float) -> Damping:
-    """The damping of the metric that shapes a layer's steps: so many times the default."""
-    default = EMBEDDING_DAMPING if kind == "embedding" else DAMPING
-    return Damping(rows=scale * default.rows, columns=scale * default.columns)
+from hf_lossless.storage.layers import Layer
+from hf_lossless.storage.plan import CodedGrid
 
 
 def propose_coded(layer: Layer, statistics: LayerStatistics, seed: int, damping_scale: float) -> list[Candidate]:
@@ -35,12 +22,12 @@ def propose_coded(layer: Layer, statistics: LayerStatistics, seed: int, damping_
         layer: The layer, with real weights.
         statistics: Its statistics, with curvature; without a positive one there are none.
         seed: Of the noise that stands for feedback.
-        damping_scale: What dampings are multiplied by, see `candidates.damping`.
+        damping_scale: What dampings are multiplied by, see `candidates.damping_choice`.
     """
     curvature = statistics.curvature
     if curvature is None or not curvature.scale > 0 or not curvature.is_finite:
         return []
-    damping = damping_of(layer.kind, damping_scale)
+    damping = shaped_damping(layer.kind, damping_scale)
     sides = InverseRoots.of(curvature, damping)
     matrix = layer.matrix.detach().float()
     sample = Sample.of(matrix, sides, torch.Generator().manual_seed(seed))

@@ -21,7 +21,7 @@ from torch import nn
 from hf_lossless.calibration.model_labels import divergence, log_probabilities
 from hf_lossless.calibration.perturbation import weight_noise
 from hf_lossless.calibration.statistics import Calibration
-from hf_lossless.candidates.coded import damping_of
+from hf_lossless.candidates.damping import shaped_damping
 from hf_lossless.candidates.inverse_roots import InverseRoots
 from hf_lossless.candidates.round_coded import round_coded
 from hf_lossless.candidates.shaped import step_at
@@ -92,7 +92,7 @@ def _has_halves(layer: Layer, calibration: Calibration) -> bool:
 def _grid(layer: Layer, calibration: Calibration, scale: float) -> CodedGrid:
     curvature = calibration.layers[layer.name].curvature
     assert curvature is not None
-    damping = damping_of(layer.kind, scale)
+    damping = shaped_damping(layer.kind, scale)
     out_features, in_features = layer.matrix.shape
     step = step_at(RESOLUTION, layer.matrix, InverseRoots.of(curvature, damping))
     return CodedGrid(step=step, damping=damping, shape=(out_features, in_features))

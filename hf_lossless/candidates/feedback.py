@@ -31,19 +31,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from hf_lossless.calibration.curvature import damping_term
 from hf_lossless.candidates.cholesky import cholesky
 from hf_lossless.candidates.uniform import quantise
 from hf_lossless.storage.grid import QuantisedMatrix, symmetric_zero
-from hf_lossless.storage.layers import LayerKind
 from hf_lossless.storage.plan import Grid
-
-DAMPING = 0.03
-"""Share of the mean diagonal of H that is added to it. Of 0.01, 0.03, 0.1, 0.3 and 1, tried on three models at 2 and 3
-bits with 128 calibration rows, 0.03 gave the least divergence on other rows, 0.1 nearly the same."""
-
-EMBEDDING_DAMPING = 0.3
-"""The same for an embedding, whose H is the second moment of gradients and not of inputs, and noisier for it. MiniLM's,
-at 2 bits: divergence on other rows 0.034 with 0.03, 0.023 with 0.3, 0.025 with 1; to nearest 0.042."""
 
 ROUNDS = 2
 """Rounds of scales and descent after the feedback."""
@@ -137,16 +129,6 @@ class _Lattice:
         return _Lattice(self.scales.take_along_dim(order[:, :, None], 1), zeros, self.last_codes)
 
 
-def damping_term(diagonals: Tensor, damping: float) -> Tensor:
-    """What is added to each diagonal of a batch, [batch, 1]: a share of its mean, or one where it is zero."""
-    return torch.where(diagonals.any(1), damping * diagonals.mean(1), 1.0)[:, None]
-
-
-def damping_of(kind: LayerKind) -> float:
-    """The damping for a layer of this kind."""
-    return EMBEDDING_DAMPING if kind == "embedding" else DAMPING
-
-
 def quantise_in_metric(
     matrices: Tensor, grids: list[list[Grid]], columns: Tensor, damping: float, rounds: int = ROUNDS
 ) -> list[list[QuantisedMatrix]]:
@@ -167,7 +149,7 @@ def quantise_in_metric(
     Example:
         >>> columns = torch.tensor([[[1.0, 0.9], [0.9, 1.0]]])
         >>> grid = Grid(bits=2, rounding="feedback")
-        >>> [[quantised]] = quantise_in_metric(torch.tensor([[[0.4, 0.4]]]), [[grid]], columns, DAMPING)
+        >>> [[quantised]] = quantise_in_metric(torch.tensor([[[0.4, 0.4]]]), [[grid]], columns, damping=0.03)
         >>> quantised.codes.dtype
         torch.uint8
     """

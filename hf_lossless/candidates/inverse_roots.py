@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hf_lossless.calibration.curvature import KroneckerFactors
-from hf_lossless.candidates.feedback import Metric, damping_term
+from hf_lossless.calibration.curvature import KroneckerFactors, damping_term
+from hf_lossless.candidates.feedback import Metric
 from hf_lossless.storage.plan import Damping
 
 

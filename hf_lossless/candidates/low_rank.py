@@ -25,10 +25,7 @@ from torch import Tensor
 
 from hf_lossless.calibration.curvature import KroneckerFactors
 from hf_lossless.candidates.cholesky import cholesky
-
-DAMPING = 0.1
-"""Share of a metric's mean diagonal that is added to it: calibration rows span a part of the space only. 0.01 and 0.1
-gave much the same loss of other rows on three models, and so did 1 on the two of them that it was tried on."""
+from hf_lossless.candidates.damping import RANKS
 
 WIDE = 2048
 """From this shorter side on, only the leading singular vectors are computed, by a randomised SVD."""
@@ -95,7 +92,7 @@ class Whitening:
     columns: Tensor
 
     @classmethod
-    def of(cls, curvature: KroneckerFactors, damping: float = DAMPING) -> "Whitening":
+    def of(cls, curvature: KroneckerFactors, damping: float = RANKS) -> "Whitening":
         """The roots of a layer's damped curvature: `M = C C'`."""
         damped = curvature.damped(damping)
         return cls(_root(damped.rows), _root(damped.columns))

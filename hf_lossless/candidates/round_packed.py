@@ -6,7 +6,8 @@ from collections.abc import Mapping
 import torch
 
 from hf_lossless.calibration.statistics import Calibration
-from hf_lossless.candidates.feedback import damping_of, quantise_in_metric
+from hf_lossless.candidates.damping import feedback_damping
+from hf_lossless.candidates.feedback import quantise_in_metric
 from hf_lossless.storage.grid import QuantisedMatrix
 from hf_lossless.storage.layers import Layer
 from hf_lossless.storage.plan import Grid, LayerPlan
@@ -46,7 +47,7 @@ def round_with_feedback(
                 torch.stack([layer.matrix.detach().float() for layer, _ in part]),
                 [[grid] for _, grid in part],
                 torch.stack([_columns(layer, calibration) for layer, _ in part]),
-                damping_of(part[0][0].kind),
+                feedback_damping(part[0][0].kind),
             )
             rounded.update({layer.name: one for (layer, _), (one,) in zip(part, results, strict=True)})
     return rounded
@@ -62,4 +63,4 @@ def _key(layer: Layer, grid: Grid, calibration: Calibration) -> tuple[object, ..
     """What the members of a batch have in common: all but their bits."""
     columns = _columns(layer, calibration)
     alike = grid.model_copy(update={"bits": 8})
-    return (tuple(layer.matrix.shape), columns.ndim, columns.device, damping_of(layer.kind), alike)
+    return (tuple(layer.matrix.shape), columns.ndim, columns.device, feedback_damping(layer.kind), alike)

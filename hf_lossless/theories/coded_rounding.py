@@ -1,8 +1,8 @@
-"""What entropy-coded grids cost, judged on other rows than those that shaped them.
+"""Predicts what entropy-coded grids cost, judged on other rows than those that shaped them.
 
 Steps and feedback follow the metric of the calibration rows, and what they save in its weak directions other rows ask
-back. How much that is, is found as for `fitted_rounding` and ranks (`cross_fit`): a layer's grid is made for one half of the
-calibration batches and judged by the curvature of the other, both ways round. Over the costs in the layers' damped
+back. How much that is, `cross_fit` tells: a layer's grid is made for one half of the calibration batches and judged by
+the curvature of the other, both ways round. Over the costs in the layers' damped
 metrics it is one factor,
 
     kappa = sum_layers cost_judged / sum_layers cost_damped,

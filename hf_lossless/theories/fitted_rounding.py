@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from hf_lossless.calibration.curvature import KroneckerFactors
+from hf_lossless.candidates.damping import feedback_damping
 from hf_lossless.candidates.feedback import quantise_in_metric
 from hf_lossless.storage.grid import dequantise
 from hf_lossless.storage.layers import Layer
@@ -64,10 +65,10 @@ def feedback_changes(problem: Problem) -> dict[str, dict[Grid, float]]:
         for fold in _folds(problem, layer, generator):
             batches[_key(fold)].append(fold)
     found: dict[str, dict[Grid, list[float]]] = defaultdict(lambda: defaultdict(list))
-    for folds in batches.values():
-        at_once = max(1, _LARGEST_BATCH // folds[0].fit.numel())
-        for start in range(0, len(folds), at_once):
-            part = folds[start : start + at_once]
+    for alike in batches.values():
+        at_once = max(1, _LARGEST_BATCH // alike[0].fit.numel())
+        for start in range(0, len(alike), at_once):
+            part = alike[start : start + at_once]
             for fold, changes in zip(part, _changes(part), strict=True):
                 for grid, change in zip(fold.grids, changes, strict=True):
                     found[fold.name][grid].append(change)

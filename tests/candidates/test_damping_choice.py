@@ -6,14 +6,14 @@ import math
 
 import pytest
 import torch
-from hf_lossless.candidates.damping import LADDER, MOST_LAYERS, RESOLUTION, chosen_scale
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from hf_lossless.calibration.model_labels import drawn_batches, with_fisher
 from hf_lossless.calibration.statistics import Calibration, calibrate
-from hf_lossless.candidates import damping as module_under_test
-from hf_lossless.candidates.coded import DAMPING
+from hf_lossless.candidates import damping_choice as module_under_test
+from hf_lossless.candidates.damping import SHAPED
+from hf_lossless.candidates.damping_choice import LADDER, MOST_LAYERS, RESOLUTION, chosen_scale
 from hf_lossless.candidates.inverse_roots import InverseRoots
 from hf_lossless.candidates.round_coded import round_coded
 from hf_lossless.candidates.shaped import step_at
@@ -46,7 +46,7 @@ def calibrated(model: nn.Module, batches: list) -> tuple[list[Layer], Calibratio
 
 def criterion(model: nn.Module, batches: list, layers: list[Layer], calibration: Calibration, scale: float) -> float:
     """On a copy with the rounded weights put in, layer by layer, with the metric of the even batches."""
-    damping = Damping(rows=scale * DAMPING.rows, columns=scale * DAMPING.columns)
+    damping = Damping(rows=scale * SHAPED.rows, columns=scale * SHAPED.columns)
     rounded, bits = copy.deepcopy(model), 0
     for layer in layers:
         even = calibration.layers[layer.name].halves[0]
