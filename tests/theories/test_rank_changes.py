@@ -12,7 +12,7 @@ from hf_lossless.candidates.uniform import on_grid
 from hf_lossless.data.batches import batch_loss
 from hf_lossless.storage.layers import find_layers
 from hf_lossless.storage.plan import Grid, LowRank
-from hf_lossless.theories import cross_fit as truncation
+from hf_lossless.theories import rank_changes as truncation
 from hf_lossless.theories.rank_changes import RankChanges, changes_of_ranks, rounding_change
 
 
@@ -54,7 +54,7 @@ def test_in_its_own_metric_more_rank_never_costs_more():
     assert (changes.diff() <= 1e-6).all() and abs(changes[6].item()) < 1e-4 * changes[0].item()
 
 
-def test_cross_fit_is_the_mean_of_both_ways():
+def test_rank_changes_is_the_mean_of_both_ways():
     model = nn.Sequential(nn.Linear(12, 10), nn.Tanh(), nn.Linear(10, 3))
     batches = [(random_matrix(16, 12, seed), torch.arange(16) % 3) for seed in range(3)]
     layer = find_layers(model)[0]
