@@ -21,8 +21,8 @@ and so did 1 on the two of them that it was tried on."""
 
 SHAPED = Damping(rows=1.0, columns=0.1)
 """Of the metric that shapes the steps of entropy-coded grids, of the ladders in
-`recipes/benchmarks/information_limit.py`, with 128 calibration rows. At mild ratios all from 0.03 to 1 do alike; at high
-ones, less damping lets feedback bring errors that other rows object to, ten times and more."""
+`recipes/benchmarks/information_limit.py`, with 128 calibration rows. At mild ratios all from 0.03 to 1 do alike; at
+high ones, less damping lets feedback bring errors that other rows object to, ten times and more."""
 
 SHAPED_OF_EMBEDDINGS = Damping(rows=1.0, columns=0.3)
 """The same for an embedding. Its rows are counts of tokens, and their damping is the floor of rate for tokens that the
