@@ -34,10 +34,10 @@ from hf_lossless import (
     LosslessError,
     PlanError,
     UnreachableTargetError,
-    cli,
-    cli_models,
     compress,
 )
+from hf_lossless.cli import main as cli
+from hf_lossless.cli import models as cli_models
 from hf_lossless.storage.plan import FORMAT_VERSION
 
 ROWS = text_rows()

@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from tiny_models import TINY_MODELS
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -20,7 +21,6 @@ from hf_lossless.calibration.curvature import (
 from hf_lossless.calibration.statistics import calibrate
 from hf_lossless.data.batches import batch_loss
 from hf_lossless.storage.layers import Layer, find_layers, modules_of
-from tests.tiny_models import TINY_MODELS
 
 Use = tuple[str, Tensor, Tensor]  # kind of module, input and output gradient of one call for one row
 

@@ -1,12 +1,6 @@
 """Hessian-vector products against the dense Hessian; in one process and in two."""
 
-import doctest
-import json
 import math
-import os
-import subprocess
-import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -16,8 +10,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.func import functional_call
 from transformers.pytorch_utils import Conv1D
+from two_processes import in_two_processes
 
-from hf_lossless.calibration import hessian as module
 from hf_lossless.calibration.hessian import block_traces, hessian, sub_sample
 from hf_lossless.data.batches import batch_loss, num_examples
 from hf_lossless.errors import CalibrationError
@@ -96,11 +90,6 @@ def random_vectors(layers: list[Layer], seed: int = 1) -> dict[str, Tensor]:
     return {
         layer.name: torch.randn(layer.matrix.shape, generator=generator, dtype=layer.weight.dtype) for layer in layers
     }
-
-
-def test_docstring_examples():
-    result = doctest.testmod(module)
-    assert result.attempted and not result.failed
 
 
 def test_all_layers_at_once():
@@ -305,31 +294,14 @@ def _refusal(model: nn.Module, layers: list[Layer], batches: list) -> str:
 SIZES = {"uneven": (5, 3, 4), "one-batch": (5,)}  # with one, the second process has none
 
 
+def outcomes() -> dict:
+    return {name: outcome(sizes) for name, sizes in SIZES.items()}
+
+
 @pytest.fixture(scope="module")
 def two_processes(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
-    """What each of two processes found; this file, run by itself, is one of them."""
-    folder = tmp_path_factory.mktemp("processes")
-    shared = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
-    shared["GLOO_SOCKET_IFNAME"] = "lo0" if sys.platform == "darwin" else "lo"
-    shared |= {"CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-    programs = [
-        subprocess.Popen(
-            [sys.executable, __file__, str(folder)],
-            env=os.environ | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    try:
-        outputs = [program.communicate(timeout=120)[0] for program in programs]
-    finally:
-        for program in programs:
-            program.kill()
-            program.wait()
-    assert [program.returncode for program in programs] == [0, 0], "\n".join(outputs)
-    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
+    """What each of two processes found."""
+    return in_two_processes(outcomes, tmp_path_factory.mktemp("processes"))
 
 
 @pytest.mark.parametrize("sizes", SIZES)
@@ -404,14 +376,3 @@ def test_traces_depend_on_the_seed_alone():
         block_traces(product, {"a": torch.zeros(2, 3)}, seed=seed, max_probes=8)["a"].trace for seed in (0, 0, 1)
     )
     assert first == second != third
-
-
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    home = Path(sys.argv[1])
-    torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{home / 'store'}", rank=int(os.environ["RANK"]), world_size=2
-    )
-    results = {name: outcome(sizes) for name, sizes in SIZES.items()}
-    (home / f"{os.environ['RANK']}.json").write_text(json.dumps(results))
-    torch.distributed.destroy_process_group()

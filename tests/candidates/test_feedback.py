@@ -1,6 +1,5 @@
 """Feedback against optimal brain quantisation written out, scales against least squares, descent against trying all."""
 
-import doctest
 import itertools
 from unittest import mock
 
@@ -103,11 +102,6 @@ def assert_alike(found: QuantisedMatrix, expected: QuantisedMatrix, matrix: Tens
     assert (found.codes == expected.codes).float().mean() > 0.98
     totals = [costs_of(one, matrix, columns).sum().item() for one in (found, expected)]
     assert totals[0] == pytest.approx(totals[1], rel=1e-2, abs=1e-12)
-
-
-def test_docstring_example():
-    result = doctest.testmod(feedback)
-    assert result.attempted and not result.failed
 
 
 def test_damping_by_kind():

@@ -1,6 +1,5 @@
 """CET's quadratic form against the dense Hessian."""
 
-import doctest
 import logging
 from types import SimpleNamespace
 
@@ -11,7 +10,6 @@ from torch import Tensor, nn
 from hf_lossless.calibration.hessian import hessian
 from hf_lossless.data.batches import batch_loss
 from hf_lossless.storage.layers import find_layers
-from hf_lossless.theories import cet
 from hf_lossless.theories.cet import (
     CurvatureSettings,
     canonical,
@@ -105,11 +103,6 @@ def minus(model: nn.Module, batch) -> Tensor:
 def squared(model, batch) -> Tensor:
     """A loss with a positive definite Hessian in the head, and in nothing else."""
     return model(batch[0]).square().mean() + 0.0 * batch[1].sum()
-
-
-def test_docstring_examples():
-    result = doctest.testmod(cet)
-    assert result.attempted and not result.failed
 
 
 @pytest.mark.parametrize("loss", [batch_loss, minus, squared], ids=["cross-entropy", "negated", "squared"])

@@ -1,6 +1,5 @@
 """HAWQ's formula, and its traces against the dense Hessian."""
 
-import doctest
 import logging
 from types import SimpleNamespace
 
@@ -58,11 +57,6 @@ def exact_trace(problem: Problem, name: str) -> float:
 
     dense = torch.autograd.functional.hessian(mean_loss, before)
     return dense.reshape(before.numel(), before.numel()).trace().item()
-
-
-def test_docstring_examples():
-    result = doctest.testmod(hawq)
-    assert result.attempted and not result.failed
 
 
 def test_formula():
