@@ -12,7 +12,7 @@ from torch import nn
 
 from hf_lossless.calibration.batch_norms import batch_norms, follow, input_moments
 from hf_lossless.calibration.biases import bias_corrections, correct_biases
-from hf_lossless.calibration.model_labels import drawn_batches, with_fisher
+from hf_lossless.calibration.fisher import fisher_batches, with_fisher
 from hf_lossless.calibration.perturbation import LossChange, loss_change
 from hf_lossless.calibration.statistics import Calibration, calibrate
 from hf_lossless.candidates.choices import Choices
@@ -173,10 +173,10 @@ def analyse(
     layers = _layers_to_compress(model, choices)
     present_bytes = tensor_bytes(model)
     ranks = ranks_by_layer(layers, choices.ranks)
-    drawn = (
-        drawn_batches(model, batches, config.rows.seed) if "entropy" in choices.storage and loss is batch_loss else None
-    )
-    num_passes = len(own_share(batches)) + (len(own_share(drawn.batches)) if drawn else 0)
+    fisher = None
+    if "entropy" in choices.storage and loss is batch_loss:
+        fisher = fisher_batches(model, batches, config.rows.seed)
+    num_passes = len(own_share(batches)) + (len(own_share(fisher.batches)) if fisher else 0)
     with progress_bar(num_passes, "calibrating") as advance:
         calibration = calibrate(
             model,
@@ -185,12 +185,12 @@ def analyse(
             loss,
             advance,
             gradients=theory.gradients or (theory.gradients_for_ranks and bool(ranks)),
-            curvature=theory.curvature and drawn is None,
+            curvature=theory.curvature and fisher is None,
             activation_bits=choices.activation_widths,
         )
-        if drawn is not None:
-            calibration = with_fisher(calibration, model, drawn, layers, advance)
-    damping_scale = chosen_scale(model, batches, layers, calibration) if drawn is not None else 1.0
+        if fisher is not None:
+            calibration = with_fisher(calibration, model, fisher, layers, advance)
+    damping_scale = chosen_scale(model, batches, layers, calibration) if fisher is not None else 1.0
     candidates = propose(
         layers,
         calibration,

@@ -10,18 +10,15 @@ Drawn are the classes of rows or of tokens, and the two ends of an answer. Which
 own token or of the one before, as for causal language models) is seen from which of both gives the model's loss.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from hf_lossless.calibration.perturbation import seeded_number
-from hf_lossless.calibration.statistics import Calibration, calibrate
-from hf_lossless.data.batches import Batch, batch_loss, loss_of_outputs, model_device, to_device
-from hf_lossless.storage.layers import Layer
+from hf_lossless.data.batches import Batch, loss_of_outputs, model_device, to_device
 
 DRAWS = 4
 """Labels that are drawn for each row."""
@@ -72,27 +69,21 @@ class ScoredLabels:
         return drawn
 
 
-def with_drawn_labels(model: nn.Module, batch: Batch, generator: torch.Generator) -> list[Batch] | None:
-    """`DRAWS` copies of a batch, each with labels drawn from what the model predicts; see `scored_labels`.
+def with_drawn_labels(batch: Batch, labels: Mapping[str, ScoredLabels], generator: torch.Generator) -> list[Batch]:
+    """Makes `DRAWS` copies of a batch, each with labels drawn from what the model predicts.
 
     Args:
-        model: In evaluation mode.
         batch: As for `batch_loss`.
+        labels: Of `scored_labels`.
         generator: On the CPU.
-
-    Returns:
-        None where the model's loss is not a cross-entropy of scores that it returns.
 
     Example:
         >>> batch = torch.zeros(2, 3), torch.tensor([0, 1])
         >>> certain = nn.Linear(3, 2).requires_grad_(False)
         >>> _ = certain.bias.copy_(torch.tensor([100.0, 0.0]))
-        >>> with_drawn_labels(certain, batch, torch.Generator().manual_seed(0))[0][1]
+        >>> with_drawn_labels(batch, scored_labels(certain, batch), torch.Generator().manual_seed(0))[0][1]
         tensor([0, 0])
     """
-    labels = scored_labels(model, batch)
-    if labels is None:
-        return None
     if isinstance(batch, Mapping):
         return [{**batch, **{name: one.drawn(generator) for name, one in labels.items()}} for _ in range(DRAWS)]
     return [(batch[0], labels["targets"].drawn(generator)) for _ in range(DRAWS)]
@@ -153,62 +144,6 @@ def _candidates(outputs: Any, batch: Mapping[str, Any]) -> Iterator[dict[str, Sc
         yield {"labels": ScoredLabels(scores.float(), labels)}
         if labels.ndim == 2:
             yield {"labels": ScoredLabels(scores[:, :-1].float(), labels, skipped=1)}
-
-
-@dataclass(frozen=True)
-class DrawnBatches:
-    """Batches with labels drawn from the model's predictions.
-
-    Attributes:
-        batches: Several of each batch of the data.
-        halves: The half, 0 or 1, of each: that of the batch of the data.
-    """
-
-    batches: list[Batch]
-    halves: list[int]
-
-
-def drawn_batches(model: nn.Module, batches: list[Batch], seed: int) -> DrawnBatches | None:
-    """Draws labels for all batches; None where the model's loss is not a cross-entropy of its scores.
-
-    Args:
-        model: In evaluation mode.
-        batches: As for `batch_loss`.
-        seed: Of the draws.
-    """
-    drawn = []
-    halves = []
-    for index, batch in enumerate(batches):
-        copies = with_drawn_labels(model, batch, torch.Generator().manual_seed(seeded_number(seed, index)))
-        if copies is None:
-            return None
-        drawn += copies
-        halves += [index % 2] * len(copies)
-    return DrawnBatches(drawn, halves)
-
-
-def with_fisher(
-    calibration: Calibration,
-    model: nn.Module,
-    drawn: DrawnBatches,
-    layers: list[Layer],
-    advance: Callable[[], object] = lambda: None,
-) -> Calibration:
-    """The statistics with the curvature of drawn labels.
-
-    Args:
-        calibration: Of the data.
-        model: In evaluation mode.
-        drawn: Batches with drawn labels.
-        layers: The layers to watch.
-        advance: Called after every batch.
-    """
-    found = calibrate(model, drawn.batches, layers, batch_loss, advance, curvature=True, halves=drawn.halves).layers
-    statistics = {
-        name: replace(one, curvature=found[name].curvature, halves=found[name].halves)
-        for name, one in calibration.layers.items()
-    }
-    return replace(calibration, layers=statistics)
 
 
 def log_probabilities(model: nn.Module, batches: Iterable[Batch]) -> list[Tensor] | None:

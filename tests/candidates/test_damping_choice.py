@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from hf_lossless.calibration.model_labels import drawn_batches, with_fisher
+from hf_lossless.calibration.fisher import fisher_batches, with_fisher
 from hf_lossless.calibration.statistics import Calibration, calibrate
 from hf_lossless.candidates import damping_choice as module_under_test
 from hf_lossless.candidates.damping import SHAPED
@@ -41,7 +41,7 @@ def batches_of(*sizes: int) -> list[tuple[Tensor, Tensor]]:
 def calibrated(model: nn.Module, batches: list) -> tuple[list[Layer], Calibration]:
     layers = find_layers(model)
     calibration = calibrate(model, batches, layers, batch_loss)
-    return layers, with_fisher(calibration, model, drawn_batches(model, batches, 0), layers)
+    return layers, with_fisher(calibration, model, fisher_batches(model, batches, 0), layers)
 
 
 def criterion(model: nn.Module, batches: list, layers: list[Layer], calibration: Calibration, scale: float) -> float:
