@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers as hf
-from round_trips import RoundTrip
+from round_trips import RoundTrip, assert_same_model, assert_same_outputs, outputs_of
 from safetensors.torch import load_file, save_file
 from tiny_checkpoints import text_rows
 from tiny_models import TINY_MODELS, TinyModel
@@ -26,8 +26,8 @@ from hf_lossless.storage.modules.coded import CodedModule
 SETTINGS = {
     "both": {"storage": ("fixed", "entropy"), "ratio": 4},
     "entropy": {"storage": "entropy", "loss_budget": 0.05},
-    "all": {"storage": "entropy", "bits": (4,), "loss_budget": 1e9},
-    "inputs": {"storage": "entropy", "bits": (4,), "loss_budget": 1e9, "activation_bits": (8,)},
+    "all": {"storage": "entropy", "bits": (4,), "loss_budget": 0.5},
+    "inputs": {"storage": "entropy", "bits": (4,), "loss_budget": 0.5, "activation_bits": (8,)},
 }
 ARCHITECTURES = ["bert", "bert-mlm", "vit", "resnet", "convnext", "gpt2", "llama-tied", "t5", "nomic-bert"]
 
@@ -57,11 +57,6 @@ def compress(tiny: TinyModel, original: Path, setting: str, dtype: torch.dtype =
     return tiny.auto_class.from_pretrained(original, dtype=dtype, quantization_config=config, **arguments)
 
 
-def logits(model: hf.PreTrainedModel, inputs: dict[str, Tensor]) -> Tensor:
-    with torch.no_grad():
-        return model(**inputs).logits
-
-
 def coded_modules(model: torch.nn.Module) -> dict[str, CodedModule]:
     return {name: module for name, module in model.named_modules() if isinstance(module, CodedModule)}
 
@@ -87,14 +82,14 @@ def planned(trip: RoundTrip) -> set[str]:
 )
 def test_reload_is_the_compressed_model(round_trip, name: str, setting: str, dtype: torch.dtype):
     trip = round_trip(name, setting, dtype)
-    expected = logits(trip.model, trip.inputs)
+    expected = outputs_of(trip.model, trip.inputs)
     assert torch.isfinite(expected).all() and expected.dtype == dtype
-    assert torch.equal(logits(trip.again, trip.inputs), expected)
+    assert_same_model(trip.again, trip.model, trip.inputs)
     assert not any(trip.loading_info.values()), trip.loading_info
 
     twin = copy.deepcopy(trip.again)
     twin.tie_weights()
-    assert torch.equal(logits(twin, trip.inputs), expected)
+    assert_same_model(twin, trip.model, trip.inputs)
 
     # What is stored is what is planned, and its bytes are those that are said.
     stored = saved_tensors(trip.folder)
@@ -164,7 +159,7 @@ def test_a_new_process_has_the_same_model(round_trip, tmp_path: Path):
     )
     assert done.returncode == 0, done.stderr
     for trip, place in zip(trips, places, strict=True):
-        assert torch.equal(torch.load(place / "logits.pt"), logits(trip.model, trip.inputs))
+        assert_same_outputs(torch.load(place / "logits.pt"), outputs_of(trip.model, trip.inputs))
 
 
 @pytest.mark.parametrize("name", ["bert", "llama-tied"])
@@ -173,36 +168,32 @@ def test_shards(round_trip, tmp_path: Path, name: str):
     trip.model.save_pretrained(tmp_path, max_shard_size="1KB")
     assert len(list(tmp_path.glob("*.safetensors"))) > 2
     again, info = trip.tiny.auto_class.from_pretrained(tmp_path, output_loading_info=True)
-    assert torch.equal(logits(again, trip.inputs), logits(trip.model, trip.inputs))
+    assert_same_model(again, trip.model, trip.inputs)
     assert not any(info.values()), info
 
 
 def test_device_map_auto(round_trip, tmp_path: Path):
     trip = round_trip("gpt2", "all")
     model = compress(trip.tiny, trip.original, "all", device_map="auto")
-    assert torch.equal(logits(model, trip.inputs), logits(trip.model, trip.inputs))
+    assert_same_model(model, trip.model, trip.inputs)
     model.save_pretrained(tmp_path)
     again = trip.tiny.auto_class.from_pretrained(tmp_path, device_map="auto")
-    assert torch.equal(logits(again, trip.inputs), logits(trip.model, trip.inputs))
+    assert_same_model(again, trip.model, trip.inputs)
 
 
 @pytest.mark.parametrize("name", ["bert", "vit", "gpt2"])
 def test_base_model_of_a_checkpoint_with_a_head(round_trip, tmp_path: Path, name: str):
     trip = round_trip(name, "all")
-
-    def hidden(model: hf.PreTrainedModel) -> Tensor:
-        with torch.no_grad():
-            return model(**trip.inputs).last_hidden_state
-
-    expected = hidden(trip.again.base_model)
+    expected = outputs_of(trip.again.base_model, trip.inputs)
     base = hf.AutoModel.from_pretrained(trip.folder)
-    assert torch.equal(hidden(base), expected)
+    assert_same_outputs(outputs_of(base, trip.inputs), expected)
     base.save_pretrained(tmp_path)
     entry = SavedFolder.read(tmp_path).entry
     assert entry.plan.tensor_bytes == sum(tensor.nbytes for tensor in saved_tensors(tmp_path).values())
     assert entry.plan.original_bytes == tensor_bytes(type(base).from_pretrained(trip.original))
     again, info = hf.AutoModel.from_pretrained(tmp_path, output_loading_info=True)
-    assert torch.equal(hidden(again), expected) and not any(info.values()), info
+    assert_same_model(again, base, trip.inputs)
+    assert not any(info.values()), info
 
 
 @pytest.mark.parametrize("name", ["gpt2", "llama-tied", "t5"])
@@ -220,7 +211,7 @@ def test_reload_in_another_dtype(round_trip, tmp_path: Path, name: str):
     again = trip.tiny.auto_class.from_pretrained(trip.folder, dtype=torch.bfloat16)
     expected = copy.deepcopy(trip.again).to(torch.bfloat16)
     inputs = trip.tiny.inputs(dtype=torch.bfloat16)
-    assert torch.equal(logits(again, inputs), logits(expected, inputs))
+    assert_same_model(again, expected, inputs)
     again.save_pretrained(tmp_path)
     entry = SavedFolder.read(tmp_path).entry
     assert entry.plan.tensor_bytes == sum(tensor.nbytes for tensor in saved_tensors(tmp_path).values())
@@ -235,7 +226,7 @@ def test_state_dict_round_trip(round_trip, name: str):
     for parameter in twin.parameters():
         parameter.data.zero_()
     assert not any(twin.load_state_dict(state))
-    assert torch.equal(logits(twin, trip.inputs), logits(trip.again, trip.inputs))
+    assert_same_model(twin, trip.again, trip.inputs)
 
 
 def test_a_tolerance_is_certified_or_not_on_the_decoded_model(text_folder: Path, tmp_path: Path):
@@ -247,7 +238,7 @@ def test_a_tolerance_is_certified_or_not_on_the_decoded_model(text_folder: Path,
     again = hf.AutoModelForSequenceClassification.from_pretrained(tmp_path)
     assert again.config.quantization_config.certificate == result.certificate
     inputs = TINY_MODELS["bert"].inputs()
-    assert torch.equal(logits(again, inputs), logits(model, inputs))
+    assert_same_model(again, model, inputs)
 
 
 # What is refused
@@ -367,5 +358,6 @@ def test_without_the_library(round_trip, monkeypatch):
 
 def test_bits_of_coded_layers_are_a_part_of_the_fixed_ones(round_trip):
     trip = round_trip("bert", "all")
-    bits = [layer.bits for layer in trip.plan.layers.values() if layer.kind == "coded"]
+    coded = [layer for layer in trip.plan.layers.values() if layer.coded is not None]
+    bits = [layer.bits for layer in coded if math.prod(layer.coded.shape) > 100]  # of fewer, the tables count for more
     assert all(math.isfinite(one) and 0 < one < 16 for one in bits)

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers as hf
+from round_trips import assert_same_model, assert_same_outputs, outputs_of
 from safetensors.torch import load_file, save_file
 from tiny_models import TINY_MODELS
 from torch import Tensor, nn
@@ -110,11 +111,6 @@ def saved(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     return tiny, model, root / "small"
 
 
-def logits(model: hf.PreTrainedModel, inputs: dict[str, Tensor]) -> Tensor:
-    with torch.no_grad():
-        return model(**inputs).logits
-
-
 def test_reload_is_the_same_model(saved):
     tiny, model, folder = saved
     again, info = tiny.auto_class.from_pretrained(folder, output_loading_info=True)
@@ -122,13 +118,8 @@ def test_reload_is_the_same_model(saved):
     plan = again.config.quantization_config.plan
     assert plan == model.config.quantization_config.plan and plan.activations == "quantised"
     assert "static" in {layer.activation.range for layer in plan.layers.values() if layer.activation}
-    state = model.state_dict()
-    assert {name: (value.dtype, value.tolist()) for name, value in again.state_dict().items()} == {
-        name: (value.dtype, value.tolist()) for name, value in state.items()
-    }
-    expected = logits(model, tiny.inputs())
-    assert torch.equal(logits(again, tiny.inputs()), expected)
-    assert torch.equal(logits(copy.deepcopy(again), tiny.inputs()), expected)
+    assert_same_model(again, model, tiny.inputs())
+    assert_same_model(copy.deepcopy(again), model, tiny.inputs())
     assert sum(tensor.nbytes for tensor in load_file(folder / "model.safetensors").values()) == plan.tensor_bytes
     for layer in plan.layers.values():
         assert layer.activation is None or not layer.tied
@@ -151,7 +142,7 @@ with torch.no_grad():
         timeout=300,
         env={**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())},
     )
-    assert torch.equal(torch.load(tmp_path / "logits"), logits(model, tiny.inputs()))
+    assert_same_outputs(torch.load(tmp_path / "logits"), outputs_of(model, tiny.inputs()))
 
 
 def test_scales_keep_their_dtype(saved):
@@ -161,7 +152,7 @@ def test_scales_keep_their_dtype(saved):
     wanted = {name: value for name, value in model.state_dict().items() if ".activation." in name}
     assert wanted
     for twin in (as_loaded, as_cast):
-        assert logits(twin, tiny.inputs(dtype=torch.bfloat16)).dtype == torch.bfloat16
+        assert outputs_of(twin, tiny.inputs(dtype=torch.bfloat16)).dtype == torch.bfloat16
         for name, value in wanted.items():
             assert twin.state_dict()[name].dtype == value.dtype and torch.equal(twin.state_dict()[name], value)
 
