@@ -1,8 +1,8 @@
-"""Powers of two as units, in which numbers are of order one before they are squared.
+"""Powers of two as units, which keep numbers of order one before they are squared.
 
 float32 holds sizes from 1e-38 to 3e38, but the squares only of those from 1e-19 to 2e19. Inputs and gradients beyond
-that are divided by a power of two first, which loses nothing, and the unit is kept beside what is summed. Sizes near
-one have the unit 1, in which nothing is done, so that ordinary models are measured to the very bits as without units.
+that are first divided by a power of two, which is exact, and the unit is kept beside the sums. Sizes near one have the
+unit 1 and are not divided, so that ordinary models give the same bits as without units.
 """
 
 import math
@@ -11,18 +11,18 @@ import torch
 from torch import Tensor
 
 _ORDINARY = 32
-"""Sizes from 2^-32 to 2^33 have the unit 1."""
+"""Binary orders of magnitude around 1 that have the unit 1: sizes from 2^-32 to 2^33."""
 
 _LARGEST_POWER = 126
-"""A unit and its inverse are normal numbers of float32."""
+"""Bound on the exponent of a unit: the unit and its inverse are normal numbers of float32."""
 
 
 def unit_of_size(size: float, ordinary: int = _ORDINARY) -> float:
-    """The power of two next below a size that is far from one; 1 for others, 0 for 0.
+    """Finds the power of two next below a size that is far from one; 1 for other sizes, 0 for 0.
 
     Args:
-        size: Not negative.
-        ordinary: Sizes of so many binary orders of magnitude, up or down, have the unit 1.
+        size: A non-negative number.
+        ordinary: Sizes within this many binary orders of magnitude of one have the unit 1.
 
     Example:
         >>> unit_of_size(0.001), unit_of_size(1.5 * 2.0**-40) == 2.0**-40, unit_of_size(0.0)
@@ -35,7 +35,7 @@ def unit_of_size(size: float, ordinary: int = _ORDINARY) -> float:
 
 
 def unit_of(values: Tensor) -> float:
-    """The unit of the largest |value|: a power of two between 2^-126 and 2^126; 0 where all values are zero.
+    """Finds the unit of the largest |value|: a power of two between 2^-126 and 2^126; 0 where all values are zero.
 
     Example:
         >>> unit_of(torch.tensor([3.0, -1e-30])), unit_of(torch.tensor([1e-30, 0.0])) == 2.0**-100
@@ -48,5 +48,5 @@ def unit_of(values: Tensor) -> float:
 
 
 def in_unit(values: Tensor, unit: float) -> Tensor:
-    """The values divided by their unit; the same tensor where that is 1, or 0."""
+    """Divides values by their unit; returns the same tensor where the unit is 1 or 0."""
     return values if unit in (0.0, 1.0) else values / unit
