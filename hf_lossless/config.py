@@ -16,7 +16,7 @@ from hf_lossless.certification.certificate import CONFIDENCE, METRIC_MARGIN
 from hf_lossless.data.rows import Rows
 from hf_lossless.errors import ConfigurationError
 from hf_lossless.planning.target import Target
-from hf_lossless.storage.entropy.coder import require_coder
+from hf_lossless.storage.entropy.first_version import require_constriction
 from hf_lossless.storage.plan import KEPT_BITS, QUANT_METHOD
 from hf_lossless.theories import THEORIES, Theory
 
@@ -145,7 +145,7 @@ class LosslessCompressionConfig(QuantizationConfigMixin):
                     f"storage={choices.storage}, but theory={self.theory!r} cannot say what entropy-coded layers cost. "
                     f'Take {_theories(lambda one: one.coded)}, or leave "entropy" out.'
                 )
-            require_coder()  # now, and not when the model has been calibrated
+            require_constriction()  # now, and not when the model has been calibrated
 
     @property
     def rows(self) -> Rows:

@@ -25,7 +25,7 @@ from torch import Tensor
 from hf_lossless.calibration.curvature import KroneckerFactors
 from hf_lossless.calibration.units import unit_of_size
 from hf_lossless.candidates.inverse_roots import InverseRoots
-from hf_lossless.storage.entropy.coder import entropy_bytes
+from hf_lossless.storage.entropy.frequencies import entropy_bytes
 from hf_lossless.storage.entropy.levels import best_levels
 from hf_lossless.storage.entropy.matrix import OVERHEAD_BYTES, CodedMatrix
 from hf_lossless.storage.entropy.steps import decode_steps, encode_steps

@@ -1,6 +1,8 @@
 """Fits a saved plan to a transformers model: names of layers and of tensors on disk, ties, dtypes, and bytes."""
 
+import math
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from transformers import PreTrainedModel
@@ -8,6 +10,8 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, build_glob_alternation, rename_source_key
 
 from hf_lossless.errors import PlanError
+from hf_lossless.storage.entropy.coder import choose_kernel
+from hf_lossless.storage.entropy.kernels import decode_lanes
 from hf_lossless.storage.layers import tensor_bytes
 from hf_lossless.storage.modules.base import CompressedModule, compressed_layers
 from hf_lossless.storage.modules.coded import CodedModule
@@ -142,14 +146,21 @@ def name_in_model(model: PreTrainedModel) -> Callable[[str], str]:
 
 
 def decode_layers(model: PreTrainedModel) -> None:
-    """Decodes the entropy-coded layers that have been loaded.
+    """Decodes the entropy-coded layers that have been loaded, each in a thread of its own, up to torch's number.
 
-    One after the other: the coder holds Python's lock, so that threads were no faster.
+    Without numba there is one thread: numpy holds Python's lock between its calls, which are short here.
 
     Raises:
         CheckpointError: A tensor was cut or changed; the message names it.
-        ConfigurationError: The coder is not installed.
+        ConfigurationError: A layer is of version 1 of the coding, and the library that reads it is not installed.
     """
-    for name, module in compressed_layers(model).items():
-        if isinstance(module, CodedModule):
-            module.decode(name)
+    coded = {name: module for name, module in compressed_layers(model).items() if isinstance(module, CodedModule)}
+    kernel = choose_kernel(sum(math.prod(module.matrix_shape) for module in coded.values()))
+    num_threads = 1 if kernel is decode_lanes else torch.get_num_threads()
+    with ThreadPoolExecutor(num_threads) as threads:
+        decoding = [threads.submit(module.decode, name, kernel) for name, module in coded.items()]
+        try:
+            for one in decoding:
+                one.result()
+        finally:
+            threads.shutdown(cancel_futures=True)

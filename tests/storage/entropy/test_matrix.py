@@ -12,8 +12,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from numpy.typing import NDArray
 
-from hf_lossless.storage.entropy.coder import entropy_bytes
-from hf_lossless.storage.entropy.frequencies import MalformedCode, read_frequencies
+from hf_lossless.storage.entropy.frequencies import MalformedCode, entropy_bytes, read_frequencies
 from hf_lossless.storage.entropy.levels import best_levels, model_counts
 from hf_lossless.storage.entropy.matrix import LARGEST_CODE, OVERHEAD_BYTES, CodedMatrix, decode, encode
 from hf_lossless.storage.entropy.steps import decode_steps, encode_steps
@@ -215,8 +214,8 @@ def test_a_change_with_the_checksum_put_right_makes_no_other_matrix(change):
         (BYTES[:30], r"it is no coded matrix"),
         (b"PK\3\4" + BYTES[4:], r"it is no coded matrix: it begins with b'PK"),
         (b"ELFH" + BYTES[4:], r"its bytes are in another machine's order: it begins with b'ELFH'"),
-        (BYTES[:4] + b"\2" + BYTES[5:], r"it has version 2 of the coding, and this release reads 1"),
-        (with_checksum(BYTES[:4] + b"\2" + BYTES[5:]), r"it has version 2 of the coding"),
+        (BYTES[:4] + b"\3" + BYTES[5:], r"it has version 3 of the coding, and this release reads up to 2"),
+        (with_checksum(BYTES[:4] + b"\3" + BYTES[5:]), r"it has version 3 of the coding"),
         (BYTES[:-1], r"its checksum does not match, so it was cut or changed"),
     ],
     ids=["empty", "half-a-header", "foreign", "byte-order", "newer", "newer-with-checksum", "cut"],
