@@ -23,8 +23,8 @@ _REMEDY = "Take the folder again from where it came from."
 
 
 def state_dict_with_guards(model: nn.Module) -> dict[str, Tensor]:
-    """The model's tensors, and a guard for every compressed layer."""
-    return {**model.state_dict(), **{name: torch.empty(0) for name in guard_names(model)}}
+    """The model's tensors, and a guard for every compressed layer, also for those that are offloaded now."""
+    return {**model.state_dict(), **{name: torch.empty(1)[:0] for name in guard_names(model)}}
 
 
 def guard_names(model: nn.Module) -> set[str]:
@@ -56,8 +56,9 @@ def check_files(
         CheckpointError: A file is truncated or no safetensors file, or a tensor is missing, one too many, or of the
             wrong dtype or shape.
     """
-    expected = {name: (DTYPES[tensor.dtype], tuple(tensor.shape)) for name, tensor in model.state_dict().items()}
     guards = guard_names(model)
+    tensors = {name: tensor for name, tensor in model.state_dict().items() if name not in guards}
+    expected = {name: (DTYPES[tensor.dtype], tuple(tensor.shape)) for name, tensor in tensors.items()}
     compressed = set(compressed_layers(model))
     packed = _packed_names(model)
     found: set[str] = set()

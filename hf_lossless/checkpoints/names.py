@@ -7,7 +7,7 @@ from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, build_glob_alternation, rename_source_key
 
-from hf_lossless.errors import PlanError
+from hf_lossless.errors import CheckpointError, PlanError
 from hf_lossless.storage.layers import tensor_bytes
 from hf_lossless.storage.modules.base import CompressedModule, compressed_layers
 from hf_lossless.storage.modules.coded import CodedModule
@@ -53,17 +53,77 @@ def plan_of(model: PreTrainedModel, saved: CompressionPlan) -> CompressionPlan:
     A model that took only a part of what was saved (AutoModel of a classifier's checkpoint) can so be saved in turn.
     Its `original_bytes` are those of that part, in the dtype it was loaded in.
     """
-    layers = plans_for(model, saved.layers)
-    plan = saved.model_copy(update={"layers": layers, "activations": activations_of(layers)})
-    plan = with_present_bytes(model, plan)
-    if is_saved_class(model):
-        return plan
+    plan = _with_layers(model, saved, plans_for(model, saved.layers))
+    return plan if is_saved_class(model) else _with_own_original_bytes(model, plan)
+
+
+def plan_of_part(part: PreTrainedModel, name: str, whole: CompressionPlan) -> CompressionPlan:
+    """The share that a part of a compressed model has in its plan.
+
+    Args:
+        part: The part, itself a model.
+        name: Its name in the whole.
+        whole: The whole model's plan.
+    """
+    prefix = f"{name}."
+    layers = {
+        layer.removeprefix(prefix): layer_plan.model_copy(
+            update={"tied": tuple(one.removeprefix(prefix) for one in layer_plan.tied if one.startswith(prefix))}
+        )
+        for layer, layer_plan in whole.layers.items()
+        if layer.startswith(prefix)
+    }
+    return _with_own_original_bytes(part, _with_layers(part, whole, layers))
+
+
+def _with_layers(model: PreTrainedModel, plan: CompressionPlan, layers: dict[str, LayerPlan]) -> CompressionPlan:
+    return with_present_bytes(
+        model, plan.model_copy(update={"layers": layers, "activations": activations_of(layers)})
+    )
+
+
+def _with_own_original_bytes(model: PreTrainedModel, plan: CompressionPlan) -> CompressionPlan:
+    """The plan with the bytes that this model, a part of the original, had in the dtypes it computes in."""
     original_bytes = plan.tensor_bytes
     for name, layer_plan in plan.layers.items():
         module = model.get_submodule(name)
         if isinstance(module, CompressedModule):
             original_bytes += module.weight_shape.numel() * module.dtype.itemsize - layer_plan.cost_bytes
     return plan.model_copy(update={"original_bytes": original_bytes})
+
+
+def refuse_other_layers(model: PreTrainedModel, plan: CompressionPlan) -> None:
+    """Ends with an error where a model is no longer what its plan says, so that it could be saved but not loaded.
+
+    Raises:
+        CheckpointError: A layer of the plan was replaced (by an adapter, a merge, a resize), one is compressed that the
+            plan does not name, or one computes with the weight of a layer that is not in this model.
+    """
+    remedy = "Put the model back as it was (an adapter: unload() it) and save it then; an adapter is saved by itself."
+    compressed = compressed_layers(model)
+    for name, layer_plan in plan.layers.items():
+        try:
+            module = model.get_submodule(name)
+        except AttributeError:
+            module = None
+        if module is None or (layer_plan.kind != "kept" and name not in compressed):
+            raise CheckpointError(
+                f"this {type(model).__name__} cannot be saved: its plan compresses the layer {name!r}, which "
+                f"{'is not there any more' if module is None else f'is a {type(module).__name__} now'}. {remedy}"
+            )
+    unknown = [name for name in compressed if name not in plan.layers]
+    if unknown:
+        raise CheckpointError(
+            f"this {type(model).__name__} cannot be saved: the layer {unknown[0]!r} is compressed, but its plan does "
+            f"not name it. {remedy}"
+        )
+    homes = set(compressed.values())
+    for name, module in model.named_modules():
+        if isinstance(module, Tied) and module.home not in homes:
+            raise CheckpointError(
+                f"this {type(model).__name__} cannot be saved by itself: its layer {name!r} computes with a weight that "
+                "lies outside of it. Save the whole model, and load this part from that."
+            )
 
 
 def with_present_bytes(model: PreTrainedModel, plan: CompressionPlan) -> CompressionPlan:

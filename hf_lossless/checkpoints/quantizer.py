@@ -8,7 +8,7 @@ import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING, register_quantizer
 from transformers.quantizers.base import HfQuantizer
@@ -23,7 +23,9 @@ from hf_lossless.checkpoints.names import (
     is_saved_class,
     name_in_model,
     plan_of,
+    plan_of_part,
     plans_for,
+    refuse_other_layers,
     restore_scales,
     with_present_bytes,
 )
@@ -102,32 +104,72 @@ class LosslessHfQuantizer(HfQuantizer):
         return model
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
-        # Saved under the model's own names. The older names that some architectures keep on disk may join weights that
-        # are modules here (Nomic BERT's q, k and v), and codes of different widths cannot be joined.
-        model._weight_conversions = []  # type: ignore[assignment]  # a plain attribute
         if self.pre_quantized:
             _refuse_unloaded(model)
             restore_scales(model)
             decode_layers(model)
             # A certificate speaks of the model that was saved, and not of a part of it (AutoModel of a classifier's).
             certificate = self.quantization_config.certificate if is_saved_class(model) else None
-            self._describe(model, plan_of(model, self.quantization_config.plan), certificate)
+            self.attach(model, plan_of(model, self.quantization_config.plan), certificate)
             return model
         _refuse_meta(model)
         from hf_lossless.certified_search import compress_pretrained
 
         self.result = compress_pretrained(model, self.quantization_config, original_bytes=self._original_bytes)
-        forget_compressed_ties(model)
-        self._describe(model, self.result.plan, self.result.certificate)
+        self.attach(model, self.result.plan, self.result.certificate)
         return model
+
+    @classmethod
+    def attach_result(cls, result: "CompressionResult") -> None:
+        """Attaches quantizers to the model that `compress` was given, or to the models of transformers inside it."""
+        if not isinstance(result.model, PreTrainedModel):
+            cls._attach_to_parts(result.model, result.plan)
+            return
+        quantizer = cls(LosslessCheckpointConfig.of(result.plan, result.certificate), pre_quantized=True)
+        quantizer.attach(result.model, result.plan, result.certificate)
+        # As after a first load: it was not loaded compressed, and its result is known.
+        quantizer.result, quantizer.pre_quantized = result, False
+
+    def attach(self, model: PreTrainedModel, plan: CompressionPlan, certificate: Certificate | None) -> None:
+        """Makes a compressed model one that `save_pretrained` knows, and so each of its parts that is a model itself.
+
+        A part has a quantizer of its own, with its share in the plan and without a certificate, which speaks of the
+        whole. Often both share one config; what that says of the compression is what was saved last.
+        """
+        forget_compressed_ties(model)
+        self._attach_to_parts(model, plan)
+        self._describe(model, plan, certificate)
+
+    @classmethod
+    def _attach_to_parts(cls, model: nn.Module, plan: CompressionPlan) -> None:
+        parts = [(name, part) for name, part in model.named_modules() if name and isinstance(part, PreTrainedModel)]
+        for name, part in reversed(parts):  # of two that share a config, the outer one is described last
+            part_plan = plan_of_part(part, name, plan)
+            if part_plan.layers:
+                forget_compressed_ties(part)
+                cls(LosslessCheckpointConfig.of(part_plan), pre_quantized=True)._describe(part, part_plan, None)
 
     def _describe(self, model: PreTrainedModel, plan: CompressionPlan, certificate: Certificate | None) -> None:
         self.quantization_config = model.config.quantization_config = LosslessCheckpointConfig.of(plan, certificate)
+        attributes: Any = model  # transformers sets these from outside too
+        attributes.hf_quantizer = self
+        attributes.is_quantized = True
+        attributes.quantization_method = QUANT_METHOD
+        # Saved under the model's own names. The older names that some architectures keep on disk may join weights that
+        # are modules here (Nomic BERT's q, k and v), and codes of different widths cannot be joined.
+        attributes._weight_conversions = []
 
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, Tensor], dict[str, str]]:
-        """What `save_pretrained` writes: the model's tensors and the guards; the plan counts their bytes."""
-        present = with_present_bytes(model, self.quantization_config.plan)
-        self._describe(model, present, self.quantization_config.certificate)
+        """What `save_pretrained` writes: the model's tensors and the guards; the plan counts their bytes.
+
+        Raises:
+            CheckpointError: The model is no longer what its plan says.
+        """
+        if getattr(model, "_hf_peft_config_loaded", False):  # then only the adapter is saved
+            return dict(model.state_dict()), {}
+        plan = self.quantization_config.plan
+        refuse_other_layers(model, plan)
+        self._describe(model, with_present_bytes(model, plan), self.quantization_config.certificate)
         return state_dict_with_guards(model), {}
 
     def is_serializable(self) -> bool:
