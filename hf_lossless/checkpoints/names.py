@@ -1,6 +1,6 @@
 """Fits a saved plan to a transformers model: names of layers and of tensors on disk, ties, dtypes, and bytes."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from transformers import PreTrainedModel
@@ -8,6 +8,8 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, build_glob_alternation, rename_source_key
 
 from hf_lossless.errors import CheckpointError, PlanError
+from hf_lossless.storage.apply import resolve
+from hf_lossless.storage.kinds import KINDS
 from hf_lossless.storage.layers import tensor_bytes
 from hf_lossless.storage.modules.base import CompressedModule, compressed_layers
 from hf_lossless.storage.modules.coded import CodedModule
@@ -47,14 +49,55 @@ def plans_for(model: PreTrainedModel, layer_plans: dict[str, LayerPlan]) -> dict
     return found
 
 
-def plan_of(model: PreTrainedModel, saved: CompressionPlan) -> CompressionPlan:
+def resized_layers(
+    model: PreTrainedModel, layer_plans: Mapping[str, LayerPlan], saved: Mapping[str, tuple[int, ...]]
+) -> set[str]:
+    """Finds the layers that a model has in another shape than they were saved in: a head for other labels.
+
+    Args:
+        model: On meta, its layers not yet replaced.
+        layer_plans: The plan under this model's names.
+        saved: Shapes of the saved tensors, by their names on disk.
+    """
+    prefix = f"{model.base_model_prefix}."
+    found = set()
+    for name, layer_plan in layer_plans.items():
+        if layer_plan.kind == "kept":
+            continue
+        layer = resolve(model, name, layer_plan)
+        stated = layer_plan.coded or layer_plan.low_rank
+        if stated is not None:
+            fits = tuple(stated.shape) == tuple(layer.matrix.shape)
+        else:
+            make = KINDS[layer_plan.kind].module
+            assert make is not None
+            forms = (name, prefix + name, name.removeprefix(prefix))
+            fits = all(
+                saved.get(f"{form}.{part}", tensor.shape) == tensor.shape
+                for part, tensor in make(layer, layer_plan).weight_tensors.items()
+                for form in forms
+            )
+        if not fits:
+            found.add(name)
+    return found
+
+
+def plan_of(
+    model: PreTrainedModel, saved: CompressionPlan, layers: dict[str, LayerPlan], *, complete: bool
+) -> CompressionPlan:
     """A saved plan as it stands in a loaded model: under the model's names, with its bytes.
 
     A model that took only a part of what was saved (AutoModel of a classifier's checkpoint) can so be saved in turn.
     Its `original_bytes` are those of that part, in the dtype it was loaded in.
+
+    Args:
+        model: The model.
+        saved: The plan as it was saved.
+        layers: The layers that the model took, under its own names.
+        complete: Whether it took all.
     """
-    plan = _with_layers(model, saved, plans_for(model, saved.layers))
-    return plan if is_saved_class(model) else _with_own_original_bytes(model, plan)
+    plan = _with_layers(model, saved, layers)
+    return plan if complete else _with_own_original_bytes(model, plan)
 
 
 def plan_of_part(part: PreTrainedModel, name: str, whole: CompressionPlan) -> CompressionPlan:
