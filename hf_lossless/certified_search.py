@@ -34,6 +34,7 @@ from hf_lossless.certification.walk import Walk, walk
 from hf_lossless.compression import (
     CompressionResult,
     analyse,
+    attach_quantizer,
     checks_of,
     compress,
     evaluation_mode,
@@ -174,7 +175,7 @@ def compress_certified(
     others = [one for one in measured if one is not chosen]
     take_over(model, chosen.model)
     model.eval()  # type: ignore[no-untyped-call]
-    return CompressionResult(
+    result = CompressionResult(
         model,
         chosen.plan,
         chosen.frontier,
@@ -186,6 +187,8 @@ def compress_certified(
         found.certificate,
         _not_smaller(found, proposals, measured),
     )
+    attach_quantizer(result)
+    return result
 
 
 def _splits(given: Rows, task: Task) -> Splits:

@@ -7,8 +7,11 @@ import logging
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
+from transformers import PreTrainedModel
+from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 
 from hf_lossless.calibration.batch_norms import batch_norms, follow, input_moments
 from hf_lossless.calibration.biases import bias_corrections, correct_biases
@@ -30,7 +33,7 @@ from hf_lossless.planning.planner import Planned, Planner
 from hf_lossless.storage.apply import apply
 from hf_lossless.storage.layers import Layer, find_layers, tensor_bytes
 from hf_lossless.storage.modules.base import CompressedModule
-from hf_lossless.storage.plan import CompressionPlan, checkpoint_bytes
+from hf_lossless.storage.plan import QUANT_METHOD, CompressionPlan, checkpoint_bytes
 from hf_lossless.theories import THEORIES
 from hf_lossless.theories.problem import Problem
 
@@ -118,7 +121,7 @@ def compress(
         planned = planner.plan(config.target)
         measured = realise(model, planner.problem, planned)
     model.eval()
-    return CompressionResult(
+    result = CompressionResult(
         model,
         planned.plan,
         planned.frontier,
@@ -128,6 +131,18 @@ def compress(
         checks_of(planner.problem, planned, measured),
         planner.bound(),
     )
+    attach_quantizer(result)
+    return result
+
+
+def attach_quantizer(result: CompressionResult) -> None:
+    """Tells a model of transformers, or those inside a model, of the plan, so that `save_pretrained` writes it.
+
+    The plug-in lies above this room: it is asked for where transformers keeps it.
+    """
+    if any(isinstance(module, PreTrainedModel) for module in result.model.modules()):
+        plug_in: Any = AUTO_QUANTIZER_MAPPING[QUANT_METHOD]
+        plug_in.attach_result(result)
 
 
 def checks_of(problem: Problem, planned: Planned, measured: LossChange) -> tuple[LossCheck, ...]:

@@ -178,7 +178,7 @@ def _tensors(
     model: PreTrainedModel, modules: Mapping[str, CompressedModule], stored: Mapping[str, Stored]
 ) -> dict[str, Tensor]:
     """All tensors to save: those of compressed layers replaced, but for their biases."""
-    gone = {f"{name}.{part}" for name, module in modules.items() for part in module.weight_tensors}
+    gone = {f"{name}.{part}" for name, module in modules.items() for part in (*module.weight_tensors, "weight")}
     kept = {name: tensor for name, tensor in model.state_dict().items() if name not in gone}
     replaced = {f"{name}.{part}": tensor for name, layer in stored.items() for part, tensor in layer.tensors.items()}
     return {**kept, **replaced}

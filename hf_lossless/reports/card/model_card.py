@@ -111,7 +111,8 @@ def entry_of(model: PreTrainedModel) -> LosslessCheckpointConfig:
     Raises:
         CheckpointError: It is not compressed by this package.
     """
-    entry = getattr(model.config, "quantization_config", None)
+    # The config may be shared with a part that was saved since.
+    entry = getattr(getattr(model, "hf_quantizer", None), "quantization_config", None)
     if not isinstance(entry, LosslessCheckpointConfig):
         raise CheckpointError(
             f"this {type(model).__name__} is not compressed by hf_lossless. Load it with "

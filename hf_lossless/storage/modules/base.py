@@ -6,6 +6,10 @@ are replaced rather than tensor types: that is easier to read, to debug and to s
 Names matter to transformers: no tensor of a compressed module has a name that begins with "weight" (its tying code
 matches prefixes), and what is no trainable weight is a buffer, for a float parameter would come back trainable and
 could pass for the model's dtype.
+
+The state dict of a compressed layer holds one thing more, the guard: an empty tensor under the name "weight". So it
+goes wherever the tensors go (save_pretrained, a part saved alone, a Trainer's checkpoint, torch.save), and stops a
+program that knows nothing of this package from filling the layer with random weights: no weight has the shape [0].
 """
 
 from abc import ABC, abstractmethod
@@ -41,11 +45,13 @@ class CompressedModule(nn.Module, ABC):
         dtype: In what dtype the module computes; follows `.to(dtype)` as a weight would.
         bias: The original's bias, where it had one.
         activation: Quantises the layer's input; None: it stays in floating point.
+        guarded: Whether its state dict holds a guard: not where it is a part of another compressed layer.
     """
 
     kind: LayerKind
     bias: nn.Parameter | None
     activation: QuantisedInput | None
+    guarded: bool = True
 
     def __init__(self, layer: Layer) -> None:
         """Takes over the attributes and the bias of `layer`; the stored tensors are for the subclass to make."""
@@ -110,12 +116,33 @@ class CompressedModule(nn.Module, ABC):
     @property
     def weight_tensors(self) -> dict[str, Tensor]:
         """All tensors of the module but the bias, by their names in its state dict: they are what the weight became."""
-        return {name: tensor for name, tensor in self.state_dict(keep_vars=True).items() if name != "bias"}
+        tensors = self.state_dict(keep_vars=True)
+        return {name: tensor for name, tensor in tensors.items() if name not in ("bias", "weight")}
 
     @property
     def weight_bytes(self) -> int:
         """Bytes of the weight as it is stored now."""
         return sum(tensor.nbytes for tensor in self.weight_tensors.values())
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        """Adds the guard to the tensors; not on meta, where there are none yet."""
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.guarded and not any(tensor.is_meta for tensor in (*self.parameters(), *self.buffers())):
+            # A view of a number of its own: empty storages all seem to be one, which safetensors would write once.
+            destination[f"{prefix}weight"] = torch.empty(1, device="cpu")[:0]
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, local_metadata: Any, strict: bool, *lists: list[str]
+    ) -> None:
+        """Drops the guard, and refuses a weight: it is not compressed, and would be ignored where strict=False."""
+        weight = state_dict.pop(f"{prefix}weight", None) if self.guarded else None
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, *lists)
+        if weight is not None and weight.numel():
+            error_messages = lists[-1]
+            error_messages.append(
+                f"'{prefix}weight' has shape {list(weight.shape)}, but that layer is compressed and takes no dense "
+                "weight. Load the original checkpoint into the original model."
+            )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Moves and casts as any module does, and notes the dtype."""

@@ -59,6 +59,7 @@ class LowRankModule(CompressedModule):
         if grid is not None:
             self.base = PACKED[layer.kind](layer, grid)
             self.base.bias = None
+            self.base.guarded = False
         left, right = self._plain_parts(layer, low_rank.rank)
         self.left = _empty_part(left, low_rank.left, layer)
         self.right = _empty_part(right, low_rank.right, layer)
@@ -192,7 +193,11 @@ def _empty_part(plain: PlainPart, grid: Grid | None, layer: Layer) -> PlainPart 
     plain.weight = nn.Parameter(room, weight.requires_grad)
     kind = kind_of(plain)
     assert kind is not None
-    return plain if grid is None else PACKED[kind](Layer(layer.name, plain, kind), grid)
+    if grid is None:
+        return plain
+    part = PACKED[kind](Layer(layer.name, plain, kind), grid)
+    part.guarded = False
+    return part
 
 
 LOW_RANK: dict[LayerKind, type[LowRankModule]] = {
