@@ -41,6 +41,9 @@ Vectors = dict[str, Tensor]
 MatVec = Callable[[Vectors], Vectors]
 """Computes H v for the layers that v names."""
 
+_LARGEST_UNIT = 2.0**64
+"""Of a gradient, and its inverse the smallest: a vector is divided by it and multiplied with weights and inputs then."""
+
 _NO_DERIVATIVE = re.compile(r"derivative for '?(?:aten::)?(\w+)'? is not implemented")
 
 
@@ -128,11 +131,13 @@ class HessianProducts:
 
 
 def _units_of(layers: list[Layer], gradients: list[dict[str, Tensor]]) -> dict[str, float]:
-    """Computes the unit of each layer's gradient, the same in every process; 1 where the gradient is zero."""
-    units = [[unit_of(_dense(parts[layer.name])) for parts in gradients] for layer in layers]
-    largest = torch.tensor([max(of_layer, default=0.0) for of_layer in units], dtype=torch.float64)
-    names = [layer.name for layer in layers]
-    return {name: unit or 1.0 for name, unit in zip(names, max_over_processes(largest).tolist(), strict=True)}
+    """Computes the unit of each layer's gradient, the same in every process, within bounds; 1 where there is none."""
+    units = [max((unit_of(_dense(parts[layer.name])) for parts in gradients), default=0.0) for layer in layers]
+    largest = max_over_processes(torch.tensor(units, dtype=torch.float64)).tolist()
+    return {
+        layer.name: min(max(unit, 1 / _LARGEST_UNIT), _LARGEST_UNIT) if unit else 1.0
+        for layer, unit in zip(layers, largest, strict=True)
+    }
 
 
 @contextmanager

@@ -42,7 +42,7 @@ from hf_lossless.calibration.units import unit_of
 from hf_lossless.candidates.grids import Candidate
 from hf_lossless.storage.layers import Layer
 from hf_lossless.theories.lanczos import Eigenpairs, lanczos
-from hf_lossless.theories.noise_limits import refuse_beyond
+from hf_lossless.theories.noise_limits import refuse_beyond, refuse_flat
 from hf_lossless.theories.problem import Prediction, Problem, layers_with_a_choice, predictions_of_kept
 
 _logger = logging.getLogger(__name__)
@@ -248,8 +248,8 @@ def examine(
     candidates are judged.
 
     Returns:
-        Predictions by layer, infinity for noise beyond the second order (see `boundary`), and reports by layer for
-        those that have a choice.
+        Predictions by layer, infinity for noise beyond the second order and where every second derivative is zero (see
+        `noise_limits`), and reports by layer for those that have a choice.
 
     Raises:
         CalibrationError: The loss has no second derivative, or it is not finite.
@@ -276,7 +276,8 @@ def examine(
         settings.tolerance,
         sum(not spectrum.definite for spectrum in spectra.values()),
     )
-    return predictions | predictions_of_kept(problem), spectra
+    flat = [name for name, spectrum in spectra.items() if not spectrum.values]
+    return refuse_flat(problem, predictions, flat) | predictions_of_kept(problem), spectra
 
 
 def _judge(curvature: LayerCurvature, candidate: Candidate, layer: Layer) -> Prediction:

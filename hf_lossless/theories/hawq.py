@@ -25,7 +25,7 @@ from hf_lossless.calibration.hessian import TraceEstimate, block_traces, hessian
 from hf_lossless.calibration.perturbation import seeded_number
 from hf_lossless.candidates.grids import Candidate
 from hf_lossless.storage.layers import Layer
-from hf_lossless.theories.noise_limits import refuse_beyond
+from hf_lossless.theories.noise_limits import refuse_beyond, refuse_flat
 from hf_lossless.theories.problem import Prediction, Problem, layers_with_a_choice, predictions_of_kept
 
 MAX_ROWS = 32
@@ -73,7 +73,7 @@ def predict(problem: Problem) -> dict[str, list[Prediction]]:
 
     Returns:
         As many predictions as there are candidates, the same in every process; infinity for noise beyond the second
-        order (see `boundary`). Costs one forward-backward pass over
+        order and where every second derivative is zero (see `noise_limits`). Costs one forward-backward pass over
         `TraceSettings.max_rows` rows, and for each layer and probe half of one on average.
 
     Raises:
@@ -90,7 +90,8 @@ def predict(problem: Problem) -> dict[str, list[Prediction]]:
                 problem.advance()
             predictions[layer.name] = refuse_beyond(layer, problem.candidates[layer.name], predictions[layer.name])
     _log(traces)
-    return predictions | predictions_of_kept(problem)
+    flat = [name for name, estimate in traces.items() if estimate.trace == 0 == estimate.standard_error]
+    return refuse_flat(problem, predictions, flat) | predictions_of_kept(problem)
 
 
 def estimate_traces(problem: Problem, settings: TraceSettings | None = None) -> dict[str, TraceEstimate]:

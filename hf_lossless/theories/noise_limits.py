@@ -5,13 +5,17 @@ has to be counted too, and beyond "higher-order terms should not be omitted", wh
 mean squares in the weights' own unit, as the paper has them; `hf-lossless neighbourhood` measures them on a model.
 """
 
+import logging
 import math
 
 from torch import Tensor
 
 from hf_lossless.candidates.grids import Candidate
+from hf_lossless.data.processes import process_state
 from hf_lossless.storage.layers import Layer
-from hf_lossless.theories.problem import Prediction
+from hf_lossless.theories.problem import Prediction, Problem
+
+_logger = logging.getLogger(__name__)
 
 FIRST_ORDER = 8e-3
 """Largest root mean square of weight noise up to which the first order leads."""
@@ -50,6 +54,32 @@ def refuse_beyond(layer: Layer, candidates: list[Candidate], predictions: list[P
         prediction if size <= largest else Prediction(math.inf)
         for size, prediction in zip(sizes, predictions, strict=True)
     ]
+
+
+def refuse_flat(
+    problem: Problem, predictions: dict[str, list[Prediction]], flat: list[str]
+) -> dict[str, list[Prediction]]:
+    """Refuses all but keeping the layers in which the loss is flat to the second order, and names them in a warning.
+
+    Where every second derivative is zero, each change would cost nothing, which says that these rows, or the dtype, do
+    not show what it costs.
+
+    Args:
+        problem: With the candidates of the layers.
+        predictions: What a theory said of each, by layer name.
+        flat: Names of the layers whose second derivatives are all zero.
+    """
+    if flat and process_state().is_main_process:
+        _logger.warning(
+            "only to be kept, for the second derivative of the loss is zero there, or underflows to zero: %s. "
+            "Calibrate on other rows, load the model in a wider dtype, or use theory='llc', which needs none.",
+            ", ".join(flat),
+        )
+    refused = {
+        name: [Prediction(0.0 if candidate.kind == "kept" else math.inf) for candidate in problem.candidates[name]]
+        for name in flat
+    }
+    return predictions | refused
 
 
 def _noise(layer: Layer, candidate: Candidate) -> float:

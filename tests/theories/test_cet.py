@@ -223,11 +223,14 @@ def test_a_report_without_convergence(caplog):
     assert "of 3 layers' eigenpairs not within 1e-09;" in caplog.text
 
 
-def test_a_zero_hessian():
+def test_a_zero_hessian(caplog):
     problem = problem_of(loss=lambda model, batch: model.head(torch.ones(1, 6, dtype=torch.float64)).sum())
     predictions, spectra = examine(problem)
-    assert all(prediction.loss_change == 0 for group in predictions.values() for prediction in group)
+    assert [[one.usable for one in group] for group in predictions.values()] == [
+        [candidate.kind == "kept" for candidate in problem.candidates[name]] for name in predictions
+    ]
     assert all(spectrum.values == () and spectrum.converged for spectrum in spectra.values())
+    assert f"zero there, or underflows to zero: {', '.join(LAYERS)}. Calibrate" in caplog.text
 
 
 def test_layers_that_can_only_be_kept_cost_nothing():
