@@ -11,7 +11,6 @@ from typing import Any
 import datasets
 import pytest
 import torch
-from rich.console import Console
 from safetensors.torch import load_file, save_file
 from tiny_checkpoints import text_rows, without
 from transformers import (
@@ -23,6 +22,7 @@ from transformers import (
 
 from hf_lossless.certification.certificate import Certificate
 from hf_lossless.checkpoints.saved_folder import SavedFolder
+from hf_lossless.cli import demo
 from hf_lossless.cli import main as cli
 from hf_lossless.data import rows as calibration_data
 from hf_lossless.data.splits import three_splits
@@ -147,7 +147,7 @@ def test_tables_lose_nothing_on_a_narrow_terminal(
     run: Run, text_folder: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run("compress", text_folder, "--data", text_file, "--out", tmp_path / "small", "--ratio", 3)
-    monkeypatch.setattr(cli, "_console", Console(width=60))
+    monkeypatch.setenv("COLUMNS", "60")
     plan = SavedFolder.read(tmp_path / "small").entry.plan
     said = run("inspect", tmp_path / "small")
     columns = [[cell.strip() for cell in line.split("│")[1:-1]] for line in said.splitlines() if "│" in line]
@@ -501,7 +501,7 @@ def test_certify_says_what_is_wrong(
 def test_demo(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What it does is in test_demo.py; here, where it does it."""
     folders: list[Path] = []
-    monkeypatch.setattr(cli, "run_demo", lambda out, console: folders.append(out))
+    monkeypatch.setattr(demo, "run_demo", lambda out, console: folders.append(out))
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     run("demo", "--out", tmp_path / "out")
     run("demo")
