@@ -122,7 +122,8 @@ def damping_term(diagonals: Tensor, share: float) -> Tensor:
         diagonals: Diagonals of a batch of metrics, [batch, n].
         share: Share of the mean.
 
-    Returns: The term of each metric, [batch, 1].
+    Returns:
+        The term of each metric, [batch, 1].
     """
     return torch.where(diagonals.any(1), share * diagonals.mean(1), 1.0)[:, None]
 

@@ -1,4 +1,4 @@
-"""Cholesky factors of damped second moments, for which a failure is an error of this package."""
+"""Cholesky factors of damped second moments, with this package's error where the factorisation fails."""
 
 import torch
 from torch import Tensor
@@ -7,14 +7,14 @@ from hf_lossless.errors import CalibrationError
 
 
 def cholesky(metric: Tensor) -> Tensor:
-    """The lower triangular C with `C C' = M`.
+    """Computes the lower triangular Cholesky factor C with `C C' = M`.
 
     Args:
         metric: M, symmetric, [n, n].
 
     Raises:
-        CalibrationError: M is not positive definite. Sums in float32 are off by a tenth of the least damping at most,
-            seen with 4,096 inputs that are all but constant.
+        CalibrationError: M is not positive definite. Float32 sums err by at most a tenth of the least damping, as seen
+            with 4,096 nearly constant inputs.
     """
     root: Tensor
     root, status = torch.linalg.cholesky_ex(metric)

@@ -1,4 +1,4 @@
-"""Entropy-coded grids to choose from, for one layer: the ladder of `shaped`, each with its bytes."""
+"""Proposes entropy-coded grids for one layer: the ladder of `shaped`, each with its bytes."""
 
 import math
 from collections.abc import Iterator
@@ -16,26 +16,26 @@ from hf_lossless.storage.plan import CodedGrid
 
 
 def propose_coded(layer: Layer, statistics: LayerStatistics, seed: int, damping_scale: float) -> list[Candidate]:
-    """The shaped grids of a layer, the finest first; only those that take fewer bytes than the weight as it is.
+    """Proposes the shaped grids of a layer, finest first, that take fewer bytes than the original weight.
 
     Args:
         layer: The layer, with real weights.
-        statistics: Its statistics, with curvature; without a positive one there are none.
-        seed: Of the noise that stands for feedback.
-        damping_scale: What dampings are multiplied by, see `candidates.damping_choice`.
+        statistics: Its statistics, with curvature; no grids are proposed where that is missing or zero.
+        seed: Seed of the noise that simulates feedback.
+        damping_scale: Factor of the default dampings, see `candidates.damping_choice`.
     """
     curvature = statistics.curvature
     if curvature is None or not curvature.scale > 0 or not curvature.is_finite:
         return []
     damping = shaped_damping(layer.kind, damping_scale)
-    sides = InverseRoots.of(curvature, damping)
+    roots = InverseRoots.of(curvature, damping)
     matrix = layer.matrix.detach().float()
-    sample = Sample.of(matrix, sides, torch.Generator().manual_seed(seed))
+    sample = Sample.of(matrix, roots, torch.Generator().manual_seed(seed))
     out_features, in_features = matrix.shape
     tried: list[tuple[float, float, float]] = []
-    for step in ladder(matrix, sides):
-        trial = try_step(step, sample, sides)
-        tried.append((step, coded_bytes(step, trial, sample, sides), trial.cost(step, sample.share)))
+    for step in ladder(matrix, roots):
+        trial = try_step(step, sample, roots)
+        tried.append((step, coded_bytes(step, trial, sample, roots), trial.cost(step, sample.share)))
     return [
         Candidate(
             None,
@@ -49,7 +49,10 @@ def propose_coded(layer: Layer, statistics: LayerStatistics, seed: int, damping_
 
 
 def _with_steps_between(tried: list[tuple[float, float, float]]) -> Iterator[tuple[float, float, float]]:
-    """Steps, bytes and costs, and between each two of them a third: bytes fall with log c, costs are powers of c."""
+    """Yields steps, bytes and costs, and an interpolated triple between each two.
+
+    Bytes are linear in log c, and costs are powers of c.
+    """
     for (step, cost_bytes, cost), (next_step, next_bytes, next_cost) in pairwise(tried):
         yield step, cost_bytes, cost
         yield math.sqrt(step * next_step), (cost_bytes + next_bytes) / 2, math.sqrt(cost * next_cost)

@@ -1,14 +1,14 @@
-"""How much damping the metrics of coded layers need, chosen on rows that the metrics were not made from.
+"""Chooses the damping of coded layers' metrics on rows that the metrics were not made from.
 
-With too little damping steps get large, and feedback brings large errors, where other rows object; with too much the
-steps are all alike. The quadratic prediction cannot tell, for the errors that go wrong are not small. So some layers,
-spread over the model, are rounded together in the metrics of the even batches, with one damping after the other, and
-the divergence of the model's predictions is measured on the odd batches. As a bit less for every weight quadruples it,
+With too little damping, steps and feedback errors get large in directions that cost much on other rows; with too much,
+all steps are alike. The quadratic prediction cannot decide, since the harmful errors are not small. So some layers,
+spread over the model, are rounded together in the metrics of the even batches, with each damping in turn, and the
+divergence of the model's predictions is measured on the odd batches. Since one bit less for every weight quadruples it,
+the damping chosen minimises
 
     log(divergence) + 2 log(2) bits
 
-is what counts, with the bits that the codes take. Rows and columns go together on one ladder, in the ratio of the
-default.
+with the bits per weight that the codes take. Rows and columns share one ladder, in the ratio of the default.
 """
 
 import logging
@@ -30,10 +30,10 @@ from hf_lossless.storage.layers import Layer
 from hf_lossless.storage.plan import CodedGrid
 
 LADDER = (0.3, 1.0, 3.0)
-"""Times the default damping."""
+"""Factors of the default damping that are tried."""
 
 RESOLUTION = 1.0
-"""Root mean square of the weights over the geometric mean of the steps."""
+"""Root mean square of the weights over the geometric mean of the steps, at which dampings are compared."""
 
 MOST_LAYERS = 8
 
@@ -41,15 +41,15 @@ _logger = logging.getLogger(__name__)
 
 
 def chosen_scale(model: nn.Module, batches: list[Batch], layers: list[Layer], calibration: Calibration) -> float:
-    """The number of the ladder that dampings are multiplied by; 1 where no other rows can tell.
+    """Chooses the factor of the default dampings from the ladder; 1 where no held-out batches can decide.
 
     Args:
-        model: In evaluation mode; left as it was.
+        model: The model, in evaluation mode; unchanged afterwards.
         batches: All calibration batches.
         layers: All layers.
-        calibration: With curvature and its halves.
+        calibration: Statistics with curvature and its halves.
     """
-    tried = _spread([layer for layer in layers if _has_halves(layer, calibration)])
+    tried = _evenly_chosen([layer for layer in layers if _has_halves(layer, calibration)])
     before = log_probabilities(model, batches[1::2]) if tried else None
     if not before:
         return 1.0
@@ -78,7 +78,7 @@ def chosen_scale(model: nn.Module, batches: list[Batch], layers: list[Layer], ca
     return min(costs, key=lambda scale: costs[scale], default=1.0)
 
 
-def _spread(layers: list[Layer]) -> list[Layer]:
+def _evenly_chosen(layers: list[Layer]) -> list[Layer]:
     return layers[:: math.ceil(len(layers) / MOST_LAYERS)] if layers else []
 
 

@@ -173,7 +173,7 @@ def neighbourhood(
     refuse_quantised(model)
     loaded = load_model(chosen_task, model, dtype=torch.float32)  # the rounding of 16 bits would drown small noise
     layers = find_layers(loaded)
-    layers = theory.named_layers(layers, layer) if layer else theory.spread_layers(layers)
+    layers = theory.named_layers(layers, layer) if layer else theory.evenly_spaced_layers(layers)
     batches = calibration_batches(loaded, rows)
     with progress_bar(len(layers), "layers") as advance:
         found = theory.neighbourhood(loaded, batches, layers, seed=seed, advance=advance)

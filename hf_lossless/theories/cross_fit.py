@@ -1,11 +1,11 @@
-"""`folds`: what is fitted to one half of the calibration batches is judged by the other half, both ways round.
+"""Cross-fitting: fits to one half of the calibration batches and judges by the other, for both orders.
 
-Codes, shaped steps and ranks follow the metric of the calibration rows. Judged on the same rows they look better than
-they are, the more so the fewer the rows; so a prediction is the mean over the folds of
+Codes, shaped steps and ranks follow the metric of the calibration rows. Judged on the same rows their cost is
+underestimated, more so with fewer rows; so a prediction is the mean over the folds of
 
     1/2 scale_judge tr(R_judge d_fit C_judge d_fit')
 
-It errs on the safe side in one thing: what is stored in the end is fitted to all rows, and not to half of them.
+This is conservative: the stored values are fitted to all rows in the end, not to half of them.
 """
 
 from hf_lossless.calibration.curvature import KroneckerFactors
@@ -13,13 +13,14 @@ from hf_lossless.calibration.statistics import LayerStatistics
 
 
 def folds(statistics: LayerStatistics) -> list[tuple[KroneckerFactors, KroneckerFactors]]:
-    """Pairs of what to fit to and what to judge by.
+    """Returns pairs of the curvature to fit to and the curvature to judge by.
 
     Args:
-        statistics: Of a layer, with curvature.
+        statistics: Statistics of a layer, with curvature.
 
     Returns:
-        (even, odd) and (odd, even) batches; where there was one batch only, all rows with themselves.
+        The pairs of (even, odd) and (odd, even) batches; where there was only one batch, the pair of all rows with
+        themselves.
     """
     if statistics.halves is None:
         assert statistics.curvature is not None

@@ -1,13 +1,13 @@
-"""Predicts what it costs to cut a matrix to a rank, judged on other rows than those it was cut for.
+"""Predicts the cost of truncating a matrix to a rank, judged on other rows than those it was fitted to.
 
-The SVD in the metric of some calibration rows leaves out the very directions that those rows do not excite. Judged on
-the same rows the cut looks better than it is, the more so the fewer the rows: on MiniLM, with 128 of them at a ratio of
-8, the plan chosen so was predicted to cost 0.008 nats and cost 0.026 +- 0.007 on other rows. So the cut is made for one
-half of the calibration batches and judged by the curvature of the other half (see `cross_fit`; predicted then: 0.011,
-and 0.020 +- 0.007 on the other rows).
+The SVD in the metric of the calibration rows drops the directions with the least variance on these rows. Judged on the
+same rows its cost is underestimated, more so with fewer rows: on MiniLM, with 128 rows at a ratio of 8, the plan chosen
+this way had a predicted cost of 0.008 nats and a cost of 0.026 +- 0.007 on other rows. So the truncation is fitted to
+one half of the calibration batches and judged by the curvature of the other half (see `cross_fit`; the prediction is
+then 0.011, and the cost on other rows 0.020 +- 0.007).
 
-With the components `W = sum_k l_k r_k' + E` of the SVD (E: what a partial SVD leaves), the error of rank r is
-`d = -(sum_{k>r} l_k r_k' + E)`, and for every r at once
+With the components `W = sum_k l_k r_k' + E` of the SVD (E: the remainder of a partial SVD), the error of rank r is `d =
+-(sum_{k>r} l_k r_k' + E)`, and for every r at once
 
     tr(M_rows d M_columns d') = sum_{k,j>r} P_kj + 2 sum_{k>r} q_k + tr(M_rows E M_columns E'),
     P = (L' M_rows L) o (R M_columns R'),      q_k = l_k' M_rows E M_columns r_k.
@@ -29,30 +29,32 @@ from hf_lossless.theories.cross_fit import folds
 class RankChanges:
     """Predicts the change of the loss for every rank, from both halves of a layer's calibration batches.
 
-    Where there was one batch only, there are no halves, and the cut is judged by the rows that it is made for.
+    With only one batch there are no halves, and the truncation is judged by the rows that it was fitted to.
     """
 
     def __init__(self, statistics: LayerStatistics) -> None:
-        """Takes a layer's statistics, with curvature; its roots serve for the matrix and for what grids leave of it."""
+        """Stores a layer's statistics, with curvature; the roots serve the matrix and the remainders of its grids."""
         self.statistics = statistics
 
     @functools.cached_property
     def _folds(self) -> list[tuple[Whitening, KroneckerFactors]]:
-        """Roots to fit with, and the curvature to judge by."""
+        """Computes the roots to fit with, and the curvature to judge by."""
         return [(Whitening.of(fit), judge) for fit, judge in folds(self.statistics)]
 
     def changes(self, matrix: Tensor, largest: int) -> Tensor:
-        """The change at rank 0, 1, ... `largest`: [largest + 1], float64.
+        """Predicts the change at rank 0, 1, ... `largest`: [largest + 1], float64.
 
         Args:
-            matrix: What is cut to a rank, [out, in].
-            largest: The largest rank that will be asked.
+            matrix: Matrix to truncate, [out, in].
+            largest: The largest rank.
         """
         return torch.stack([changes_of_ranks(matrix, fit, judge, largest) for fit, judge in self._folds]).mean(0)
 
 
 def changes_of_ranks(matrix: Tensor, fit: Whitening, judge: KroneckerFactors, largest: int) -> Tensor:
-    """`1/2 scale tr(M_rows d M_columns d')` of every rank, in another metric than that of the SVD; [largest + 1].
+    """Computes `1/2 scale tr(M_rows d M_columns d')` of every rank, in another metric than the SVD's.
+
+    The result has shape [largest + 1].
 
     Args:
         matrix: [out, in].
@@ -76,16 +78,17 @@ def changes_of_ranks(matrix: Tensor, fit: Whitening, judge: KroneckerFactors, la
 
 
 def rounding_change(factors: Factors, low_rank: LowRank, curvature: KroneckerFactors) -> float:
-    """Predicted change of the loss by putting factors on their grids.
+    """Predicts the change of the loss caused by putting factors on their grids.
 
-    The errors dL and dR have nothing to do with each other, nor with the error of the rank, so that their costs add:
+    The errors dL and dR are taken to be uncorrelated with each other and with the error of the rank, so that their
+    costs add:
 
         1/2 scale [ tr(M_rows dL (R M_columns R') dL') + tr((L' M_rows L) dR M_columns dR') ]
 
     Args:
         factors: L and R before they are rounded.
-        low_rank: Their grids.
-        curvature: Of the layer.
+        low_rank: Grids of the factors.
+        curvature: Curvature of the layer.
     """
     change = 0.0
     if low_rank.left is not None:
@@ -100,10 +103,10 @@ def rounding_change(factors: Factors, low_rank: LowRank, curvature: KroneckerFac
 
 
 def _inner(vectors: Tensor, metric: Tensor) -> Tensor:
-    """`V M V'` of the rows of V, float64."""
+    """Computes `V M V'` of the rows of V, float64."""
     return _times(vectors, metric).double() @ vectors.mT.double()
 
 
 def _times(vectors: Tensor, metric: Tensor) -> Tensor:
-    """`V M`, for a full or diagonal M."""
+    """Computes `V M`, for a full or diagonal M."""
     return vectors * metric if metric.ndim == 1 else vectors @ metric

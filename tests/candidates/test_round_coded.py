@@ -38,9 +38,9 @@ def test_each_layer_as_it_is_alone(largest_batch, monkeypatch):
     for name, one in found.items():
         matrix, curvature = layers[name].matrix.detach(), calibration.layers[name].curvature
         assert grids[name].damping == (SHAPED_OF_EMBEDDINGS if name == "embedding" else SHAPED)
-        sides = InverseRoots.of(curvature, grids[name].damping)
-        rows, columns = stored_steps(sides.row_steps(grids[name].step)), stored_steps(sides.column_steps)
-        [codes] = round_two_sided(matrix[None], rows[None], columns[None], [sides.rows], [sides.columns])
+        roots = InverseRoots.of(curvature, grids[name].damping)
+        rows, columns = stored_steps(roots.row_steps(grids[name].step)), stored_steps(roots.column_steps)
+        [codes] = round_two_sided(matrix[None], rows[None], columns[None], [roots.rows], [roots.columns])
         expected = codes * columns * rows[:, None]
         assert one.grid == grids[name] and codes.any()
         assert torch.equal(one.values.dense, expected) and not one.values.dense.requires_grad

@@ -70,10 +70,10 @@ def test_uniform_steps_take_a_quarter_of_a_bit_more():
     """At high rate, in the damped metric that shapes them: 1/2 log2(pi e / 6) bits for normal weights."""
     generator = torch.Generator().manual_seed(6)
     W, factors = torch.randn(256, 128, generator=generator), _factors(7, 256, 128)
-    sides = InverseRoots.of(factors, SHAPED)
-    step = step_at(8.0, W, sides)
-    rows, columns = sides.row_steps(step), sides.column_steps
-    codes = round_two_sided(W[None], rows[None], columns[None], [sides.rows], [sides.columns])[0]
+    roots = InverseRoots.of(factors, SHAPED)
+    step = step_at(8.0, W, roots)
+    rows, columns = roots.row_steps(step), roots.column_steps
+    codes = round_two_sided(W[None], rows[None], columns[None], [roots.rows], [roots.columns])[0]
     damped = replace(factors, rows=factors.damped(SHAPED.rows).rows, columns=factors.damped(SHAPED.columns).columns)
     loss = second_order_change(codes * rows[:, None] * columns - W, damped)
     theta = torch.tensor([loss / W.numel()], dtype=torch.float64)  # above the water everywhere

@@ -85,9 +85,9 @@ def layer():
     return W, InverseRoots.of(KroneckerFactors(rows.T @ rows, columns.T @ columns, 1.0), SHAPED)
 
 
-def _codes(W, sides, step=0.5):
-    steps = sides.row_steps(step)[None] * 10, sides.column_steps[None]
-    return round_two_sided(W[None], *steps, [sides.rows], [sides.columns])[0]
+def _codes(W, roots, step=0.5):
+    steps = roots.row_steps(step)[None] * 10, roots.column_steps[None]
+    return round_two_sided(W[None], *steps, [roots.rows], [roots.columns])[0]
 
 
 def test_rounding_that_counts_no_bits_is_that_of_the_package(layer):
