@@ -12,11 +12,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hf_lossless.storage.entropy import coder, kernels
-from hf_lossless.storage.entropy.coder import COMPILED_FROM, SegmentDecoder, choose_kernel, encode_segments
+from hf_lossless.storage.entropy.coder import COMPILED_FROM, Kernel, SegmentDecoder, choose_kernel, encode_segments
 from hf_lossless.storage.entropy.frequencies import Frequencies, MalformedCode, Segment, entropy_bytes
 
-KERNELS = {"numpy": 0, "numba": COMPILED_FROM}
-EACH_KERNEL = pytest.mark.parametrize("num_symbols", KERNELS.values(), ids=KERNELS)
+KERNELS = {"numpy": choose_kernel(0), "numba": choose_kernel(COMPILED_FROM)}
+EACH_KERNEL = pytest.mark.parametrize("kernel", KERNELS.values(), ids=KERNELS)
 
 SEGMENTS = st.lists(
     st.tuples(st.integers(-(2**15), 2**15 - 300), st.lists(st.integers(0, 255), max_size=90)), max_size=6
@@ -38,8 +38,8 @@ def laplacian(spread: float, size: int = 200_000) -> Segment:
     return symbols, Frequencies.of(-128, np.bincount(symbols + 128, minlength=256))
 
 
-def decoded(stream: bytes, segments: list[Segment], num_symbols: int) -> list[np.ndarray]:
-    decoder = SegmentDecoder(stream, choose_kernel(num_symbols))
+def decoded(stream: bytes, segments: list[Segment], kernel: Kernel) -> list[np.ndarray]:
+    decoder = SegmentDecoder(stream, kernel)
     found = [decoder.decode(len(symbols), model) for symbols, model in segments]
     decoder.finish()
     return found
@@ -79,14 +79,14 @@ def by_the_book(stream: bytes, segments: list[Segment]) -> list[list[int]]:
 @EACH_KERNEL
 @pytest.mark.parametrize("bytes_per_lane", [1, 2, 7, 1500])
 @given(given_segments=SEGMENTS)
-def test_segments_come_back_in_their_order(num_symbols, bytes_per_lane, given_segments):
+def test_segments_come_back_in_their_order(kernel, bytes_per_lane, given_segments):
     segments = [segment(*one) for one in given_segments]
     with mock.patch.object(coder, "BYTES_PER_LANE", bytes_per_lane):
         stream = encode_segments(segments)
         assert stream == encode_segments(segments)
     expected = [symbols.tolist() for symbols, _ in segments]
     assert by_the_book(stream, segments) == expected
-    for found, symbols in zip(decoded(stream, segments, num_symbols), expected, strict=True):
+    for found, symbols in zip(decoded(stream, segments, kernel), expected, strict=True):
         assert found.dtype == np.uint8 and found.tolist() == [symbol % 256 for symbol in symbols]
 
 
@@ -96,8 +96,8 @@ def test_any_number_of_lanes(num_lanes):
     with mock.patch.object(coder, "_number_of_lanes", lambda coded: num_lanes):
         stream = encode_segments(segments)
     assert struct.unpack_from("<H", stream) == (num_lanes,)
-    for num_symbols in KERNELS.values():
-        for found, (symbols, _) in zip(decoded(stream, segments, num_symbols), segments, strict=True):
+    for kernel in KERNELS.values():
+        for found, (symbols, _) in zip(decoded(stream, segments, kernel), segments, strict=True):
             assert np.array_equal(found.view(np.int8), symbols)
 
 
@@ -144,11 +144,10 @@ def test_what_is_known_takes_nothing():
 
 @EACH_KERNEL
 @pytest.mark.parametrize("num_lanes", [1, 3, 40])
-def test_what_cannot_be_a_stream(num_lanes, num_symbols):
+def test_what_cannot_be_a_stream(num_lanes, kernel):
     symbols, model = segment(0, [0, 1, 2, 3, 200] * 400)
     with mock.patch.object(coder, "_number_of_lanes", lambda coded: num_lanes):
         stream = encode_segments([(symbols, model)])
-    kernel = choose_kernel(num_symbols)
 
     def read(stream: bytes, size: int = len(symbols)) -> None:
         decoder = SegmentDecoder(stream, kernel)
@@ -194,11 +193,11 @@ def test_a_tail_that_is_none():
 
 @EACH_KERNEL
 @given(st.binary(max_size=300), st.integers(1, 40), st.integers(0, 300))
-def test_any_bytes_are_refused_or_read_within_their_bounds(num_symbols, content, lanes, left):
+def test_any_bytes_are_refused_or_read_within_their_bounds(kernel, content, lanes, left):
     stream = struct.pack("<HI", lanes, left) + content
     _, model = segment(0, [0, 0, 0, 1, 2, 5])
     try:
-        decoder = SegmentDecoder(stream, choose_kernel(num_symbols))
+        decoder = SegmentDecoder(stream, kernel)
         found = decoder.decode(500, model)
     except MalformedCode:
         return
