@@ -8,6 +8,7 @@ matches prefixes), and what is no trainable weight is a buffer, for a float para
 could pass for the model's dtype.
 """
 
+import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any, Self
@@ -18,6 +19,7 @@ from torch.nn import functional as F
 
 from hf_lossless.storage.layers import Layer, LayerKind
 from hf_lossless.storage.modules.activations import QuantisedInput
+from hf_lossless.storage.modules.running import Running
 
 _ATTRIBUTES: dict[LayerKind, tuple[str, ...]] = {
     "linear": ("in_features", "out_features"),
@@ -31,7 +33,7 @@ _ATTRIBUTES: dict[LayerKind, tuple[str, ...]] = {
 """What model code reads of a layer beside its weight and bias."""
 
 
-class CompressedModule(nn.Module, ABC):
+class CompressedModule(Running, ABC):
     """Base of the compressed layers.
 
     Attributes:
@@ -85,6 +87,11 @@ class CompressedModule(nn.Module, ABC):
             y [..., out].
         """
 
+    def linear_now(self, input: Tensor, bias: Tensor | None) -> Tensor:
+        """Computes y = x W' + b in the layer's run-time form, where it has one that takes the input."""
+        output = self.in_form(input, bias) if self.form is not None else None
+        return self.linear(input, bias) if output is None else output
+
     @abstractmethod
     def embedding(self, indices: Tensor) -> Tensor:
         """Rows of W, whatever the layer's kind.
@@ -119,10 +126,9 @@ class CompressedModule(nn.Module, ABC):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Moves and casts as any module does, and notes the dtype."""
-        device = next(iter(self.weight_tensors.values())).device
+        device = next(itertools.chain(self.buffers(), self.parameters())).device
         self.dtype = fn(torch.empty(0, dtype=self.dtype, device=device)).dtype
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        return self
+        return super()._apply(fn, recurse)
 
 
 def compressed_layers(model: nn.Module) -> dict[str, CompressedModule]:
@@ -137,7 +143,7 @@ class WholeLinear(CompressedModule):
 
     def forward(self, input: Tensor) -> Tensor:
         """Computes y = x W' + b."""
-        return self.linear(self.quantised(input), self.bias)
+        return self.linear_now(self.quantised(input), self.bias)
 
 
 class WholeConv2d(CompressedModule):
