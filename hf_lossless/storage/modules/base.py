@@ -12,6 +12,7 @@ goes wherever the tensors go (save_pretrained, a part saved alone, a Trainer's c
 program that knows nothing of this package from filling the layer with random weights: no weight has the shape [0].
 """
 
+import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any, Self
@@ -22,6 +23,7 @@ from torch.nn import functional as F
 
 from hf_lossless.storage.layers import Layer, LayerKind
 from hf_lossless.storage.modules.activations import QuantisedInput
+from hf_lossless.storage.modules.running import Running
 
 _ATTRIBUTES: dict[LayerKind, tuple[str, ...]] = {
     "linear": ("in_features", "out_features"),
@@ -35,7 +37,7 @@ _ATTRIBUTES: dict[LayerKind, tuple[str, ...]] = {
 """What model code reads of a layer beside its weight and bias."""
 
 
-class CompressedModule(nn.Module, ABC):
+class CompressedModule(Running, ABC):
     """Base of the compressed layers.
 
     Attributes:
@@ -90,6 +92,11 @@ class CompressedModule(nn.Module, ABC):
         Returns:
             y [..., out].
         """
+
+    def linear_now(self, input: Tensor, bias: Tensor | None) -> Tensor:
+        """Computes y = x W' + b in the layer's run-time form, where it has one that takes the input."""
+        output = self.in_form(input, bias) if self.form is not None else None
+        return self.linear(input, bias) if output is None else output
 
     @abstractmethod
     def embedding(self, indices: Tensor) -> Tensor:
@@ -146,10 +153,9 @@ class CompressedModule(nn.Module, ABC):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Moves and casts as any module does, and notes the dtype."""
-        device = next(iter(self.weight_tensors.values())).device
+        device = next(itertools.chain(self.buffers(), self.parameters())).device
         self.dtype = fn(torch.empty(0, dtype=self.dtype, device=device)).dtype
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        return self
+        return super()._apply(fn, recurse)
 
 
 def compressed_layers(model: nn.Module) -> dict[str, CompressedModule]:
@@ -164,7 +170,7 @@ class WholeLinear(CompressedModule):
 
     def forward(self, input: Tensor) -> Tensor:
         """Computes y = x W' + b."""
-        return self.linear(self.quantised(input), self.bias)
+        return self.linear_now(self.quantised(input), self.bias)
 
 
 class WholeConv2d(CompressedModule):

@@ -92,10 +92,15 @@ class CodedModule(CompressedModule):
         self.far_positions = torch.from_numpy(matrix.far_positions).to(device)
         self.far_codes = torch.from_numpy(matrix.far_codes).to(device, torch.float32)
 
+    def near_codes(self) -> Tensor | None:
+        """The codes, int8 [out, in], that the layer or its run-time form holds; None before they are decoded."""
+        return self.codes if self.codes is not None or self.form is None else self.form.codes()
+
     def levels(self, dtype: torch.dtype) -> Tensor:
         """The codes Z [out, in], those beyond a byte included."""
-        assert self.codes is not None and self.far_positions is not None and self.far_codes is not None
-        levels = self.codes.to(dtype)
+        near = self.near_codes()
+        assert near is not None and self.far_positions is not None and self.far_codes is not None
+        levels = near.to(dtype)
         if len(self.far_positions):
             levels.view(-1)[self.far_positions] = self.far_codes.to(dtype)
         return levels
@@ -107,7 +112,7 @@ class CodedModule(CompressedModule):
 
     def matrix(self) -> Tensor:
         """The weight `W [out, in]` in the module's dtype, made now; on meta as long as nothing has been decoded."""
-        if self.codes is None:  # some models look at their weights to initialise them, before `decode` can have run
+        if self.row_steps is None:  # some models look at their weights to initialise them, before `decode` can have run
             return torch.empty(self.matrix_shape, dtype=self.dtype, device="meta")
         row_steps, column_steps = self.steps()
         return self.levels(torch.float32).mul_(column_steps).mul_(row_steps[:, None]).to(self.dtype)
@@ -139,6 +144,17 @@ class CodedModule(CompressedModule):
             rows[places, far_columns[fars]] = self.far_codes[fars]
         rows = rows.mul_(column_steps).mul_(row_steps.index_select(0, flat)[:, None]).to(self.dtype)
         return rows.view(*indices.shape, rows.shape[1])
+
+    def renew(self) -> None:
+        """Leaves the codes to a form that holds them; an embedding looks its rows up in its own."""
+        super().renew()
+        if self.form is not None and self.form.holds_codes and self.kind != "embedding":
+            self.codes = None
+
+    def release(self) -> None:
+        """Takes back the codes that the form holds."""
+        self.codes = self.near_codes()
+        super().release()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Moves as any module does, but a change of dtype leaves the steps alone and only sets `self.dtype`."""

@@ -37,7 +37,7 @@ class TiedLinear(Tied):
 
     def forward(self, input: Tensor) -> Tensor:
         """Computes y = x W' + b; with a low-rank home, y = (x R') L' + b."""
-        return self.home.linear(input, self.bias)
+        return self.home.linear_now(input, self.bias)
 
 
 class TiedEmbedding(Tied):

@@ -1,0 +1,88 @@
+"""`Form`: how a compressed layer is computed, where that is not the layer's own floating-point path.
+
+A form takes inputs in float32 on a CPU that want no gradient. All else (half precision, autocast, a GPU, adapters in
+training) goes the layer's own way, so that a form may be there always.
+"""
+
+import itertools
+import weakref
+from abc import ABC, abstractmethod
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_numbers = itertools.count()
+_FORMS: "weakref.WeakValueDictionary[int, Form]" = weakref.WeakValueDictionary()
+
+
+class Form(ABC):
+    """Computes y = W x for one layer; the bias is added to it.
+
+    Attributes:
+        number: Of this form in this process: what a compiled graph, which cannot hold packed weights, knows it by.
+        out_features: Rows of W.
+        holds_codes: Whether the layer's codes can be had from it.
+    """
+
+    holds_codes: bool = False
+
+    def __init__(self, out_features: int) -> None:
+        self.out_features = out_features
+        self._enter()
+
+    def _enter(self) -> None:
+        self.number = next(_numbers)
+        _FORMS[self.number] = self
+
+    @abstractmethod
+    def product(self, input: Tensor) -> Tensor:
+        """W x, float32, without bias.
+
+        Args:
+            input: x, float32 on the CPU, of any strides, empty too; numbers that are not finite come out as such.
+        """
+
+    @property
+    @abstractmethod
+    def nbytes(self) -> int:
+        """Bytes in memory."""
+
+    def codes(self) -> Tensor | None:
+        """The layer's codes, int8 [out, in], where the form holds them; else None."""
+        return None
+
+    def takes(self, input: Tensor) -> bool:
+        """Whether an input can go this way."""
+        return (
+            input.dtype is torch.float32
+            and input.device.type == "cpu"
+            and not (input.requires_grad and torch.is_grad_enabled())
+            and not torch.is_autocast_enabled("cpu")
+        )
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """A copy, in this process or another, is a form of its own."""
+        self.__dict__.update(state)
+        self._enter()
+
+
+def form_numbered(number: int) -> Form:
+    """The form of that number, as long as its layer lives."""
+    form = _FORMS.get(number)
+    assert form is not None, "a compiled graph outlived the model that it was made of"
+    return form
+
+
+@torch.library.custom_op("hf_lossless::product", mutates_args=())
+def compiled_product(input: Tensor, number: int, out_features: int) -> Tensor:
+    """What a compiled or exported graph calls: the product of a form, by its number.
+
+    A graph that was exported can run in this process only, for it does not hold the weights.
+    """
+    return form_numbered(number).product(input)
+
+
+@compiled_product.register_fake
+def _(input: Tensor, number: int, out_features: int) -> Tensor:
+    return input.new_empty(*input.shape[:-1], out_features)
