@@ -166,8 +166,8 @@ def refuse_other_layers(model: PreTrainedModel, plan: CompressionPlan) -> None:
     for name, module in model.named_modules():
         if isinstance(module, Tied) and module.home not in homes:
             raise CheckpointError(
-                f"this {type(model).__name__} cannot be saved by itself: its layer {name!r} computes with a weight that "
-                "lies outside of it. Save the whole model, and load this part from that."
+                f"this {type(model).__name__} cannot be saved by itself: its layer {name!r} computes with a weight "
+                "that lies outside of it. Save the whole model, and load this part from that."
             )
 
 

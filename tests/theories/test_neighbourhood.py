@@ -25,9 +25,9 @@ from hf_lossless.theories.neighbourhood import (
     Neighbourhood,
     NoiseGap,
     NoiseResponse,
+    evenly_spaced_layers,
     named_layers,
     neighbourhood,
-    evenly_spaced_layers,
 )
 from hf_lossless.theories.problem import Problem, measured_change
 
