@@ -1,13 +1,13 @@
-"""The Fisher matrix of the model's own predictions, in place of the curvature from the data's labels.
+"""Measures the Fisher matrix of the model's own predictions, in place of the curvature from the data's labels.
 
 With p [K] the probabilities of a label's classes and z [K] its scores, the Fisher matrix with respect to the scores is
 
     F = diag(p) - p p' = B B',      B = (diag(sqrt p) - p sqrt(p)') Q   [K, K - 1],
 
-with Q any orthonormal basis of what is orthogonal to sqrt(p) (of the first factor that is the null space). So the K - 1
+with Q any orthonormal basis of the complement of sqrt(p) (the null space of the first factor). So the K - 1
 "losses" `sum_k B_kj z_k` have gradients whose second moments add up to the Fisher matrix itself: one backward pass for
-two classes, two for three, with no sampling noise. Where rows have one label each and K - 1 is at most `DRAWS`, this is
-done. Elsewhere labels are drawn from p (`model_labels`), whose gradients have the same second moments in the mean: more
+two classes, two for three, with no sampling noise. This is done where rows have one label each and K - 1 is at most
+`DRAWS`. Elsewhere labels are drawn from p (`model_labels`), whose gradients have the same expected second moments: more
 classes would take more passes, and labels of one row (tokens, the two ends of an answer) would need their cross terms.
 """
 
@@ -25,17 +25,17 @@ from hf_lossless.data.batches import Batch, LossFunction, batch_loss
 from hf_lossless.storage.layers import Layer
 
 _DIRECTION = "hf_lossless_direction"
-"""Under this name a batch of arguments carries the directions [rows, classes] that its scores are multiplied by."""
+"""Key of the directions [rows, classes] that a batch's scores are multiplied by."""
 
 
 @dataclass(frozen=True)
 class FisherBatches:
-    """Batches whose losses have gradients with the second moments of the Fisher matrix, in the mean over them.
+    """Batches whose losses have gradients with second moments that average to the Fisher matrix.
 
     Attributes:
-        batches: Several of each batch of the data.
-        halves: The half, 0 or 1, of each: that of the batch of the data.
-        loss: What is backpropagated: `direction_loss`, or the model's own where labels are drawn.
+        batches: Several copies of each batch of the data.
+        halves: Half, 0 or 1, of each copy: that of the batch it was made of.
+        loss: Loss to backpropagate: `direction_loss`, or the model's own where labels are drawn.
     """
 
     batches: list[Batch]
@@ -44,26 +44,26 @@ class FisherBatches:
 
     @property
     def is_exact(self) -> bool:
-        """Whether they give the Fisher matrix itself, and no estimate by drawn labels."""
+        """Tells whether the batches give the Fisher matrix itself, not an estimate by drawn labels."""
         return self.loss is direction_loss
 
 
 def fisher_batches(model: nn.Module, batches: list[Batch], seed: int) -> FisherBatches | None:
-    """Makes the batches that the Fisher matrix of a model is gathered from; one forward pass.
+    """Makes the batches that a model's Fisher matrix is computed from; one forward pass.
 
     Args:
         model: In evaluation mode.
-        batches: As for `batch_loss`.
-        seed: Of the draws.
+        batches: Batches, as for `batch_loss`.
+        seed: Seed of the draws.
 
     Returns:
-        None where the model's loss is not a cross-entropy of scores that it returns.
+        The batches; None where the model's loss is not a cross-entropy of scores that it returns.
     """
     return _fisher_batches(model, batches, seed, exact=True)
 
 
 def _fisher_batches(model: nn.Module, batches: list[Batch], seed: int, *, exact: bool) -> FisherBatches | None:
-    """Batch by batch, for the scores of all may not fit memory; drawn for all where one cannot be exact."""
+    """Makes Fisher batches one batch at a time, to save memory; drawn for all where one cannot be exact."""
     made: list[Batch] = []
     halves: list[int] = []
     for index, batch in enumerate(batches):
@@ -86,12 +86,12 @@ def with_fisher(
     layers: list[Layer],
     advance: Callable[[], object] = lambda: None,
 ) -> Calibration:
-    """Replaces the curvature in the statistics by that of the Fisher matrix; a forward and a backward pass a batch.
+    """Replaces the statistics' curvature by the Fisher matrix; one forward and one backward pass a batch.
 
     Args:
-        calibration: Of the data.
+        calibration: Statistics of the data.
         model: In evaluation mode.
-        fisher: Of `fisher_batches`.
+        fisher: Batches from `fisher_batches`.
         layers: The layers to watch.
         advance: Called after every batch.
     """
@@ -106,10 +106,10 @@ def with_fisher(
 def fisher_roots(probabilities: Tensor) -> Tensor:
     """Computes B with `B B' = diag(p) - p p'`.
 
-    Q are all columns but the last of the Householder reflection that takes sqrt(p) to the last axis.
+    Q consists of all columns but the last of the Householder reflection that maps sqrt(p) to the last axis.
 
     Args:
-        probabilities: p, [rows, K], positive sums of one.
+        probabilities: p, [rows, K]; rows sum to one.
 
     Returns:
         B, [rows, K, K - 1].
@@ -131,11 +131,11 @@ def fisher_roots(probabilities: Tensor) -> Tensor:
 
 
 def direction_loss(model: nn.Module, batch: Batch) -> Tensor:
-    """Computes the mean over the rows of `sum_k direction_k z_k`, z the scores of a row.
+    """Computes the mean over rows of `sum_k direction_k z_k`, with z the scores of a row.
 
     Args:
         model: In evaluation mode.
-        batch: Of `fisher_batches`: arguments without labels and with the directions, or inputs and directions.
+        batch: A batch of `fisher_batches`: arguments without labels and with the directions, or inputs and directions.
     """
     if isinstance(batch, Mapping):
         arguments = {name: value for name, value in batch.items() if name != _DIRECTION}
@@ -149,7 +149,7 @@ def direction_loss(model: nn.Module, batch: Batch) -> Tensor:
 
 
 def _is_exact(labels: Mapping[str, ScoredLabels]) -> bool:
-    """Whether rows have one label each, of few classes, none of which the loss leaves out."""
+    """Tells whether rows have one label each, of few classes, none of which the loss ignores."""
     if set(labels) not in ({"labels"}, {"targets"}):
         return False
     [one] = labels.values()
@@ -157,7 +157,7 @@ def _is_exact(labels: Mapping[str, ScoredLabels]) -> bool:
 
 
 def _with_directions(batch: Batch, labels: Mapping[str, ScoredLabels]) -> list[Batch]:
-    """A copy of a batch for each column of B. They are averaged and not added up, hence the factor."""
+    """Copies a batch for each column of B, scaled because the copies are averaged and not summed."""
     [one] = labels.values()
     roots = fisher_roots(one.scores.double().softmax(1)).float().cpu()
     columns = (roots * math.sqrt(roots.shape[2])).unbind(2)

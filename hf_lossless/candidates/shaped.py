@@ -195,7 +195,7 @@ class Judge:
 
     @classmethod
     def of(cls, judge: KroneckerFactors, sample: Sample, roots: InverseRoots) -> "Judge":
-        """Computes the costs of unit errors, normalised by the inverse roots of `roots`, under the factors R_j and C_j."""
+        """Computes the costs of unit errors, normalised by the inverse roots, under the factors R_j and C_j."""
         rows = roots.rows.charges(judge.rows)[sample.rows].double()
         return cls(rows, roots.columns.charges(judge.columns).double(), judge.scale / roots.scale * sample.share)
 

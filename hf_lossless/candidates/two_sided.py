@@ -105,7 +105,7 @@ def _in_blocks(weights: Tensor, row_steps: Tensor, column_steps: Tensor, V: Tens
     row_steps = F.pad(row_steps, (0, row_padding), value=1.0)
     column_steps = F.pad(column_steps, (0, column_padding), value=1.0)
     V, U = _padded(V, row_padding), _padded(U, column_padding)
-    codes, E_U = torch.empty_like(W), torch.zeros_like(W)  # E_U: E U
+    codes, E_U = torch.empty_like(W), torch.zeros_like(W)
     heights, widths = W.shape[1] // _BLOCK, W.shape[2] // _BLOCK
     spans = [slice(index * _BLOCK, (index + 1) * _BLOCK) for index in range(max(heights, widths))]
     for diagonal in range(heights + widths - 1):

@@ -1,8 +1,8 @@
-"""The demo: the main job on real data that needs no network.
+"""The demo: trains, compresses and certifies a small model on real data without network.
 
 A small ViT is trained on scikit-learn's handwritten digits, compressed inside `from_pretrained` as far as a certificate
-goes, saved, reloaded, and compared with the original. There are few digits: of 1,797 most must certify, for an accuracy
-that falls by less than half a point takes at least 600 to be seen.
+goes, saved, reloaded, and compared with the original. Digits are few: most of the 1,797 are for certification, since at
+least 600 are needed to show that the accuracy falls by less than half a point.
 """
 
 from collections.abc import Iterator
@@ -38,7 +38,9 @@ _REPORT = "Please report this with your versions of torch and transformers."
 
 
 def run_demo(out: Path, console: Console) -> None:
-    """Trains, compresses, saves, reloads and reports; leaves `original`, `compressed` and `frontier.png` in `out`.
+    """Runs the demo: trains, compresses, saves, reloads and reports.
+
+    It writes `original`, `compressed` and `frontier.png` to `out`.
 
     Raises:
         CheckpointError: `out` is not an empty folder, or the reloaded model differs from the saved one.
@@ -86,7 +88,7 @@ def run_demo(out: Path, console: Console) -> None:
 
 @contextmanager
 def _one_thread() -> Iterator[None]:
-    """So small a model spends more on waking threads than on arithmetic, many times more where cores are busy."""
+    """Limits torch to one thread: so small a model spends more time on waking threads than on arithmetic."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -96,7 +98,7 @@ def _one_thread() -> Iterator[None]:
 
 
 def _digits() -> list[datasets.Dataset]:
-    """Rows to train on, to calibrate on, to select on, and to certify on: 1,797 in all, no digit in two of them."""
+    """Splits the 1,797 digits into rows to train on, to calibrate on, to select on and to certify on."""
     digits = load_digits()
     images = [Image.fromarray((image * 15.9375).astype("uint8")) for image in digits.images]  # 0..16 to 0..255
     rows = datasets.Dataset.from_list(

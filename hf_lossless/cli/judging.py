@@ -33,7 +33,7 @@ def evaluate(
     from hf_lossless.reports.tables import comparison_table, comparison_text
 
     models = {"model": model} if against is None else {"compressed": model, "original": against}
-    tasks = {name: task_of_model(path, task) for name, path in models.items()}  # both, before the first takes its time
+    tasks = {name: task_of_model(path, task) for name, path in models.items()}  # both before evaluating
     rows = load_rows(data, split)
     judged = {name: judge(path, rows, tasks[name]) for name, path in models.items()}
     evaluations = {name: one.answers.evaluation for name, one in judged.items()}

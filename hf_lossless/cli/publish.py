@@ -1,4 +1,4 @@
-"""Commands that hand a compressed checkpoint on: `card`, `report`, `push`, `export`."""
+"""Commands that publish a compressed checkpoint: `card`, `report`, `push`, `export`."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -97,7 +97,7 @@ def report(
 
 
 def _refuse_other_files(out: Path) -> None:
-    """Raises CheckpointError where there is something that is no report."""
+    """Raises CheckpointError where the output file exists and is not a report."""
     from hf_lossless.reports.html import GENERATOR
 
     if out.is_dir():
@@ -126,7 +126,7 @@ def export(
 
 
 def _lines(folder: Path, out: Path, result: "ExportResult") -> list[str]:
-    """What was done, one statement a line."""
+    """Describes an export, one statement a line."""
     from hf_lossless.checkpoints.exports.convert import largest_move
     from hf_lossless.checkpoints.exports.export import by_reason
 
