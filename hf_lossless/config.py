@@ -15,7 +15,6 @@ from hf_lossless.certification.certificate import CONFIDENCE, METRIC_MARGIN
 from hf_lossless.data.rows import Rows
 from hf_lossless.errors import ConfigurationError
 from hf_lossless.planning.target import Target
-from hf_lossless.storage.entropy.first_version import require_constriction
 from hf_lossless.storage.plan import KEPT_BITS, QUANT_METHOD
 from hf_lossless.theories import THEORIES, Theory
 
@@ -141,13 +140,11 @@ class LosslessCompressionConfig(QuantizationConfigMixin):
                 f"activation_bits={choices.activation_bits}, but theory={self.theory!r} cannot say what quantised "
                 f"activations cost. Take {_theories(lambda one: one.quantised_inputs)}, or leave activation_bits out."
             )
-        if "entropy" in choices.storage:
-            if not theory.coded:
-                raise ConfigurationError(
-                    f"storage={choices.storage}, but theory={self.theory!r} cannot say what entropy-coded layers cost. "
-                    f'Take {_theories(lambda one: one.coded)}, or leave "entropy" out.'
-                )
-            require_constriction()  # now, and not when the model has been calibrated
+        if "entropy" in choices.storage and not theory.coded:
+            raise ConfigurationError(
+                f"storage={choices.storage}, but theory={self.theory!r} cannot say what entropy-coded layers cost. "
+                f'Take {_theories(lambda one: one.coded)}, or leave "entropy" out.'
+            )
 
     @property
     def rows(self) -> Rows:

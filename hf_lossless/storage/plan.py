@@ -18,9 +18,10 @@ from hf_lossless.storage.records import Record, read_record
 QUANT_METHOD = "lossless"
 """What transformers knows this package's checkpoints by."""
 
-FORMAT_VERSION = 5
+FORMAT_VERSION = 6
 """Version of the layout on disk; raised when an older release could not read a newer folder. 2 has low-rank factors, 3
-quantised activations, 4 a certificate, 5 entropy-coded layers; older folders are without.
+quantised activations, 4 a certificate, 5 entropy-coded layers, 6 such layers in streams with lanes; older folders are
+without.
 """
 
 STORAGES = ("fixed", "entropy")

@@ -1,13 +1,12 @@
-"""The coder of version 1: asymmetric numeral systems (Duda et al. 2015) by the library constriction, one state."""
+"""The coder of version 1, which is read and no longer written: one state, by the library constriction."""
 
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from hf_lossless.errors import ConfigurationError
-from hf_lossless.storage.entropy.frequencies import TOTAL, Frequencies, MalformedCode, Segment
+from hf_lossless.storage.entropy.frequencies import TOTAL, Frequencies, MalformedCode
 
 
 def require_constriction() -> Any:
@@ -20,28 +19,17 @@ def require_constriction() -> Any:
         import constriction  # an extra, and only streams of version 1 need it
     except ImportError as error:
         raise ConfigurationError(
-            "entropy-coded layers need the library constriction, which is not installed. "
-            "Install it with: pip install 'hf-lossless[entropy]'"
+            "this checkpoint is of format version 5, whose entropy-coded layers need the library constriction, which "
+            "is not installed. Install it with: pip install 'hf-lossless[entropy]'"
         ) from error
     return constriction
-
-
-def encode_segments(segments: Sequence[Segment]) -> bytes:
-    """Encodes all segments as one stream of little-endian 32-bit words."""
-    library = require_constriction()
-    coder = library.stream.stack.AnsCoder()
-    for symbols, frequencies in reversed(segments):  # it is a stack: what goes in last comes out first
-        if frequencies.takes_bits and len(symbols):
-            coder.encode_reverse(np.ascontiguousarray(symbols - frequencies.first, np.int32), _model(frequencies))
-    stream: bytes = coder.get_compressed().astype("<u4").tobytes()
-    return stream
 
 
 class FirstVersionDecoder:
     """Decodes the segments of a stream of version 1, one after the other."""
 
     def __init__(self, stream: bytes) -> None:
-        """Takes what `encode_segments` gave.
+        """Takes a stream of little-endian 32-bit words.
 
         Raises:
             MalformedCode: It is no whole number of words, or ends in a word that no stream ends in.

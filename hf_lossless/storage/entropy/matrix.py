@@ -27,8 +27,8 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from hf_lossless.storage.entropy.coder import Kernel, SegmentDecoder, choose_kernel
-from hf_lossless.storage.entropy.first_version import FirstVersionDecoder, encode_segments
+from hf_lossless.storage.entropy.coder import Kernel, SegmentDecoder, choose_kernel, encode_segments
+from hf_lossless.storage.entropy.first_version import FirstVersionDecoder
 from hf_lossless.storage.entropy.frequencies import Frequencies, MalformedCode, Segment, read_frequencies
 from hf_lossless.storage.entropy.levels import LARGEST_LEVEL, Blocks, Levels, best_levels, model_counts
 from hf_lossless.storage.entropy.steps import LARGEST_BASE, decode_steps, encode_steps
@@ -40,11 +40,8 @@ LARGEST_CODE = 2**24
 """The largest |code| at all: float32 has no exact whole numbers beyond."""
 
 _MAGIC = b"HFLE"
-_VERSION = 1
-"""Of the streams that are written."""
-
-_LATEST = 2
-"""Of those that are read."""
+_VERSION = 2
+"""Of the streams that are written; the older is read."""
 
 _HEADER = struct.Struct("<4sBbbIIIII")
 _CHECKSUM = struct.Struct("<I")
@@ -93,9 +90,6 @@ class CodedMatrix:
 
 def encode(matrix: CodedMatrix) -> NDArray[np.uint8]:
     """The bytes of a matrix; the same for the same matrix.
-
-    Raises:
-        ConfigurationError: The coder is not installed.
 
     Example:
         >>> codes = np.array([[0, 1, -1], [2, 300, 0]], dtype=np.int32)
@@ -182,8 +176,8 @@ def _checked(content: bytes, shape: tuple[int, int]) -> tuple[_Header, bytes]:
         what = "its bytes are in another machine's order" if backwards else "it is no coded matrix"
         raise MalformedCode(f"{what}: it begins with {content[: len(_MAGIC)]!r}")
     header, body = _Header(*_HEADER.unpack_from(content)), content[start:]
-    if not 1 <= header.version <= _LATEST:
-        raise MalformedCode(f"it has version {header.version} of the coding, and this release reads up to {_LATEST}")
+    if not 1 <= header.version <= _VERSION:
+        raise MalformedCode(f"it has version {header.version} of the coding, and this release reads up to {_VERSION}")
     if _CHECKSUM.unpack_from(content, _HEADER.size) != (_crc(content[: _HEADER.size], body),):
         raise MalformedCode("its checksum does not match, so it was cut or changed")
     if (header.num_rows, header.num_columns) != shape:

@@ -1,15 +1,16 @@
-"""The coder of version 1: near the entropy, and no stream is read beyond its end."""
+"""The coder of version 1: what earlier releases wrote is read, and nothing beyond its end."""
 
 import sys
 
 import numpy as np
 import pytest
+from decoding import first_version_stream
 from hypothesis import given
 from hypothesis import strategies as st
 
 from hf_lossless.errors import ConfigurationError
-from hf_lossless.storage.entropy.first_version import FirstVersionDecoder, encode_segments, require_constriction
-from hf_lossless.storage.entropy.frequencies import Frequencies, MalformedCode, entropy_bytes
+from hf_lossless.storage.entropy.first_version import FirstVersionDecoder
+from hf_lossless.storage.entropy.frequencies import Frequencies, MalformedCode
 
 SEGMENTS = st.lists(
     st.tuples(st.integers(-(2**15), 2**15 - 300), st.lists(st.integers(0, 255), max_size=40)), max_size=6
@@ -25,8 +26,8 @@ def segment(first: int, offsets: list[int]):
 @given(SEGMENTS)
 def test_segments_come_back_in_their_order(given_segments):
     segments = [segment(*one) for one in given_segments]
-    stream = encode_segments(segments)
-    assert stream == encode_segments(segments) and len(stream) % 4 == 0
+    stream = first_version_stream(segments)
+    assert stream == first_version_stream(segments) and len(stream) % 4 == 0
     decoder = FirstVersionDecoder(stream)
     for symbols, model in segments:
         found = decoder.decode(len(symbols), model)
@@ -34,16 +35,8 @@ def test_segments_come_back_in_their_order(given_segments):
     decoder.finish()
 
 
-@pytest.mark.parametrize("spread", [0.1, 0.5, 3.0, 30.0])
-def test_size_is_within_two_per_cent_of_the_entropy(spread):
-    symbols = np.clip(np.rint(np.random.default_rng(0).laplace(0, spread, 200_000)), -127, 127).astype(np.int32)
-    counts = np.bincount(symbols + 128, minlength=256)
-    stream = encode_segments([(symbols, Frequencies.of(-128, counts))])
-    assert entropy_bytes(counts) <= len(stream) <= 1.02 * entropy_bytes(counts) + 8
-
-
 def test_what_is_known_takes_nothing():
-    assert encode_segments([segment(5, [0] * 1000), segment(-3, [])]) == b""
+    assert first_version_stream([segment(5, [0] * 1000), segment(-3, [])]) == b""
     decoder = FirstVersionDecoder(b"")
     assert (decoder.decode(1000, Frequencies.of(5, np.array([1]))) == 5).all()
     decoder.finish()
@@ -51,7 +44,7 @@ def test_what_is_known_takes_nothing():
 
 def test_what_cannot_be_a_stream():
     symbols, model = segment(0, [0, 1, 2, 3, 200] * 10)
-    stream = encode_segments([(symbols, model)])
+    stream = first_version_stream([(symbols, model)])
     with pytest.raises(MalformedCode, match=r"a stream of \d+ bytes, which is no whole number of words"):
         FirstVersionDecoder(stream[:-1])
     with pytest.raises(MalformedCode, match="cannot be read"):
@@ -66,6 +59,5 @@ def test_what_cannot_be_a_stream():
 
 def test_without_the_library(monkeypatch):
     monkeypatch.setitem(sys.modules, "constriction", None)
-    for use in (require_constriction, lambda: encode_segments([segment(0, [0, 1])]), lambda: FirstVersionDecoder(b"")):
-        with pytest.raises(ConfigurationError, match=r"not installed\. .*pip install 'hf-lossless\[entropy\]'"):
-            use()
+    with pytest.raises(ConfigurationError, match=r"format version 5, .* not installed\. .*'hf-lossless\[entropy\]'"):
+        FirstVersionDecoder(b"")

@@ -3,6 +3,7 @@
 import copy
 import pickle
 import sys
+import zlib
 
 import numpy as np
 import pytest
@@ -271,9 +272,14 @@ def test_on_meta_it_only_has_room():
     assert module.weight.is_meta and module.weight.shape == (14, 20) and module.weight._is_hf_initialized
 
 
-def test_without_the_library(monkeypatch):
-    module = coded(layer_of("linear"), matrix_of(layer_of("linear")))
+def test_without_constriction_only_version_1_cannot_be_read(monkeypatch):
     monkeypatch.setitem(sys.modules, "constriction", None)
+    module = coded(layer_of("linear"), matrix_of(layer_of("linear")))
+    module.decode("layer")
+    header, body = bytearray(module.coded[:27].numpy().tobytes()), module.coded[31:].numpy().tobytes()
+    header[4] = 1
+    content = bytes(header) + zlib.crc32(body, zlib.crc32(header)).to_bytes(4, "little") + body
+    module.coded = torch.frombuffer(bytearray(content), dtype=torch.uint8)
     with pytest.raises(ConfigurationError, match=r"pip install 'hf-lossless\[entropy\]'"):
         module.decode("layer")
 
