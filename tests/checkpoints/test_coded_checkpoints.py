@@ -6,6 +6,7 @@ import math
 import os
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from torch import Tensor
 
 from hf_lossless import CheckpointError, ConfigurationError, LosslessCompressionConfig, PlanError
 from hf_lossless.checkpoints.saved_folder import SavedFolder
+from hf_lossless.storage.entropy import coder
 from hf_lossless.storage.layers import tensor_bytes
 from hf_lossless.storage.modules.coded import CodedModule
 
@@ -355,6 +357,35 @@ def test_without_the_library(round_trip, monkeypatch):
     message = r"constriction, which is not installed\. Install it with: pip install 'hf-lossless\[entropy\]'"
     with pytest.raises(ConfigurationError, match=message):
         hf.AutoModelForSequenceClassification.from_pretrained(golden)
+
+
+def test_layers_are_decoded_in_threads(round_trip, monkeypatch, tmp_path: Path):
+    pytest.importorskip("numba")
+    trip = round_trip("bert", "all")
+    monkeypatch.setattr(coder, "COMPILED_FROM", 0)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    decode, threads, together = CodedModule.decode, set(), threading.Barrier(3)
+
+    def decode_in_its_thread(module: CodedModule, name: str, kernel: coder.Kernel | None = None) -> None:
+        if threading.current_thread() not in threads:
+            threads.add(threading.current_thread())
+            together.wait(30)  # passes when three are at it
+        decode(module, name, kernel)
+
+    monkeypatch.setattr(CodedModule, "decode", decode_in_its_thread)
+    again = trip.tiny.auto_class.from_pretrained(trip.folder)
+    for name, module in again.named_modules():
+        if isinstance(module, CodedModule):
+            assert torch.equal(module.matrix(), trip.again.get_submodule(name).matrix())
+
+    monkeypatch.setattr(CodedModule, "decode", decode)
+    trip.again.save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    for name in (f"{QUERY}.coded", *[name for name in tensors if name.endswith(".coded")][-1:]):
+        tensors[name][40] ^= 1
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"'.*\.coded' cannot be decoded: its checksum does not match"):
+        trip.tiny.auto_class.from_pretrained(tmp_path)
 
 
 def test_bits_of_coded_layers_are_a_part_of_the_fixed_ones(round_trip):

@@ -19,8 +19,8 @@ def require_constriction() -> Any:
         import constriction  # an extra, and only streams of version 1 need it
     except ImportError as error:
         raise ConfigurationError(
-            "this checkpoint is of format version 5, whose entropy-coded layers need the library constriction, which "
-            "is not installed. Install it with: pip install 'hf-lossless[entropy]'"
+            "entropy-coded layers that were written up to format version 5 need the library constriction, which is not "
+            "installed. Install it with: pip install 'hf-lossless[entropy]'"
         ) from error
     return constriction
 

@@ -59,5 +59,7 @@ def test_what_cannot_be_a_stream():
 
 def test_without_the_library(monkeypatch):
     monkeypatch.setitem(sys.modules, "constriction", None)
-    with pytest.raises(ConfigurationError, match=r"format version 5, .* not installed\. .*'hf-lossless\[entropy\]'"):
+    with pytest.raises(
+        ConfigurationError, match=r"format version 5 need .* not installed\. .*'hf-lossless\[entropy\]'"
+    ):
         FirstVersionDecoder(b"")
