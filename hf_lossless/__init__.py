@@ -101,3 +101,10 @@ def _register(_: Any) -> None:
 
 # Once from_pretrained is there, or now where it is: who never loads a model does not wait for torch.
 wrapt.register_post_import_hook(_register, "transformers.modeling_utils")
+
+
+def _register_adapters(_: Any) -> None:
+    import_module("hf_lossless.checkpoints.adapters").register()
+
+
+wrapt.register_post_import_hook(_register_adapters, "peft.tuners.lora")

@@ -101,7 +101,9 @@ def test_model_of_transformers_inside_another_module(tmp_path: Path):
 def test_part_whose_weight_lies_elsewhere_is_refused(tmp_path: Path):
     _, model = compressed("t5")
     assert isinstance(model.encoder.embed_tokens, Tied)
-    with pytest.raises(CheckpointError, match=r"'embed_tokens' computes with a weight that lies outside.*Save the whole"):
+    with pytest.raises(
+        CheckpointError, match=r"'embed_tokens' computes with a weight that lies outside.*Save the whole"
+    ):
         model.encoder.save_pretrained(tmp_path)
 
 
@@ -132,7 +134,9 @@ def test_layer_that_the_plan_does_not_know_is_refused_when_saved(tmp_path: Path)
         model.save_pretrained(tmp_path)
 
 
-@pytest.mark.parametrize("settings", [EVERY_LAYER, {"ranks": "auto", "bits": (3,), "loss_budget": 1e9}], ids=["3bit", "ranks"])
+@pytest.mark.parametrize(
+    "settings", [EVERY_LAYER, {"ranks": "auto", "bits": (3,), "loss_budget": 1e9}], ids=["3bit", "ranks"]
+)
 def test_guards_are_in_the_state_dict(settings: dict):
     _, model = compressed("bert", **settings)
     state = model.state_dict()
