@@ -101,3 +101,10 @@ def _register(_: Any) -> None:
 
 # Registers once from_pretrained is imported, so that a process that loads no model does not import torch.
 wrapt.register_post_import_hook(_register, "transformers.modeling_utils")
+
+
+def _register_adapters(_: Any) -> None:
+    import_module("hf_lossless.checkpoints.adapters").register()
+
+
+wrapt.register_post_import_hook(_register_adapters, "peft.tuners.lora")

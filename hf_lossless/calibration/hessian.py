@@ -42,7 +42,7 @@ MatVec = Callable[[Vectors], Vectors]
 """Computes H v for the layers that v names."""
 
 _LARGEST_UNIT = 2.0**64
-"""Of a gradient; its inverse is the smallest. A vector is divided by it, and multiplied with weights and inputs then."""
+"""Of a gradient; its inverse is the smallest. Vectors are divided by it before they meet weights and inputs."""
 
 _NO_DERIVATIVE = re.compile(r"derivative for '?(?:aten::)?(\w+)'? is not implemented")
 

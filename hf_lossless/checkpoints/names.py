@@ -69,13 +69,19 @@ def resized_layers(
         if layer_plan.kind == "kept":
             continue
         layer = resolve(model, name, layer_plan)
-        stated = layer_plan.coded or layer_plan.low_rank
-        if stated is not None:
-            fits = tuple(stated.shape) == tuple(layer.matrix.shape)
+        forms = (name, prefix + name, name.removeprefix(prefix))
+        own_shape = tuple(layer.matrix.shape)
+        bias = getattr(layer.module, "bias", None)
+        if bias is not None and any(saved.get(f"{form}.bias") == bias.shape for form in forms):
+            fits = True  # as many outputs: if its plan does not fit all the same, that is for `apply_plan` to say
+        elif layer_plan.coded is not None:
+            fits = tuple(layer_plan.coded.shape) == own_shape
         else:
+            if layer_plan.low_rank is not None:
+                low_rank = layer_plan.low_rank.model_copy(update={"shape": own_shape})
+                layer_plan = layer_plan.model_copy(update={"low_rank": low_rank})
             make = KINDS[layer_plan.kind].module
             assert make is not None
-            forms = (name, prefix + name, name.removeprefix(prefix))
             fits = all(
                 saved.get(f"{form}.{part}", tensor.shape) == tensor.shape
                 for part, tensor in make(layer, layer_plan).weight_tensors.items()

@@ -116,11 +116,15 @@ def export(
             "--allow-dense", help="Keep in floating point what the format cannot carry, quantised inputs too."
         ),
     ] = False,
+    runtime: Annotated[
+        str | None,
+        typer.Option("--runtime", help="Of the format onnx: fast (the default), small or standard."),
+    ] = None,
 ) -> None:
-    """Write a compressed checkpoint in a format that transformers loads without hf_lossless."""
+    """Write a compressed checkpoint in a format that needs no hf_lossless: transformers' own, or ONNX."""
     from hf_lossless.checkpoints.exports.export import export as write_export
 
-    result = write_export(folder, out, format, allow_dense=allow_dense)
+    result = write_export(folder, out, format, allow_dense=allow_dense, runtime=runtime)
     for line in _lines(folder, out, result):
         console().print(line, soft_wrap=True, highlight=False, markup=False)
 
@@ -137,6 +141,11 @@ def _lines(folder: Path, out: Path, result: "ExportResult") -> list[str]:
         f"{len(result.carried)} of {total} compressed layers carried{others}",
         *(f"  {why}: {', '.join(names)}" for why, names in by_reason(result.dense).items()),
     ]
+    if result.difference is not None:
+        lines.append(
+            f"run time {result.runtime}: on random inputs its outputs differ from the model's by "
+            f"{result.difference:.1e} of their size"
+        )
     if result.rounded:
         lines.append(
             f"the scales of {len(result.rounded)} layers are rounded to {result.dtype}: "
@@ -148,5 +157,6 @@ def _lines(folder: Path, out: Path, result: "ExportResult") -> list[str]:
             "and none here"
         )
     if result.certified:
-        lines.append(f"the certificate stays with {folder}, of which it speaks; judge {out} with: hf-lossless evaluate")
+        judged = "" if result.format == "onnx" else f"; judge {out} with: hf-lossless evaluate"
+        lines.append(f"the certificate stays with {folder}, of which it speaks{judged}")
     return lines

@@ -21,8 +21,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from hf_lossless.errors import ConfigurationError
 from hf_lossless.storage.layers import Layer, LayerKind
 from hf_lossless.storage.modules.activations import QuantisedInput
+from hf_lossless.storage.modules.read_only import read_only
 from hf_lossless.storage.modules.running import Running
 
 _ATTRIBUTES: dict[LayerKind, tuple[str, ...]] = {
@@ -114,11 +116,20 @@ class CompressedModule(Running, ABC):
 
     @property
     def weight(self) -> Tensor:
-        """The weight in its original shape, rebuilt now: for code that looks at it, not to be written to."""
+        """The weight in its original shape, rebuilt now: for code that looks at it; a write to it raises."""
         matrix = self.matrix()
-        weight = matrix.T if self.kind == "conv1d" else matrix.view(self.weight_shape)
+        weight = read_only(matrix.T if self.kind == "conv1d" else matrix.view(self.weight_shape))
         weight._is_hf_initialized = True  # type: ignore[attr-defined]  # transformers must not initialise it anew
         return weight
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Refuses another weight: the layer would not compute with it."""
+        if name == "weight":
+            raise ConfigurationError(
+                "a compressed layer takes no other weight: it computes with its codes. Replace the whole layer, or get a "
+                "dense model back with model.dequantize()."
+            )
+        super().__setattr__(name, value)
 
     @property
     def weight_tensors(self) -> dict[str, Tensor]:

@@ -80,12 +80,12 @@ class LowRankModule(CompressedModule):
     @property
     def left_matrix(self) -> Tensor:
         """L [out, r], unpacked now where it is packed."""
-        return self.left.weight.flatten(1)
+        return _matrix(self.left)
 
     @property
     def right_matrix(self) -> Tensor:
         """R [r, in], unpacked now where it is packed."""
-        return self.right.weight.flatten(1)
+        return _matrix(self.right)
 
     def matrix(self) -> Tensor:
         """The weight `W [out, in]` in the module's dtype, multiplied out now; no forward pass does this."""
@@ -173,6 +173,10 @@ class LowRankEmbedding(LowRankModule):
         left_rows: Tensor = self.left(indices)
         rows = (left_rows @ self.right_matrix).to(left_rows.dtype)  # autocast
         return rows if self.base is None else rows + self.base(indices)
+
+
+def _matrix(part: PlainPart | PackedModule) -> Tensor:
+    return part.matrix() if isinstance(part, PackedModule) else part.weight.flatten(1)
 
 
 def _store(part: PlainPart | PackedModule, values: QuantisedMatrix | Tensor) -> None:

@@ -182,7 +182,8 @@ def test_only_the_bytes_are_saved(name: str):
     matrix = matrix_of(layer, "far")
     module = coded(layer, matrix)
     assert list(module.weight_tensors) == ["coded"] and module.weight_bytes == len(encode(matrix))
-    assert set(module.state_dict()) == {"coded", "bias"} - ({"bias"} if module.bias is None else set())
+    guarded = {"coded", "bias", "weight"} - ({"bias"} if module.bias is None else set())
+    assert set(module.state_dict()) == guarded and not module.state_dict()["weight"].numel()
     assert not any(tensor.requires_grad for tensor in module.buffers())
     assert str(module).endswith(
         f"bits={8 * module.weight_bytes / layer.weight.numel():.2f}, bias={module.bias is not None})"
