@@ -42,7 +42,7 @@ MatVec = Callable[[Vectors], Vectors]
 """Computes H v for the layers that v names."""
 
 _LARGEST_UNIT = 2.0**64
-"""Of a gradient; its inverse is the smallest. A vector is divided by it, and multiplied with weights and inputs then."""
+"""Bound on the unit of a gradient and, inverted, its lower bound, since vectors are divided by the unit."""
 
 _NO_DERIVATIVE = re.compile(r"derivative for '?(?:aten::)?(\w+)'? is not implemented")
 
