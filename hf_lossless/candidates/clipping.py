@@ -24,6 +24,12 @@ def laplace_clip(bits: int) -> float:
 
     ACIQ prints 2.83, 3.89 and 5.03 for 2, 3 and 4 bits.
 
+    Args:
+        bits: Width of a code.
+
+    Returns:
+        alpha / b.
+
     Example:
         >>> [round(laplace_clip(bits), 3) for bits in (2, 3, 4)]
         [2.831, 3.897, 5.029]
@@ -36,6 +42,12 @@ def gaussian_clip(bits: int) -> float:
     """Computes the optimal alpha / sigma for a Gaussian density of standard deviation sigma.
 
     ACIQ prints 1.71, 2.15 and 2.55 for 2, 3 and 4 bits.
+
+    Args:
+        bits: Width of a code.
+
+    Returns:
+        alpha / sigma.
 
     Example:
         >>> [round(gaussian_clip(bits), 3) for bits in (2, 3, 4)]

@@ -67,7 +67,12 @@ class Metric:
 
     @classmethod
     def of(cls, columns: Tensor, damping: float) -> "Metric":
-        """Computes the metric of second moments `[batch, in, in]`; the identity where all inputs are zero."""
+        """Computes the metric of second moments `[batch, in, in]`; the identity where all inputs are zero.
+
+        Args:
+            columns: Second moments of the inputs of a batch of layers, [batch, in, in].
+            damping: Share of the mean diagonal that is added to it.
+        """
         cost = columns.float().clone()
         diagonal = cost.diagonal(dim1=1, dim2=2)
         diagonal += damping_term(diagonal, damping)

@@ -117,7 +117,11 @@ def propose_grids(
 
 
 def refuse_infinite(layer: Layer) -> None:
-    """Raises CalibrationError where the weight holds NaN or infinity."""
+    """Raises CalibrationError where the weight holds NaN or infinity.
+
+    Args:
+        layer: The layer, with real weights.
+    """
     if not torch.isfinite(layer.weight).all():
         raise CalibrationError(
             f"the weight of layer {layer.name!r} holds NaN or infinity. Take a checkpoint with finite weights, "
@@ -128,7 +132,15 @@ def refuse_infinite(layer: Layer) -> None:
 def grid_of(
     bits: int, in_features: int, group_size: int | None, symmetric: bool, rounding: Rounding = "nearest"
 ) -> Grid:
-    """Makes the grid of a matrix with `in_features` inputs; groups as long as a row become one scale per row."""
+    """Makes the grid of a matrix with `in_features` inputs; groups as long as a row become one scale per row.
+
+    Args:
+        bits: Width of a code.
+        in_features: Inputs of the matrix.
+        group_size: Inputs per scale; None: one scale per row.
+        symmetric: Whether the grid is symmetric.
+        rounding: How positions are rounded to codes.
+    """
     if group_size is not None and group_size >= in_features:
         group_size = None
     return Grid(bits=bits, group_size=group_size, symmetric=symmetric, rounding=rounding)

@@ -102,7 +102,12 @@ class InverseRoots:
 
     @classmethod
     def of(cls, curvature: KroneckerFactors, damping: Damping) -> "InverseRoots":
-        """Computes the inverse roots of a layer's damped curvature."""
+        """Computes the inverse roots of a layer's damped curvature.
+
+        Args:
+            curvature: Kronecker factors of the layer.
+            damping: Shares of the mean diagonals that are added to the factors.
+        """
         rows, columns = InverseRoot.of(curvature.rows, damping.rows), InverseRoot.of(curvature.columns, damping.columns)
         return cls(rows, columns, curvature.scale)
 

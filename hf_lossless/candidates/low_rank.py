@@ -94,7 +94,12 @@ class Whitening:
 
     @classmethod
     def of(cls, curvature: KroneckerFactors, damping: float = RANKS) -> "Whitening":
-        """Computes the roots of a layer's damped curvature: `M = C C'`."""
+        """Computes the roots of a layer's damped curvature: `M = C C'`.
+
+        Args:
+            curvature: Kronecker factors of the layer.
+            damping: Share of the mean diagonal that is added to each factor.
+        """
         damped = curvature.damped(damping)
         return cls(_root(damped.rows), _root(damped.columns))
 

@@ -18,6 +18,10 @@ _ROUNDINGS = 8.0
 def largest_rank(out_features: int, in_features: int) -> int:
     """Computes the largest rank with fewer numbers than the matrix: `r < N M / (N + M)` (LLC Eq. 10b); may be 0.
 
+    Args:
+        out_features: N, rows of the matrix.
+        in_features: M, columns of the matrix.
+
     Example:
         >>> largest_rank(8, 8), largest_rank(384, 1536), largest_rank(3, 1)
         (3, 307, 0)
@@ -50,6 +54,13 @@ def ranks_to_try(shape: torch.Size | tuple[int, int], numerical_rank: int) -> tu
     """Lists eighths of the largest rank that saves bytes, and the numerical rank, which is lossless.
 
     A matrix of zeros has the numerical rank 0 and gets rank 1, the smallest possible.
+
+    Args:
+        shape: (N, M) of the matrix.
+        numerical_rank: Its numerical rank.
+
+    Returns:
+        The ranks, ascending; empty where no rank saves bytes.
 
     Example:
         >>> ranks_to_try((384, 384), 384)

@@ -67,7 +67,11 @@ def wrong_way_bound(gradient: Moments) -> float:
 
 
 def aligned_rounding(gradient: Moments) -> Rounding:
-    """Chooses LLC's rounding: against the gradient where Eq. 8 proves that this helps, else to nearest."""
+    """Chooses LLC's rounding: against the gradient where Eq. 8 proves that this helps, else to nearest.
+
+    Args:
+        gradient: Moments of dl/dw over the layer's weights.
+    """
     if wrong_way_bound(gradient) < 1:  # false for a gradient that overflowed to NaN
         return "down" if gradient.mean > 0 else "up"
     return "nearest"

@@ -65,7 +65,13 @@ def ladder(matrix: Tensor, roots: InverseRoots) -> list[float]:
 
 
 def step_at(resolution: float, matrix: Tensor, roots: InverseRoots) -> float:
-    """Computes the c at which the weights' root mean square is `resolution` times the geometric mean of the steps."""
+    """Computes the c at which the weights' root mean square is `resolution` times the geometric mean of the steps.
+
+    Args:
+        resolution: Root mean square of the weights over the geometric mean of the steps.
+        matrix: W [out, in].
+        roots: Inverse roots of its metric.
+    """
     size = matrix.detach().float().square().mean().sqrt().item()
     start = unit_of_size(math.sqrt(roots.scale), _ORDINARY)  # the steps of c = 1 may not fit float32
     mean = (roots.row_steps(start).log().mean() + roots.column_steps.log().mean()).exp().item()
@@ -97,7 +103,13 @@ class Sample:
 
     @classmethod
     def of(cls, matrix: Tensor, roots: InverseRoots, generator: torch.Generator) -> "Sample":
-        """Draws the sample of a layer's matrix [out, in]."""
+        """Draws the sample of a layer's matrix [out, in].
+
+        Args:
+            matrix: W [out, in].
+            roots: Inverse roots of its metric.
+            generator: Generator of the noise, on the CPU.
+        """
         num_rows = len(matrix)
         size = min(num_rows, SAMPLED_ROWS)
         places = ((torch.arange(size) + 0.5) * (num_rows / size)).long().to(matrix.device)
@@ -166,7 +178,14 @@ def _rounded(positions: Tensor) -> Trial:
 
 
 def coded_bytes(step: float, trial: Trial, sample: Sample, roots: InverseRoots) -> int:
-    """Estimates the bytes of a layer from the trial of its sampled rows."""
+    """Estimates the bytes of a layer from the trial of its sampled rows.
+
+    Args:
+        step: c.
+        trial: Codes of the sampled rows at c.
+        sample: The rows.
+        roots: Inverse roots of the layer's metric.
+    """
     codes = trial.codes.clamp(-(2.0**31), 2.0**31 - 256).to(torch.int32).cpu().numpy()
     ones = [np.ones(size, np.float32) for size in codes.shape]
     coded = CodedMatrix.of(codes, *ones)
@@ -195,7 +214,13 @@ class Judge:
 
     @classmethod
     def of(cls, judge: KroneckerFactors, sample: Sample, roots: InverseRoots) -> "Judge":
-        """Computes the costs of unit errors, normalised by the inverse roots, under the factors R_j and C_j."""
+        """Computes the costs of unit errors, normalised by the inverse roots, under the factors R_j and C_j.
+
+        Args:
+            judge: Factors R_j and C_j, with their scale.
+            sample: The sampled rows.
+            roots: Inverse roots of the metric that the grid is fitted to.
+        """
         rows = roots.rows.charges(judge.rows)[sample.rows].double()
         return cls(rows, roots.columns.charges(judge.columns).double(), judge.scale / roots.scale * sample.share)
 
@@ -203,6 +228,10 @@ class Judge:
         """Estimates the cost of a layer, in nats, from the trial of its sampled rows.
 
         The cost is `1/2 scale_j c^2 / scale sum_ki (V R_j V')_kk (U C_j U')_ii e_ki^2`.
+
+        Args:
+            step: c.
+            trial: Errors of the sampled rows at c.
         """
         squares = (self.rows @ trial.errors.square().double() @ self.columns).item()
         return 0.5 * self.scale * step**2 * squares

@@ -64,7 +64,12 @@ def quantise(matrix: Tensor, grid: Grid, column_weights: Tensor | None = None) -
 
 
 def on_grid(matrix: Tensor, grid: Grid | None) -> Tensor:
-    """Rounds a matrix to a grid and dequantises it, float32 [out, in]; without a grid only the dtype changes."""
+    """Rounds a matrix to a grid and dequantises it, float32 [out, in]; without a grid only the dtype changes.
+
+    Args:
+        matrix: Weights [out, in], of any floating dtype.
+        grid: The grid; None: the matrix is only converted to float32.
+    """
     if grid is None:
         return matrix.detach().float()
     quantised = quantise(matrix, grid)

@@ -54,7 +54,17 @@ def bounded_upper_bound(values: ArrayLike, confidence: float, limit: float) -> f
 
 
 def bounded_interval(values: ArrayLike, confidence: float, low: float = 0.0, high: float = 1.0) -> tuple[float, float]:
-    """Computes a two-sided confidence interval of the mean of values in [low, high]: half the error on each side."""
+    """Computes a two-sided confidence interval of the mean of values in [low, high]: half the error on each side.
+
+    Args:
+        values: Independent values [rows], between `low` and `high`.
+        confidence: 1 - alpha.
+        low: The smallest possible value.
+        high: The largest possible value.
+
+    Returns:
+        Lower and upper end of the interval.
+    """
     one_sided = (1 + confidence) / 2
     below = -bounded_upper_bound(-np.asarray(values, np.float64), one_sided, -low)
     return below, bounded_upper_bound(values, one_sided, high)

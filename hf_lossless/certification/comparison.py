@@ -73,6 +73,10 @@ class Outputs:
 def refuse_one_class(labels: Sequence[int], metric_name: str) -> None:
     """Raises an error where a metric that needs two classes finds only one.
 
+    Args:
+        labels: Labels of the rows.
+        metric_name: Name of the metric, for the message.
+
     Raises:
         DataError: All labels are the same.
     """
@@ -117,6 +121,10 @@ class Comparison:
 
 def compare(original: Outputs, compressed: Outputs) -> Comparison:
     """Compares two models' outputs on the same rows.
+
+    Args:
+        original: Outputs of the original.
+        compressed: Outputs of the compressed model on the same rows, in the same order.
 
     Raises:
         DataError: The outputs are not of the same rows.

@@ -54,6 +54,9 @@ class NonInferiority:
 def check_confidence(confidence: float) -> None:
     """Raises an error for a confidence that is not strictly between 0 and 1.
 
+    Args:
+        confidence: 1 - alpha.
+
     Raises:
         ConfigurationError: The confidence is out of range.
     """

@@ -63,7 +63,17 @@ def non_inferiority_p_value(lost: int, gained: int, num_rows: int, margin: float
 
 
 def fall_bound(lost: int, gained: int, num_rows: int, confidence: float) -> float:
-    """Computes the upper confidence bound of the fall: the margin at which the p-value is 1 - confidence."""
+    """Computes the upper confidence bound of the fall: the margin at which the p-value is 1 - confidence.
+
+    Args:
+        lost: Rows that went from right to wrong.
+        gained: Rows that went from wrong to right.
+        num_rows: Number of all rows.
+        confidence: 1 - alpha.
+
+    Returns:
+        The bound, between -1 and 1.
+    """
     observed = (lost - gained) / num_rows
     almost_one = 1 - 1e-9
     if observed >= almost_one:
@@ -81,6 +91,15 @@ def score(lost: ArrayLike, gained: ArrayLike, num_rows: int, margin: float) -> N
     """Computes Tango's z; large where the rows contradict the hypothesis.
 
     Without a changed row and with margin 0 it is 0.
+
+    Args:
+        lost: Rows that went from right to wrong.
+        gained: Rows that went from wrong to right.
+        num_rows: Number of all rows.
+        margin: The margin, between -1 and 1.
+
+    Returns:
+        z, of the broadcast shape of `lost` and `gained`.
     """
     lost, gained = np.asarray(lost, np.float64), np.asarray(gained, np.float64)
     half_b = num_rows * margin - (lost * (1 + margin) + gained * (1 - margin)) / 2

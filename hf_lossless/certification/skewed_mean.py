@@ -94,7 +94,15 @@ def _moments(values: ArrayLike) -> tuple[Floats, Floats, Floats]:
 
 
 def skewed_interval(values: ArrayLike, confidence: float) -> tuple[float, float]:
-    """Computes a two-sided confidence interval of a mean: the upper bound from both sides at half the error."""
+    """Computes a two-sided confidence interval of a mean: the upper bound from both sides at half the error.
+
+    Args:
+        values: Independent values [rows], at least two.
+        confidence: 1 - alpha.
+
+    Returns:
+        Lower and upper end of the interval.
+    """
     one_sided = (1 + confidence) / 2
     sample = np.asarray(values, np.float64)
     return -float(skewed_upper_bound(-sample, one_sided)), float(skewed_upper_bound(sample, one_sided))

@@ -95,7 +95,11 @@ class Frontier:
         return len(self.cost_bytes)
 
     def choices(self, point: int) -> NDArray[np.intp]:
-        """Returns the candidate of each group in the plan at index `point`, int `[groups]`, by backtracking."""
+        """Returns the candidate of each group in the plan at index `point`, int `[groups]`, by backtracking.
+
+        Args:
+            point: Index of a plan, from 0 for the cheapest.
+        """
         chosen = np.empty(len(self._steps), np.intp)
         for group, candidate in _backtrack(self._steps, self._states[[point]]):
             chosen[group.index] = group.caller_index[candidate[0]]

@@ -54,6 +54,16 @@ def options_of(
 ) -> list[Option]:
     """Makes the options of a layer from the candidates that the theory does not refuse.
 
+    Args:
+        layer: The layer.
+        candidates: Its candidates.
+        predictions: The theory's prediction for each candidate.
+        activations: Ways to quantise the layer's input, narrowest first.
+        may_stay_float: Whether the input may stay in floating point.
+
+    Returns:
+        One option for each usable candidate.
+
     Raises:
         CalibrationError: The theory refuses all candidates.
     """
@@ -91,7 +101,12 @@ def options_of(
 
 
 def scaled(option: Option, factor: float) -> Option:
-    """Multiplies an option's predicted rise of the loss by `factor`; a predicted fall is not changed."""
+    """Multiplies an option's predicted rise of the loss by `factor`; a predicted fall is not changed.
+
+    Args:
+        option: The option.
+        factor: Measured over predicted rise of the loss.
+    """
     change = option.plan.predicted_loss_change
     if change <= 0:
         return option

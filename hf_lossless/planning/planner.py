@@ -77,7 +77,11 @@ class Planned:
     checks: tuple[LossCheck, ...] = ()
 
     def error(self, layer: Layer) -> Tensor:
-        """Computes the plan's weight error of a layer, stored minus original, float32 [out, in]."""
+        """Computes the plan's weight error of a layer, stored minus original, float32 [out, in].
+
+        Args:
+            layer: A layer of the original model, with real weights.
+        """
         matrix, values = layer.matrix.detach().float(), self.stored[layer.name].values
         return torch.zeros_like(matrix) if values is None else values.dense.to(matrix.device) - matrix
 
@@ -108,6 +112,12 @@ class Planner:
 
     def plan(self, target: Target) -> Planned:
         """Makes the plan that meets a target at the least predicted loss; the model is restored.
+
+        Args:
+            target: Any target but a tolerance.
+
+        Returns:
+            The plan with its stored values and checks.
 
         Raises:
             CalibrationError: No way to store a layer is left, or the loss of the plan is not finite.

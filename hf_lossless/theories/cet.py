@@ -128,7 +128,12 @@ class LayerSpectrum:
 
 
 def canonical(vectors: Tensor, error: Tensor) -> Tensor:
-    """Computes `y = P' d` (Eq. 10): the error [n] in the coordinates of the eigenvectors [n, m], float64 [m]."""
+    """Computes `y = P' d` (Eq. 10): the error [n] in the coordinates of the eigenvectors [n, m], float64 [m].
+
+    Args:
+        vectors: Eigenvectors [n, m].
+        error: d [n].
+    """
     return (error.to(vectors) @ vectors).double().cpu()
 
 
@@ -216,7 +221,12 @@ def curvature_of(product: HessianProducts, layer: Layer, settings: CurvatureSett
 
 
 def predicted_loss_change(curvature: LayerCurvature, error: Tensor) -> float:
-    """Predicts the loss change of a candidate's error [out, in] by `quadratic_change`."""
+    """Predicts the loss change of a candidate's error [out, in] by `quadratic_change`.
+
+    Args:
+        curvature: Eigenpairs of the layer's Hessian.
+        error: d [out, in].
+    """
     within = curvature.restricted(error)
     return quadratic_change(
         curvature.eigenpairs.values,
@@ -228,6 +238,9 @@ def predicted_loss_change(curvature: LayerCurvature, error: Tensor) -> float:
 
 def predict(problem: Problem) -> dict[str, list[Prediction]]:
     """Predicts the loss change of every candidate, by layer; 0 for keeping a layer.
+
+    Args:
+        problem: Model, data, statistics and candidates.
 
     Returns:
         One prediction for each candidate, the same in every process. See `examine` for the cost.
@@ -247,6 +260,10 @@ def examine(
     Costs one forward-backward pass over `max_rows` rows, and for each layer `1 + max_iterations + trace_probes`
     products at most, each half such a pass on average. Eigenvectors, [n, m], are freed when a layer's candidates are
     predicted.
+
+    Args:
+        problem: Model, data, statistics and candidates.
+        settings: Limits on the computation; None: the defaults.
 
     Returns:
         Predictions by layer, infinity for noise beyond the second order and where every second derivative is zero (see

@@ -63,7 +63,7 @@ def _reference(layer: Layer, candidates: list[Candidate]) -> Candidate:
 def _damped_and_judged(
     layer: Layer, candidate: Candidate, statistics: LayerStatistics, seed: int
 ) -> tuple[float, float]:
-    """Computes a candidate's cost in its damped metric and on other rows; twice the former without halves."""
+    """Computes a candidate's cost in its damped metric and on other rows; without halves the former for both."""
     grid = candidate.coded
     assert grid is not None
     if statistics.halves is None or not all(half.scale > 0 for half in statistics.halves):

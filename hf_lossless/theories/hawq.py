@@ -71,6 +71,9 @@ def predicted_loss_change(trace: float, num_weights: int, squared_error: float) 
 def predict(problem: Problem) -> dict[str, list[Prediction]]:
     """Predicts the loss change of every candidate, by layer; 0 for keeping a layer.
 
+    Args:
+        problem: Model, data, statistics and candidates.
+
     Returns:
         As many predictions as there are candidates, the same in every process; infinity for noise beyond the second
         order and where every second derivative is zero (see `noise_limits`). Costs one forward-backward pass over
@@ -96,6 +99,13 @@ def predict(problem: Problem) -> dict[str, list[Prediction]]:
 
 def estimate_traces(problem: Problem, settings: TraceSettings | None = None) -> dict[str, TraceEstimate]:
     """Estimates the trace tr H_ll, with standard error, of every layer with a candidate beside keeping it.
+
+    Args:
+        problem: Model, data and candidates.
+        settings: Accuracy and cost of the estimates; None: the defaults.
+
+    Returns:
+        Estimates by layer name.
 
     Raises:
         CalibrationError: The loss has no second derivative, or it is not finite.

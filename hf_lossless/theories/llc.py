@@ -88,6 +88,9 @@ def predicted_loss_change(
 def predict(problem: Problem) -> dict[str, list[Prediction]]:
     """Predicts the loss change of every candidate, by layer; 0 for keeping a layer.
 
+    Args:
+        problem: Model, data, statistics and candidates; with gradients where there are candidates with factors.
+
     Returns:
         One prediction for each candidate, the same in every process. They cost one forward pass for each layer and
         width, one more with `activation_noise`, and those of Algorithm 2 for candidates with factors.

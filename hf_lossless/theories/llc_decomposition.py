@@ -50,6 +50,10 @@ precision has an error of one of its own relative precision."""
 def within_neighbourhood(error: Tensor, gamma: float = GAMMA) -> bool:
     """Tests Eq. 10a: `||d||_F / sqrt(NM) <= gamma`.
 
+    Args:
+        error: d [out, in].
+        gamma: Largest root mean square.
+
     Example:
         >>> within_neighbourhood(torch.full((2, 2), 0.004)), within_neighbourhood(torch.full((2, 2), 0.02))
         (True, False)

@@ -190,7 +190,11 @@ class Neighbourhood:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "Neighbourhood":
-        """Restores a neighbourhood from the values of `to_dict`."""
+        """Restores a neighbourhood from the values of `to_dict`.
+
+        Args:
+            values: Values from `to_dict`, possibly through a JSON file.
+        """
         layers = tuple(
             LayerNeighbourhood(
                 name,
@@ -265,6 +269,10 @@ def neighbourhood(
 def named_layers(layers: Sequence[Layer], patterns: Sequence[str]) -> list[Layer]:
     """Finds the layers that any of the patterns matches (see `layers.matches`), in the order of the model.
 
+    Args:
+        layers: Layers of the model.
+        patterns: Full names, last parts, parents' names or glob patterns.
+
     Raises:
         ConfigurationError: A pattern matches no layer.
     """
@@ -284,6 +292,10 @@ def named_layers(layers: Sequence[Layer], patterns: Sequence[str]) -> list[Layer
 
 def evenly_spaced_layers(layers: Sequence[Layer], count: int = MAX_LAYERS) -> list[Layer]:
     """Chooses `count` evenly spaced layers, including the first and the last; all where there are not more.
+
+    Args:
+        layers: Layers of the model.
+        count: The most layers to choose, at least 2.
 
     Example:
         >>> evenly_spaced_layers("abcdefghij", 4)

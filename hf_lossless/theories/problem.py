@@ -82,7 +82,14 @@ class Prediction:
 
 
 def predictions_of_kept(problem: Problem) -> dict[str, list[Prediction]]:
-    """Predicts 0 for the layers that can only be kept."""
+    """Predicts 0 for the layers that can only be kept.
+
+    Args:
+        problem: The problem, of which layers and candidates are used.
+
+    Returns:
+        Predictions by layer name, for these layers only.
+    """
     chosen = {layer.name for layer in layers_with_a_choice(problem)}
     predictions = {}
     for layer in problem.layers:

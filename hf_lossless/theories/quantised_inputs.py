@@ -83,8 +83,8 @@ def choose_activation(
     Args:
         options: The options, in the order of `activation_options`.
         weight_change: Predicted change of the loss by the weight's own error.
-        may_stay_float: Whether the input stays in floating point where no option fits. If not, the better one of the
-            two widest grids is chosen.
+        may_stay_float: Whether the input stays in floating point where no option fits. If not, the better of the two
+            grids of the largest width is chosen.
 
     Returns:
         The option; None for floating point.

@@ -54,7 +54,13 @@ class Signals:
 
     @classmethod
     def of(cls, matrix: Tensor, curvature: KroneckerFactors, damping: Damping | None = None) -> "Signals":
-        """Computes the signals of a layer's matrix [out, in]."""
+        """Computes the signals of a layer's matrix [out, in].
+
+        Args:
+            matrix: W [out, in].
+            curvature: Kronecker factors of the layer.
+            damping: Shares of the mean diagonals that are added to the factors; None: undamped.
+        """
         mean_square = matrix.detach().square().mean(dtype=torch.float64).item()
         row_share, column_share = (0.0, 0.0) if damping is None else (damping.rows, damping.columns)
         rows = _damped(eigenvalues(curvature.rows), row_share) * (0.5 * curvature.scale * mean_square)
@@ -133,7 +139,14 @@ def rate_distortion(
 
 
 def eigenvalues(factor: Tensor) -> Tensor:
-    """Computes the eigenvalues of a factor [n, n], or of a diagonal one [n]; float64, rounding errors set to 0."""
+    """Computes the eigenvalues of a factor [n, n], or of a diagonal one [n]; float64, rounding errors set to 0.
+
+    Args:
+        factor: Positive semi-definite factor [n, n], or its diagonal [n].
+
+    Returns:
+        The eigenvalues [n], float64.
+    """
     if factor.ndim == 1:
         return factor.double().clamp(min=0)
     found = torch.linalg.eigvalsh(factor.double().cpu())

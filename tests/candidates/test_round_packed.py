@@ -99,5 +99,5 @@ def test_it_lowers_the_cost_on_the_calibration_rows():
     for name, one in round_with_feedback(list(layers.values()), plans, calibration).items():
         matrix, columns = layers[name].matrix.detach(), calibration.layers[name].curvature.columns
         errors = dequantise(one.codes, one.scales, one.zeros, one.grid), on_grid(matrix, plans[name].grid)
-        settled, nearest = (((error - matrix) @ columns * (error - matrix)).sum() for error in errors)
-        assert settled < 0.7 * nearest
+        fed_back, nearest = (((error - matrix) @ columns * (error - matrix)).sum() for error in errors)
+        assert fed_back < 0.7 * nearest

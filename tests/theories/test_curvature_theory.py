@@ -116,11 +116,11 @@ def test_the_loss_of_other_rows_rises_as_predicted():
     weight = model[0].weight.data.clone()
     for candidate, prediction in zip(candidates["0"], predict(problem)["0"], strict=True):
         plan = LayerPlan(kind="grid", grid=candidate.grid, cost_bytes=1, predicted_loss_change=0.0)
-        settled = round_with_feedback(layers, {"0": plan}, calibration).get("0")  # codes by feedback
-        if settled is None:
+        fed_back = round_with_feedback(layers, {"0": plan}, calibration).get("0")  # codes by feedback
+        if fed_back is None:
             model[0].weight.data = weight + candidate.error(weight)
         else:
-            model[0].weight.data = dequantise(settled.codes, settled.scales, settled.zeros, settled.grid)
+            model[0].weight.data = dequantise(fed_back.codes, fed_back.scales, fed_back.zeros, fed_back.grid)
         after = sum(batch_loss(model, batch).item() * len(batch[1]) for batch in others) / 60_000
         assert after - before == pytest.approx(prediction.loss_change, rel=0.35)
         model[0].weight.data = weight

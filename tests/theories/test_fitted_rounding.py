@@ -99,15 +99,15 @@ def test_without_halves_it_is_judged_by_what_it_is_fitted_to():
     torch.manual_seed(0)
     statistics = statistics_of(row_shares(12), 20, halves=False)
     problem = problem_of({"one": nn.Linear(20, 12)}, {"one": statistics})
-    settled = []
+    fed_back = []
     for grid, change in feedback_changes(problem)["one"].items():
         plan = LayerPlan(kind="grid", grid=grid, cost_bytes=1, predicted_loss_change=0.0)
         one = round_with_feedback(problem.layers, {"one": plan}, problem.calibration)["one"]
         error = dequantise(one.codes, one.scales, one.zeros, one.grid) - problem.layers[0].matrix.detach()
-        settled.append(second_order_change(error, statistics.curvature))
-        assert 0.999 * settled[-1] <= change <= 1.1 * settled[-1]  # one round of descent instead of two
+        fed_back.append(second_order_change(error, statistics.curvature))
+        assert 0.999 * fed_back[-1] <= change <= 1.1 * fed_back[-1]  # one round of descent instead of two
     halved = problem_of({"one": problem.layers[0].module}, {"one": statistics_of(row_shares(12), 20)})
-    assert all(more > less for more, less in zip(feedback_changes(halved)["one"].values(), settled, strict=True))
+    assert all(more > less for more, less in zip(feedback_changes(halved)["one"].values(), fed_back, strict=True))
 
 
 @pytest.mark.parametrize("spread", [0.0, 50.0], ids=["even", "uneven"])

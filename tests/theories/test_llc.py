@@ -22,8 +22,8 @@ from hf_lossless.theories.problem import Problem
 
 
 @pytest.fixture(autouse=True)
-def _no_boundary(monkeypatch):
-    """The formula, whatever the size of the noise; see test_boundary for the refusals."""
+def _no_noise_limit(monkeypatch):
+    """The formula, whatever the size of the noise; see test_noise_limits for the refusals."""
     monkeypatch.setattr("hf_lossless.theories.noise_limits.SECOND_ORDER", float("inf"))
 
 
