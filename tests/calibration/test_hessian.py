@@ -376,3 +376,33 @@ def test_traces_depend_on_the_seed_alone():
         block_traces(product, {"a": torch.zeros(2, 3)}, seed=seed, max_probes=8)["a"].trace for seed in (0, 0, 1)
     )
     assert first == second != third
+
+
+@pytest.mark.parametrize("power", [-120, -100, -60, 60, 100])
+def test_a_tiny_or_huge_loss(power):
+    """Products with a loss of so many powers of two are as many times those of the loss itself."""
+    model, batches = Model(), batches_of()
+    layers = [layer for layer in find_layers(model) if layer.name != "unused"]
+    vectors = random_vectors(layers)
+    with hessian(model, batches, layers, batch_loss) as product:
+        expected = flat(product(vectors)).double()
+    with hessian(model, batches, layers, lambda model, batch: batch_loss(model, batch) * 2.0**power) as product:
+        found = flat(product(vectors))
+    assert found.dtype == torch.float64
+    torch.testing.assert_close(found / 2.0**power, expected, rtol=1e-3, atol=1e-5 * expected.abs().max().item())
+
+
+@pytest.mark.parametrize("power", [-90, 90])
+def test_inputs_so_small_that_the_second_derivative_is_no_number_of_float32(power):
+    """H has the inputs squared."""
+    inputs, targets = torch.randn(6, 4, generator=torch.Generator().manual_seed(0)), torch.arange(6) % 3
+    model = nn.Sequential(nn.Linear(4, 3)).eval()
+    layers = find_layers(model)
+    vectors = random_vectors(layers)
+    model[0].weight.data.zero_()
+    with hessian(model, [(inputs, targets)], layers, batch_loss) as product:
+        expected = product(vectors)["0"].double()
+    with hessian(model, [(inputs * 2.0**power, targets)], layers, batch_loss) as product:
+        found = product(vectors)["0"]
+    assert expected.abs().max() > 0.01
+    torch.testing.assert_close(found / 4.0**power, expected, rtol=1e-3, atol=1e-5)

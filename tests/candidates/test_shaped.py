@@ -1,5 +1,6 @@
 """What shaped grids are said to take and to cost, against what they take and cost once all rows are rounded."""
 
+import dataclasses
 import math
 
 import numpy as np
@@ -176,3 +177,17 @@ def test_codes_beyond_a_byte_are_counted():
     _, num_bytes = in_full(step, matrix, roots)
     assert coded_bytes(step, trial, sample, roots) == pytest.approx(num_bytes, rel=0.075)
     assert np.isfinite(trial.errors.numpy()).all()
+
+
+@pytest.mark.parametrize("power", [-500, -240, -170, -20, 0, 20, 170, 240, 500])
+def test_steps_do_not_depend_on_the_size_of_the_loss(power):
+    """A loss k times as large has k^2 times the scale, and k times the c; what is tried is the same."""
+    matrix, curvature, sides, sample = prepared((40, 24))
+    scaled = dataclasses.replace(sides, scale=curvature.scale * 2.0**power)
+    larger = 2.0 ** (power / 2)
+    assert step_at(1.0, matrix, scaled) == pytest.approx(larger * step_at(1.0, matrix, sides), rel=1e-5)
+    assert ladder(matrix, scaled) == pytest.approx([larger * step for step in ladder(matrix, sides)], rel=1e-12)
+    first, second = ladder(matrix, sides)[5], ladder(matrix, scaled)[5]
+    assert torch.equal(try_step(second, sample, scaled).codes, try_step(first, sample, sides).codes)
+    cost = try_step(first, sample, sides).cost(first, 1.0)
+    assert try_step(second, sample, scaled).cost(second, 1.0) == pytest.approx(2.0**power * cost, rel=1e-5)
