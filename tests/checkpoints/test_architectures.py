@@ -15,7 +15,6 @@ from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from round_trips import RoundTrip, assert_same_model, assert_same_outputs, outputs_of
 from safetensors import safe_open
 from safetensors.torch import load_file
-from stock_transformers import refusals
 from tiny_models import TINY_MODELS, TinyModel
 from torch import Tensor
 
@@ -270,12 +269,6 @@ def test_base_model_of_a_checkpoint_with_a_head(round_trip: MakeRoundTrip, tmp_p
     again, info = trip.tiny.auto_class.from_pretrained(tmp_path / "with-head", output_loading_info=True)
     assert not any(info.values()), info
     assert_same_model(again, with_head, trip.inputs)
-
-
-def test_stock_transformers_refuses_the_folder(round_trip: MakeRoundTrip):
-    trips = [round_trip(name) for name in ONE_OF_EACH_KIND]
-    said = refusals({trip.folder: type(trip.model).__name__ for trip in trips})
-    assert all(error.startswith("You set `ignore_mismatched_sizes` to `False`") for error in said)
 
 
 @pytest.mark.parametrize("setting", ["3bit", "asymmetric"])

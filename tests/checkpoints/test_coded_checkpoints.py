@@ -3,8 +3,6 @@
 import copy
 import json
 import math
-import os
-import subprocess
 import sys
 import threading
 from collections.abc import Callable
@@ -132,36 +130,6 @@ def test_the_same_data_give_the_same_files(round_trip, tmp_path: Path):
     compress(trip.tiny, trip.original, "entropy").save_pretrained(tmp_path)
     for file in ("model.safetensors", "config.json"):
         assert (tmp_path / file).read_bytes() == (trip.folder / file).read_bytes()
-
-
-def test_a_new_process_has_the_same_model(round_trip, tmp_path: Path):
-    trips = [round_trip("bert"), round_trip("gpt2", "all")]
-    code = (
-        "import sys, torch, transformers, hf_lossless\n"
-        "for place in sys.argv[1:]:\n"
-        "    inputs = torch.load(f'{place}/inputs.pt')\n"
-        "    auto = getattr(transformers, inputs.pop('class'))\n"
-        "    with torch.no_grad():\n"
-        "        torch.save(auto.from_pretrained(f'{place}/model')(**inputs).logits, f'{place}/logits.pt')\n"
-    )
-    places = []
-    for index, trip in enumerate(trips):
-        place = tmp_path / str(index)
-        place.mkdir()
-        (place / "model").symlink_to(trip.folder)
-        torch.save({**trip.inputs, "class": trip.tiny.auto_class.__name__}, place / "inputs.pt")
-        places.append(place)
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", code, *map(str, places)],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        env=environment,
-    )
-    assert done.returncode == 0, done.stderr
-    for trip, place in zip(trips, places, strict=True):
-        assert_same_outputs(torch.load(place / "logits.pt"), outputs_of(trip.model, trip.inputs))
 
 
 @pytest.mark.parametrize("name", ["bert", "llama-tied"])

@@ -12,7 +12,6 @@ import transformers as hf
 from round_trips import assert_same_model, assert_same_outputs, outputs_of
 from rounded_plans import apply_rounded
 from safetensors.torch import load_file, save_file
-from stock_transformers import refusals
 from tiny_models import TINY_MODELS, TinyModel
 from tiny_plans import by_hand
 from torch import Tensor, nn
@@ -282,12 +281,6 @@ def test_base_model_of_a_checkpoint_with_a_head(round_trip: MakeRoundTrip, tmp_p
     again, info = hf.AutoModel.from_pretrained(tmp_path, output_loading_info=True)
     assert not any(info.values()), info
     assert_same_model(again, base, trip.inputs)
-
-
-def test_stock_transformers_refuses_the_folder(round_trip: MakeRoundTrip):
-    trips = [round_trip("bert", setting) for setting in ("float", "sum")]
-    said = refusals({trip.folder: type(trip.model).__name__ for trip in trips})
-    assert all(error.startswith("You set `ignore_mismatched_sizes` to `False`") for error in said)
 
 
 def test_factors_are_trained_and_codes_are_not(round_trip: MakeRoundTrip):

@@ -1,68 +1,57 @@
 """Runs a function of a test module in two processes at once, as torchrun or `accelerate launch` would.
 
-They meet by way of a file and talk over the loopback interface. Run by itself, this file is one of the two.
+They meet by way of a file and talk over the loopback interface. Both are forked from a server that has imported what
+takes time; it has run nothing, so that nothing else is in them.
 """
 
-import importlib
 import json
+import multiprocessing
 import os
-import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.multiprocessing.spawn import start_processes
 
-ENVIRONMENT = {
-    "WORLD_SIZE": "2",
-    "LOCAL_WORLD_SIZE": "2",
-    "OMP_NUM_THREADS": "1",
-    "CUDA_VISIBLE_DEVICES": "",
-    "HF_HUB_OFFLINE": "1",
-    "TQDM_DISABLE": "1",
-    "GLOO_SOCKET_IFNAME": "lo0" if sys.platform == "darwin" else "lo",
-}
+SECONDS = 240
 
 
-def in_two_processes(function: Callable[..., Any], folder: Path, *arguments: str) -> list[Any]:
+def in_two_processes(function: Callable[..., Any], folder: Path, *arguments: Any) -> list[Any]:
     """What `function(*arguments)` returns in each of two processes, as JSON has it.
 
     Args:
         function: Of a test module, at its top level.
         folder: Empty; for what the processes leave one another and this one.
-        arguments: Strings, as they go by the command line.
+        arguments: Of the function.
     """
-    shared = os.environ | ENVIRONMENT | {"PYTHONPATH": os.pathsep.join(sys.path)}
-    command = [sys.executable, __file__, function.__module__, function.__name__, str(folder), *arguments]
-    programs = [
-        subprocess.Popen(
-            command,
-            env=shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(2)
-    ]
+    multiprocessing.set_forkserver_preload(["hf_lossless.compression", "transformers.modeling_utils"])
+    processes = start_processes(
+        _run, (folder, function, arguments), nprocs=2, join=False, daemon=True, start_method="forkserver"
+    )
     try:
-        said = [program.communicate(timeout=240)[0] for program in programs]
+        until = time.monotonic() + SECONDS
+        while not processes.join(timeout=1):
+            assert time.monotonic() < until, f"two processes are not done after {SECONDS} seconds"
     finally:
-        for program in programs:
-            program.kill()
-            program.wait()
-    assert [program.returncode for program in programs] == [0, 0], "\n".join(said)
+        for process in processes.processes:
+            process.kill()
+            process.join()
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
 
 
-def _main(module: str, function: str, folder: str, *arguments: str) -> None:
+def _run(rank: int, folder: Path, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+    os.environ |= {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": "2",
+        "LOCAL_WORLD_SIZE": "2",
+        "CUDA_VISIBLE_DEVICES": "",
+        "GLOO_SOCKET_IFNAME": "lo0" if sys.platform == "darwin" else "lo",
+    }
     torch.set_num_threads(1)
-    rank = int(os.environ["RANK"])
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
-    found = getattr(importlib.import_module(module), function)(*arguments)
-    Path(folder, f"{rank}.json").write_text(json.dumps(found))
+    (folder / f"{rank}.json").write_text(json.dumps(function(*arguments)))
     torch.distributed.destroy_process_group()
-
-
-if __name__ == "__main__":
-    _main(*sys.argv[1:])

@@ -1,9 +1,6 @@
 """Exports in stock transformers: one process, in which hf_lossless cannot be imported, loads and runs them all."""
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -12,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers as hf
+from new_process import run_python
 from round_trips import assert_same_outputs, outputs_of
 from safetensors.torch import load_file
 from tiny_exports import Planned, all_kinds, all_widths, dense_reference, save_compressed
@@ -131,13 +129,7 @@ def loaded(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Loaded]:
         jobs.append((name, case.load_as or tiny.model_class.__name__, str(out)))
         torch.save(tiny.inputs(dtype=case.dtype), root / f"{name}.inputs")
     (root / "jobs.json").write_text(json.dumps(jobs))
-    stock = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", STOCK, str(root)],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        env={**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())},
-    )
+    stock = run_python(STOCK, root)
     assert stock.returncode == 0, stock.stderr[-3000:]
     assert stock.stdout.endswith("without hf_lossless\n")
     found = torch.load(root / "found")
