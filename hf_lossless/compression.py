@@ -7,6 +7,7 @@ import logging
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -140,7 +141,8 @@ def attach_quantizer(result: CompressionResult) -> None:
     The plug-in lies above this room: it is asked for where transformers keeps it.
     """
     if any(isinstance(module, PreTrainedModel) for module in result.model.modules()):
-        AUTO_QUANTIZER_MAPPING[QUANT_METHOD].attach_result(result)
+        quantizer: Any = AUTO_QUANTIZER_MAPPING[QUANT_METHOD]
+        quantizer.attach_result(result)
 
 
 def checks_of(problem: Problem, planned: Planned, measured: LossChange) -> tuple[LossCheck, ...]:

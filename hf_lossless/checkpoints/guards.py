@@ -51,9 +51,9 @@ def check_files(
         rename: From a tensor's name on disk to its name in the model.
         complete: Whether the files must hold this very model, no tensor less and none more. False for a model that
             shares only a part with the one that was saved (another head): then only compressed layers are compared.
-        as_saved: Whether the files are known to be those that were saved, by their bytes. A tensor outside of compressed
-            layers that is missing or of another shape is then one of a model that differs (a pooler that the saved one
-            had not, a head for other labels), which is for transformers to refuse or to accept.
+        as_saved: Whether the files are known to be those that were saved, by their bytes. A tensor outside of
+            compressed layers that is missing or of another shape is then one of a model that differs (a pooler that the
+            saved one had not, a head for other labels), which is for transformers to refuse or to accept.
         resized: Layers that are not compressed in this model, for they have another shape here.
         ties: From a tensor's name to that of the tensor it is the same as; the files hold one of them.
         unsaved: Names of tensors that the model computes anew and does not save.
