@@ -141,8 +141,8 @@ def attach_quantizer(result: CompressionResult) -> None:
     The plug-in lies above this room: it is asked for where transformers keeps it.
     """
     if any(isinstance(module, PreTrainedModel) for module in result.model.modules()):
-        plug_in: Any = AUTO_QUANTIZER_MAPPING[QUANT_METHOD]
-        plug_in.attach_result(result)
+        quantizer: Any = AUTO_QUANTIZER_MAPPING[QUANT_METHOD]
+        quantizer.attach_result(result)
 
 
 def checks_of(problem: Problem, planned: Planned, measured: LossChange) -> tuple[LossCheck, ...]:

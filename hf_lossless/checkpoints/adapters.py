@@ -26,16 +26,13 @@ from hf_lossless.storage.modules.tied import Tied, TiedEmbedding
 class _OnCompressed(LoraLayer):
     """What differs where the layer below is compressed."""
 
-    def _get_in_out_features(self, module: nn.Module) -> tuple[int, int]:
-        if isinstance(module, TiedEmbedding):
-            return module.num_embeddings, module.embedding_dim
-        if isinstance(module, Tied):
-            return module.home.matrix_shape[1], module.home.matrix_shape[0]
-        assert isinstance(module, CompressedModule)
-        if module.kind == "conv2d":
-            return module.in_channels, module.out_channels
-        out_features, in_features = module.matrix_shape
-        return (out_features, in_features) if module.kind == "embedding" else (in_features, out_features)
+    def _get_in_out_features(self, module: Any) -> tuple[int, int]:
+        if isinstance(module, CompressedModule) and module.kind == "conv2d":
+            return int(module.in_channels), int(module.out_channels)
+        home: CompressedModule = module.home if isinstance(module, Tied) else module
+        out_features, in_features = home.matrix_shape
+        looked_up = isinstance(module, TiedEmbedding) or getattr(module, "kind", None) == "embedding"
+        return (out_features, in_features) if looked_up else (in_features, out_features)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Refuses: the sum of codes and adapter has no codes."""
@@ -53,7 +50,8 @@ class LoraEmbedding(_OnCompressed, Embedding):
     """LoRA of a compressed embedding."""
 
     def _embed(self, input: Tensor, weight: Tensor, *hooks: Any, **more_hooks: Any) -> Tensor:
-        return F.embedding(input, weight, padding_idx=self.get_base_layer().padding_idx)
+        layer: Any = self.get_base_layer()
+        return F.embedding(input, weight, padding_idx=layer.padding_idx)
 
 
 class LoraConv2d(_OnCompressed, Conv2d):
@@ -83,7 +81,7 @@ class LoraConv2d(_OnCompressed, Conv2d):
             object.__setattr__(self, "_plain", None)
 
 
-def _adapter_class(layer: nn.Module) -> type[_OnCompressed] | None:
+def _adapter_class(layer: nn.Module) -> Any:
     """The adapter of a compressed or tied layer; None for another."""
     if isinstance(layer, Tied):
         return LoraEmbedding if isinstance(layer, TiedEmbedding) else LoraLinear

@@ -74,8 +74,10 @@ def resized_layers(
         bias = getattr(layer.module, "bias", None)
         if bias is not None and any(saved.get(f"{form}.bias") == bias.shape for form in forms):
             fits = True  # as many outputs: if its plan does not fit all the same, that is for `apply_plan` to say
+        elif (stated := layer_plan.coded or layer_plan.low_rank) is not None and stated.shape == own_shape:
+            fits = True
         elif layer_plan.coded is not None:
-            fits = tuple(layer_plan.coded.shape) == own_shape
+            fits = False
         else:
             if layer_plan.low_rank is not None:
                 low_rank = layer_plan.low_rank.model_copy(update={"shape": own_shape})

@@ -9,13 +9,14 @@ import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING, register_quantizer
 from transformers.quantizers.base import HfQuantizer
 
 from hf_lossless.certification.certificate import Certificate
-from hf_lossless.checkpoints.entry import LosslessCheckpointConfig
+from hf_lossless.checkpoints.entry import LosslessCheckpointConfig, demand, meet_demand
 from hf_lossless.checkpoints.guards import check_files, guard_names, state_dict_with_guards
 from hf_lossless.checkpoints.names import (
     compute_in_float32,
@@ -34,8 +35,9 @@ from hf_lossless.checkpoints.names import (
 from hf_lossless.checkpoints.saved_folder import headers, refuse_other_bytes, tensor_sizes
 from hf_lossless.errors import CheckpointError, ConfigurationError
 from hf_lossless.storage.apply import apply_plan
+from hf_lossless.storage.dense import make_dense
 from hf_lossless.storage.modules.base import compressed_layers
-from hf_lossless.storage.plan import QUANT_METHOD, CompressionPlan, LayerPlan
+from hf_lossless.storage.plan import QUANT_METHOD, QUANT_METHODS, CompressionPlan, LayerPlan
 
 if TYPE_CHECKING:
     from hf_lossless.compression import CompressionResult
@@ -79,6 +81,11 @@ class LosslessHfQuantizer(HfQuantizer):
                 "no dataset was given. Calibration needs rows of the model's task: "
                 "LosslessCompressionConfig(dataset=...)."
             )
+
+    def update_attn_implementation(self, config: PreTrainedConfig) -> PreTrainedConfig:
+        """Meets the demand for this package, before transformers reads of it; nothing about attention."""
+        meet_demand(config)
+        return config
 
     def _process_model_before_weight_loading(
         self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **kwargs: Any
@@ -167,6 +174,7 @@ class LosslessHfQuantizer(HfQuantizer):
 
     def _describe(self, model: PreTrainedModel, plan: CompressionPlan, certificate: Certificate | None) -> None:
         self.quantization_config = model.config.quantization_config = LosslessCheckpointConfig.of(plan, certificate)
+        demand(model.config)
         attributes: Any = model  # transformers sets these from outside too
         attributes.hf_quantizer = self
         attributes.is_quantized = True
@@ -187,6 +195,23 @@ class LosslessHfQuantizer(HfQuantizer):
         refuse_other_layers(model, plan)
         self._describe(model, with_present_bytes(model, plan), self.quantization_config.certificate)
         return state_dict_with_guards(model), {}
+
+    def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | str | None = None) -> PreTrainedModel:
+        """Makes every layer plain again, with the compressed values; `model.dequantize()` then forgets the plan."""
+        for part in model.modules():
+            if part is not model and isinstance(part, PreTrainedModel) and hasattr(part, "hf_quantizer"):
+                self.remove_quantization_config(part)
+        make_dense(model)
+        meet_demand(model.config)
+        for_all: Any = model  # its `to` is wrapped, and typed by none
+        dense: PreTrainedModel = for_all.to(getattr(torch, dtype) if isinstance(dtype, str) else dtype)
+        return dense
+
+    def remove_quantization_config(self, model: PreTrainedModel) -> None:
+        """Takes the plan out of a model that is plain again; its weights go back under transformers' own names."""
+        super().remove_quantization_config(model)  # type: ignore[no-untyped-call]
+        if hasattr(model, "_weight_conversions"):
+            del model._weight_conversions
 
     def is_serializable(self) -> bool:
         """Yes: codes, scales, zeros and factors are plain tensors."""
@@ -251,5 +276,6 @@ def _refuse_meta(model: PreTrainedModel) -> None:
             )
 
 
-if QUANT_METHOD not in AUTO_QUANTIZER_MAPPING:  # a second registration, on reload, would raise
-    register_quantizer(QUANT_METHOD)(LosslessHfQuantizer)
+for _method in QUANT_METHODS:
+    if _method not in AUTO_QUANTIZER_MAPPING:  # a second registration, on reload, would raise
+        register_quantizer(_method)(LosslessHfQuantizer)

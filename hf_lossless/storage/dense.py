@@ -1,7 +1,7 @@
 """The way back: layers with plain weights in place of compressed ones, with the values that those stood for."""
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from hf_lossless.storage.layers import LayerKind
@@ -50,12 +50,12 @@ def _layer(module: CompressedModule, kind: LayerKind, weight: nn.Parameter) -> n
             plain = nn.Conv2d(**{name: getattr(module, name) for name in names}, bias=has_bias)
     plain.weight = weight
     if kind != "embedding":
-        plain.bias = module.bias
+        plain.register_parameter("bias", module.bias)
     return plain.train(module.training)
 
 
 def _tied_again(tied: Tied, home: nn.Module) -> nn.Module:
-    weight: Tensor = home.weight
+    weight = home.weight
     assert isinstance(weight, nn.Parameter)
     out_features, in_features = weight.shape
     plain: nn.Module
@@ -64,6 +64,6 @@ def _tied_again(tied: Tied, home: nn.Module) -> nn.Module:
             plain = nn.Embedding(out_features, in_features, padding_idx=tied.padding_idx)
         else:
             plain = nn.Linear(in_features, out_features, bias=tied.bias is not None)
-            plain.bias = tied.bias
+            plain.register_parameter("bias", tied.bias)
     plain.weight = weight
     return plain.train(tied.training)

@@ -15,8 +15,11 @@ from pydantic import Field, model_validator
 from hf_lossless.errors import PlanError
 from hf_lossless.storage.records import Record, read_record
 
-QUANT_METHOD = "lossless"
-"""What transformers knows this package's checkpoints by."""
+QUANT_METHOD = "hf_lossless"
+"""What transformers knows this package's checkpoints by: what has to be imported."""
+
+QUANT_METHODS = (QUANT_METHOD, "lossless")
+"""And what it knew older ones by."""
 
 FORMAT_VERSION = 6
 """Version of the layout on disk; raised when an older release could not read a newer folder. 2 has low-rank factors, 3

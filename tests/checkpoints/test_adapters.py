@@ -72,7 +72,7 @@ def test_train_save_load(tmp_path: Path, kind: str):
         assert torch.equal(logits(adapted, tiny.inputs()), before)
 
     for merge in (adapted.merge_and_unload, adapted.merge_adapter):
-        with pytest.raises(ConfigurationError, match="cannot be merged into a compressed layer.*compress that"):
+        with pytest.raises(ConfigurationError, match=r"cannot be merged into a compressed layer.*compress that"):
             merge()
     assert torch.equal(logits(adapted, tiny.inputs()), after)
     assert torch.equal(logits(adapted.unload(), tiny.inputs()), before)

@@ -20,6 +20,7 @@ import transformers
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from hf_lossless.checkpoints.entry import meet_demand
 from hf_lossless.checkpoints.exports import FORMATS, dense
 from hf_lossless.checkpoints.exports.convert import NotCarried, Stored, model_dtype
 from hf_lossless.checkpoints.files import new_folder, refuse_occupied
@@ -228,6 +229,7 @@ def _tensors(
 def _save(model: PreTrainedModel, tensors: dict[str, Tensor], settings: dict[str, Any] | None, folder: Path) -> None:
     """Saves tensors as this model's, without the plug-in: it is an original model to transformers from now on."""
     del model.hf_quantizer, model.config.quantization_config, model._weight_conversions
+    meet_demand(model.config)
     # Only plain weights go back under the names, and into the shapes, that an architecture has on disk.
     model.save_pretrained(folder, state_dict=dict(tensors), save_original_format=settings is None)
     if settings is not None:

@@ -126,8 +126,8 @@ class CompressedModule(Running, ABC):
         """Refuses another weight: the layer would not compute with it."""
         if name == "weight":
             raise ConfigurationError(
-                "a compressed layer takes no other weight: it computes with its codes. Replace the whole layer, or get a "
-                "dense model back with model.dequantize()."
+                "a compressed layer takes no other weight: it computes with its codes. Replace the whole layer, or get "
+                "a dense model back with model.dequantize()."
             )
         super().__setattr__(name, value)
 

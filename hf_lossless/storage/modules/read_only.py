@@ -44,8 +44,8 @@ class ReadOnlyWeight(Tensor):
         kwargs = kwargs or {}
         if _writes(function, args, kwargs):
             raise ConfigurationError(
-                f"{_name(function)} would write to the weight of a compressed layer, which is made anew each time that it "
-                "is read, so that nothing would change. Write to a copy (weight.clone()), merge adapters and prune "
+                f"{_name(function)} would write to the weight of a compressed layer, which is made anew each time that "
+                "it is read, so that nothing would change. Write to a copy (weight.clone()), merge adapters and prune "
                 "before compressing, or get a dense model back with model.dequantize()."
             )
         if _is_about_gradients(function):  # there are none to turn off
