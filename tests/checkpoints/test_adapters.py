@@ -1,12 +1,11 @@
 """LoRA of peft on every kind of compressed layer: trained, saved, loaded; merging is refused."""
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 import transformers as hf
+from new_process import run_python
 from tiny_models import TINY_MODELS
 from torch import Tensor, nn
 
@@ -119,4 +118,5 @@ def test_peft_may_be_imported_first():
         "from peft.tuners.lora.model import LoraModel\n"
         "assert hasattr(LoraModel._create_new_module, '__wrapped__')"
     )
-    subprocess.run([sys.executable, "-c", code], check=True)
+    done = run_python(code)
+    assert done.returncode == 0, done.stderr
