@@ -37,7 +37,7 @@ from hf_lossless.planning.options import Option, Options, RoundedCost, options_o
 from hf_lossless.planning.target import Target, choose_plan
 from hf_lossless.storage.apply import quantised_input
 from hf_lossless.storage.grid import QuantisedMatrix
-from hf_lossless.storage.layers import Layer
+from hf_lossless.storage.layers import Layer, find_layers, left_out_text
 from hf_lossless.storage.modules.activations import QuantisedInput
 from hf_lossless.storage.plan import CodedGrid, CompressionPlan, activations_of
 from hf_lossless.storage.values import EncodedMatrix, StoredLayer
@@ -249,13 +249,19 @@ class Planner:
         try:
             return choose_plan(frontier, plan_at, target, self.choices.bits), frontier
         except UnreachableTargetError as error:
-            if not self.problem.unreached:
+            reasons = []
+            if self.problem.unreached:
+                reasons.append(
+                    f"On the calibration rows the gradient of the loss is zero for {self.problem.unreached[0]!r} "
+                    f"and {len(self.problem.unreached) - 1} other layer(s), which are kept for it: calibrate on other "
+                    "rows, or load a float16 model in another dtype, for small gradients vanish in float16."
+                )
+            left_out = left_out_text(self.problem.model, find_layers(self.problem.model))
+            if left_out is not None:
+                reasons.append(f"{left_out}.")
+            if not reasons:
                 raise
-            raise UnreachableTargetError(
-                f"{error} On the calibration rows the gradient of the loss is zero for {self.problem.unreached[0]!r} "
-                f"and {len(self.problem.unreached) - 1} other layer(s), which are kept for it: calibrate on other "
-                "rows, or load a float16 model in another dtype, for small gradients vanish in float16."
-            ) from error
+            raise UnreachableTargetError(" ".join([str(error), *reasons])) from error
 
     def _as_stated(self, planned: Planned, measured: LossChange) -> bool:
         """Whether the loss rises by no more than the prediction states."""
