@@ -13,6 +13,7 @@ import wrapt
 if TYPE_CHECKING:
     from hf_lossless.checkpoints.entry import LosslessCheckpointConfig
     from hf_lossless.checkpoints.exports.export import ExportResult, export
+    from hf_lossless.checkpoints.module_file import load_module, save_module
     from hf_lossless.checkpoints.quantizer import LosslessHfQuantizer
     from hf_lossless.compression import CompressionResult, compress
     from hf_lossless.config import LosslessCompressionConfig
@@ -38,6 +39,7 @@ __version__ = "0.1.0"
 _PLACES = {
     "checkpoints.entry": ["LosslessCheckpointConfig"],
     "checkpoints.exports.export": ["ExportResult", "export"],
+    "checkpoints.module_file": ["load_module", "save_module"],
     "checkpoints.quantizer": ["LosslessHfQuantizer"],
     "compression": ["CompressionResult", "compress"],
     "config": ["LosslessCompressionConfig"],
@@ -77,8 +79,10 @@ __all__ = [
     "compress",
     "export",
     "html_report",
+    "load_module",
     "model_card",
     "push_to_hub",
+    "save_module",
 ]
 
 

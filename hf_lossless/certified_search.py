@@ -58,6 +58,7 @@ from hf_lossless.planning.knapsack import Frontier
 from hf_lossless.planning.loss_check import LossCheck
 from hf_lossless.planning.planner import Planner
 from hf_lossless.planning.target import Target
+from hf_lossless.storage.apply import carry_hooks
 from hf_lossless.storage.modules.base import CompressedModule
 from hf_lossless.storage.modules.tied import Tied
 from hf_lossless.storage.plan import CompressionPlan, checkpoint_bytes
@@ -288,6 +289,7 @@ def take_over(model: nn.Module, compressed: nn.Module) -> None:
     """
     for name, module in list(compressed.named_modules(remove_duplicate=False)):
         if isinstance(module, CompressedModule | Tied):
+            carry_hooks(model.get_submodule(name), module)
             model.set_submodule(name, module)
     with torch.no_grad():
         model.load_state_dict(compressed.state_dict())

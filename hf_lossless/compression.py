@@ -31,7 +31,7 @@ from hf_lossless.planning import knapsack
 from hf_lossless.planning.loss_check import LossCheck, loss_check
 from hf_lossless.planning.planner import Planned, Planner
 from hf_lossless.storage.apply import apply
-from hf_lossless.storage.layers import Layer, find_layers, tensor_bytes
+from hf_lossless.storage.layers import Layer, find_layers, left_out_bytes, left_out_text, tensor_bytes
 from hf_lossless.storage.modules.base import CompressedModule
 from hf_lossless.storage.plan import QUANT_METHOD, CompressionPlan, checkpoint_bytes
 from hf_lossless.theories import THEORIES
@@ -187,6 +187,11 @@ def analyse(
     theory, choices = THEORIES[config.theory], config.choices
     layers = _layers_to_compress(model, choices)
     present_bytes = tensor_bytes(model)
+    found = find_layers(model)
+    left_out = left_out_text(model, found)
+    if left_out is not None and process_state().is_main_process:
+        much = sum(left_out_bytes(model, found).values()) > 0.01 * present_bytes
+        _logger.log(logging.WARNING if much else logging.INFO, "%s", left_out)
     ranks = ranks_by_layer(layers, choices.ranks)
     fisher = None
     if "entropy" in choices.storage and loss is batch_loss:
@@ -296,9 +301,10 @@ def _layers_to_compress(model: nn.Module, choices: Choices) -> list[Layer]:
             )
     if not layers:
         left_out = " beside modules_to_not_convert" if choices.modules_to_not_convert else ""
+        of_what = left_out_text(model, ()) or "It has no matrices"
         raise ConfigurationError(
             f"{type(model).__name__} has no layer that could be compressed (linear, convolution or embedding)"
-            f"{left_out}. Leave fewer modules out."
+            f"{left_out}. {'Leave fewer modules out.' if choices.modules_to_not_convert else of_what + '.'}"
         )
     return layers
 

@@ -27,7 +27,7 @@ class _OnCompressed(LoraLayer):
     """What differs where the layer below is compressed."""
 
     def _get_in_out_features(self, module: Any) -> tuple[int, int]:
-        if isinstance(module, CompressedModule) and module.kind == "conv2d":
+        if getattr(module, "kind", None) == "conv2d":
             return int(module.in_channels), int(module.out_channels)
         home: CompressedModule = module.home if isinstance(module, Tied) else module
         out_features, in_features = home.matrix_shape

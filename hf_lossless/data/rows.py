@@ -314,11 +314,28 @@ def with_own_targets(model: PreTrainedModel, batches: Iterable[Batch], task_name
     for batch in batches:
         if isinstance(batch, Mapping) and label_names and label_names.isdisjoint(batch):
             task = _predicting_task(model, task_name, batch)
+            _refuse_flat_loss(model, task, batch)
             with torch.no_grad():
                 targets = task.own_targets(batch, model(**to_device(batch, device)))
             batch = {**batch, **{name: value.cpu() for name, value in targets.items()}}
         labelled.append(batch)
     return labelled
+
+
+def _refuse_flat_loss(model: PreTrainedModel, task: Task, batch: Mapping[str, Any]) -> None:
+    """Raises DataError where the loss against a model's own predictions has no gradient, so that it tells nothing."""
+    if not task.has_label_names:
+        return
+    num_labels, problem_type = model.config.num_labels, getattr(model.config, "problem_type", None)
+    what = {"regression": "a number", "multi_label_classification": "several labels at once"}.get(
+        problem_type or ("regression" if num_labels == 1 else "")
+    )
+    if what is not None:
+        raise DataError(
+            f'the batches have no "labels" (found {", ".join(batch)}), and what {type(model).__name__} predicts '
+            f"({what}, problem_type={problem_type!r}, num_labels={num_labels}) cannot stand in for them: its loss is "
+            'least there, and has no gradient. Add "labels" to every batch.'
+        )
 
 
 def _predicting_task(model: PreTrainedModel, name: str | None, batch: Mapping[str, Any]) -> Task:

@@ -37,7 +37,7 @@ from hf_lossless.planning.options import Option, Options, RoundedCost, options_o
 from hf_lossless.planning.target import Target, choose_plan
 from hf_lossless.storage.apply import quantised_input
 from hf_lossless.storage.grid import QuantisedMatrix
-from hf_lossless.storage.layers import Layer
+from hf_lossless.storage.layers import Layer, find_layers, left_out_text
 from hf_lossless.storage.modules.activations import QuantisedInput
 from hf_lossless.storage.plan import CodedGrid, CompressionPlan, activations_of
 from hf_lossless.storage.values import EncodedMatrix, StoredLayer
@@ -259,14 +259,20 @@ class Planner:
         try:
             return choose_plan(frontier, plan_at, target, self.choices.bits), frontier
         except UnreachableTargetError as error:
+            reasons = []
             kept = [*self.problem.unreached, *self.problem.underflown]
-            if not kept:
+            if kept:
+                reasons.append(
+                    "On the calibration rows the gradient of the loss is zero, or underflows to zero, for "
+                    f"{kept[0]!r} and {len(kept) - 1} other layer(s), which are kept for it: calibrate on other rows, "
+                    "or load the model in a wider dtype, for small gradients vanish, in float16 those below 6e-8."
+                )
+            left_out = left_out_text(self.problem.model, find_layers(self.problem.model))
+            if left_out is not None:
+                reasons.append(f"{left_out}.")
+            if not reasons:
                 raise
-            raise UnreachableTargetError(
-                f"{error} On the calibration rows the gradient of the loss is zero, or underflows to zero, for "
-                f"{kept[0]!r} and {len(kept) - 1} other layer(s), which are kept for it: calibrate on other rows, or "
-                "load the model in a wider dtype, for small gradients vanish, in float16 those below 6e-8."
-            ) from error
+            raise UnreachableTargetError(" ".join([str(error), *reasons])) from error
 
     def _as_stated(self, planned: Planned, measured: LossChange) -> bool:
         """Tells whether the loss rises by no more than the prediction states."""

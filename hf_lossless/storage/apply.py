@@ -21,6 +21,14 @@ from hf_lossless.storage.modules.tied import TIED
 from hf_lossless.storage.plan import ActivationGrid, Grid, LayerPlan
 from hf_lossless.storage.values import EncodedMatrix, FactoredMatrix, StoredLayer
 
+_HOOKS = (
+    *("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called"),
+    *("_forward_pre_hooks", "_forward_pre_hooks_with_kwargs"),
+    *("_backward_hooks", "_backward_pre_hooks", "_is_full_backward_hook"),
+    *("_state_dict_hooks", "_state_dict_pre_hooks", "_load_state_dict_pre_hooks", "_load_state_dict_post_hooks"),
+)
+"""Where torch keeps the hooks of a module."""
+
 
 def apply_plan(model: nn.Module, layer_plans: Mapping[str, LayerPlan]) -> nn.Module:
     """Makes room in a model on meta for the tensors of a saved plan; see `apply`.
@@ -191,6 +199,18 @@ def _replace(model: nn.Module, layer: Layer, compressed: CompressedModule) -> No
 
 
 def _put(model: nn.Module, name: str, module: nn.Module) -> None:
-    """Sets a submodule, with the hook of Accelerate that brings inputs to its device where the old one had one."""
-    hook = getattr(model.get_submodule(name), "_hf_hook", None)
+    """Sets a submodule, with the hooks of the old one, and Accelerate's, which brings inputs to its device."""
+    old = model.get_submodule(name)
+    carry_hooks(old, module)
+    hook = getattr(old, "_hf_hook", None)
     model.set_submodule(name, module if hook is None else add_hook_to_module(module, hook))
+    parent = model.get_submodule(name.rpartition(".")[0])
+    if isinstance(parent, nn.TransformerEncoderLayer):
+        # Its fast path reads weights and calls no layer. This is what it asks of its activation before it takes that.
+        parent.activation_relu_or_gelu = 0
+
+
+def carry_hooks(old: nn.Module, new: nn.Module) -> None:
+    """Gives a module the hooks of the one it replaces: the very dicts, so that a handle still removes its hook."""
+    for name in _HOOKS:
+        setattr(new, name, getattr(old, name))

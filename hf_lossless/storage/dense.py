@@ -1,5 +1,7 @@
 """The way back: layers with plain weights in place of compressed ones, with the values that those stood for."""
 
+from typing import Any
+
 import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
@@ -37,17 +39,18 @@ def _layer(module: CompressedModule, kind: LayerKind, weight: nn.Parameter) -> n
     """A layer of a kind with this weight; it is made on meta, so that none is drawn."""
     out_features, in_features = module.matrix_shape
     has_bias = module.bias is not None
+    original: Any = module  # it has the original's attributes
     plain: nn.Module
     with torch.device("meta"):
         if kind == "linear":
             plain = nn.Linear(in_features, out_features, bias=has_bias)
         elif kind == "conv1d":
-            plain = Conv1D(out_features, in_features)
+            plain = Conv1D(out_features, in_features)  # type: ignore[no-untyped-call]
         elif kind == "embedding":
-            plain = nn.Embedding(out_features, in_features, padding_idx=module.padding_idx)
+            plain = nn.Embedding(out_features, in_features, padding_idx=original.padding_idx)
         else:
             names = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups")
-            plain = nn.Conv2d(**{name: getattr(module, name) for name in names}, bias=has_bias)
+            plain = nn.Conv2d(**{name: getattr(original, name) for name in names}, bias=has_bias)
     plain.weight = weight
     if kind != "embedding":
         plain.register_parameter("bias", module.bias)

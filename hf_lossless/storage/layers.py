@@ -79,6 +79,8 @@ def kind_of(module: nn.Module) -> LayerKind | None:
     base = next((base for base in _KINDS if isinstance(module, base)), None)
     if base is None or type(module).forward is not base.forward:
         return None
+    if "forward" in vars(module) and not hasattr(module, "_hf_hook"):  # replaced on the instance, not by Accelerate
+        return None
     if isinstance(module, nn.Conv2d) and module.padding_mode != "zeros":
         return None
     if isinstance(module, nn.Embedding) and module.max_norm is not None:
@@ -134,6 +136,41 @@ def find_layers(model: nn.Module, exclude: Iterable[str] = ()) -> list[Layer]:
         if tieable and not any(user in excluded for user, _, _ in users):
             layers.append(Layer(name, module, kind, tuple(user for user, _, _ in users[1:])))
     return layers
+
+
+def left_out_bytes(model: nn.Module, layers: Iterable[Layer]) -> dict[str, int]:
+    """Bytes of the matrices that are no layers and so stay as they are, by name, the largest first.
+
+    Args:
+        model: The model.
+        layers: What can be compressed of it.
+
+    Returns:
+        Parameters of two dimensions and more; those of one (biases, norms) are left out, for they are small.
+    """
+    covered = {id(layer.weight) for layer in layers}
+    found = {
+        name: parameter.nbytes
+        for name, parameter in model.named_parameters()
+        if parameter.ndim > 1 and id(parameter) not in covered
+    }
+    return dict(sorted(found.items(), key=lambda one: -one[1]))
+
+
+def left_out_text(model: nn.Module, layers: Iterable[Layer]) -> str | None:
+    """What is left out in a sentence, with its bytes and the classes it lies in; None where there is nothing."""
+    layers = list(layers)
+    found = left_out_bytes(model, layers)
+    if not found:
+        return None
+    by_place: dict[str, int] = {}
+    for name, size in found.items():
+        module, _, parameter = name.rpartition(".")
+        place = f"{type(model.get_submodule(module)).__name__}.{parameter}"
+        by_place[place] = by_place.get(place, 0) + size
+    places = ", ".join(f"{place} ({size:,} bytes)" for place, size in sorted(by_place.items(), key=lambda one: -one[1]))
+    share = sum(found.values()) / max(sum(parameter.nbytes for parameter in model.parameters()), 1)
+    return f"{share:.0%} of the model's parameters are no layers that can be compressed and stay as they are: {places}"
 
 
 def matches(name: str, pattern: str) -> bool:

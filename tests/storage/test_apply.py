@@ -84,7 +84,9 @@ def test_meta_then_load_is_the_same_model():
     state = model.state_dict()
     assert all(tensor.is_meta for tensor in empty.state_dict().values())
     assert {name: (tensor.dtype, tensor.shape) for name, tensor in empty.state_dict().items()} == {
-        name: (tensor.dtype, tensor.shape) for name, tensor in state.items()
+        name: (tensor.dtype, tensor.shape)
+        for name, tensor in state.items()
+        if tensor.numel()  # no guards on meta
     }
     empty.load_state_dict(state, assign=True)
     inputs = {"embedding": torch.arange(6), "linear": torch.randn(2, 12), "conv": torch.randn(2, 4, 5, 5)}

@@ -68,13 +68,26 @@ def task_of_class(class_name: str) -> "Task":
     """
     for task in TASKS.values():
         # Some class names go on after the head: DeiTForImageClassificationWithTeacher.
-        if any(head in class_name for head in task.heads):
+        if any(head in class_name for head in task.heads) and not _of_another_modality(class_name, task):
             return task
     raise ConfigurationError(
         f"{class_name} does none of the tasks whose data can be prepared here ({', '.join(TASKS)}). "
         "Take a model with the head of one of them; in Python, ready batches (tensors under the names of the model's "
         "arguments) do for any model as dataset, and task= names a task."
     )
+
+
+def _of_another_modality(class_name: str, task: "Task") -> bool:
+    """Whether transformers lists a class, but not for this task: a Wav2Vec2ForSequenceClassification hears."""
+    from transformers.models.auto import modeling_auto
+
+    def classes(mapping: Mapping[str, str | tuple[str, ...]]) -> set[str]:
+        return {name for names in mapping.values() for name in ((names,) if isinstance(names, str) else names)}
+
+    # Named for their heads; the other lists (base models, backbones, pre-training) are of all modalities.
+    names = [name for name in dir(modeling_auto) if name.startswith("MODEL_FOR_") and name.endswith("_MAPPING_NAMES")]
+    listed = {one for name in names for one in classes(getattr(modeling_auto, name))}
+    return class_name in listed and class_name not in classes(task.auto_class._model_mapping._model_mapping)
 
 
 def task_of(model: "PreTrainedModel", name: str | None = None) -> "Task":
