@@ -18,6 +18,7 @@ from hf_lossless.errors import ConfigurationError
 from hf_lossless.planning.target import Target
 from hf_lossless.storage.entropy.coder import require_coder
 from hf_lossless.storage.plan import KEPT_BITS, QUANT_METHOD
+from hf_lossless.storage.runtime.runtimes import Runtime
 from hf_lossless.theories import THEORIES, Theory
 
 _PARTS = (Rows, Choices, Target)
@@ -61,6 +62,9 @@ class LosslessCompressionConfig(QuantizationConfigMixin):
             None: no factors.
         modules_to_not_convert: Modules to leave alone: full names, last parts, parents' names or glob patterns.
         keep_head: Leave everything outside the base model (classifier, language-model head) alone.
+        runtime: How the compressed model is computed, and so measured: "auto", "fast", "small" or "exact" (see
+            storage/runtime/README.md). A certificate names it, and a reload takes the one that it names, unless the
+            environment variable HF_LOSSLESS_RUNTIME says otherwise.
         num_samples: Rows to calibrate on, drawn with `seed`; fewer where the data has fewer. Ready batches are all
             used.
         batch_size: Rows in a calibration batch.
@@ -103,6 +107,7 @@ class LosslessCompressionConfig(QuantizationConfigMixin):
         ranks: Literal["auto"] | Mapping[str, int | Iterable[int]] | None = None,
         modules_to_not_convert: Iterable[str] = (),
         keep_head: bool = False,
+        runtime: Runtime = "auto",
         num_samples: int = 128,
         batch_size: int = 32,
         split: str | None = None,

@@ -31,7 +31,10 @@ from hf_lossless.checkpoints.saved_folder import refuse_other_bytes, tensor_size
 from hf_lossless.errors import CheckpointError, ConfigurationError
 from hf_lossless.storage.apply import apply_plan
 from hf_lossless.storage.modules.base import compressed_layers
+from hf_lossless.storage.modules.coded import CodedModule
 from hf_lossless.storage.plan import QUANT_METHOD, CompressionPlan
+from hf_lossless.storage.runtime.optimize import optimize
+from hf_lossless.storage.runtime.runtimes import runtime_of_load
 
 if TYPE_CHECKING:
     from hf_lossless.compression import CompressionResult
@@ -109,9 +112,14 @@ class LosslessHfQuantizer(HfQuantizer):
             _refuse_unloaded(model)
             restore_scales(model)
             decode_layers(model)
+            saved = self.quantization_config.certificate
             # A certificate speaks of the model that was saved, and not of a part of it (AutoModel of a classifier's).
             certificate = self.quantization_config.certificate if is_saved_class(model) else None
             self._describe(model, plan_of(model, self.quantization_config.plan), certificate)
+            if compressed_layers(model):
+                optimize(model, runtime_of_load(None if saved is None else saved.provenance.runtime))
+            for module in _coded_modules(model):
+                module.forget_bytes()  # saving makes them again
             return model
         _refuse_meta(model)
         from hf_lossless.certified_search import compress_pretrained
@@ -126,9 +134,15 @@ class LosslessHfQuantizer(HfQuantizer):
 
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, Tensor], dict[str, str]]:
         """What `save_pretrained` writes: the model's tensors and the guards; the plan counts their bytes."""
+        forgotten = [module for module in _coded_modules(model) if not len(module.coded)]
+        for module in forgotten:
+            module.recode()
         present = with_present_bytes(model, self.quantization_config.plan)
         self._describe(model, present, self.quantization_config.certificate)
-        return state_dict_with_guards(model), {}
+        tensors = state_dict_with_guards(model)
+        for module in forgotten:
+            module.forget_bytes()
+        return tensors, {}
 
     def is_serializable(self) -> bool:
         """Yes: codes, scales, zeros and factors are plain tensors."""
@@ -143,6 +157,10 @@ class LosslessHfQuantizer(HfQuantizer):
     def is_qat_trainable(self) -> bool:
         """Yes, or else transformers' Trainer would refuse the model even for `evaluate()`. Codes are never trained."""
         return True
+
+
+def _coded_modules(model: PreTrainedModel) -> list[CodedModule]:
+    return [module for module in model.modules() if isinstance(module, CodedModule)]
 
 
 def _bytes_on_disk(model: PreTrainedModel, files: Sequence[str]) -> int | None:
