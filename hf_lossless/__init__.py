@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from hf_lossless.reports.hub.push import PushResult, push_to_hub
     from hf_lossless.storage.apply import apply_plan
     from hf_lossless.storage.plan import CompressionPlan, Grid, LayerPlan
+    from hf_lossless.storage.runtime.optimize import optimize
 
 __version__ = "0.1.0"
 
@@ -52,6 +53,7 @@ _PLACES = {
     "reports.html": ["html_report"],
     "reports.hub.push": ["PushResult", "push_to_hub"],
     "storage.apply": ["apply_plan"],
+    "storage.runtime.optimize": ["optimize"],
     "storage.plan": ["CompressionPlan", "Grid", "LayerPlan"],
 }
 _PLACE_OF = {name: place for place, names in _PLACES.items() for name in names}
@@ -81,6 +83,7 @@ __all__ = [
     "html_report",
     "load_module",
     "model_card",
+    "optimize",
     "push_to_hub",
     "save_module",
 ]

@@ -148,7 +148,7 @@ def compress_certified(
         def measure(ratio: float) -> _Measured:
             planned = planner.plan(Target(ratio=ratio))
             twin = copy.deepcopy(model)
-            measured_change = realise(twin, planner.problem, planned)
+            measured_change = realise(twin, planner.problem, planned, config.choices.runtime)
             try:
                 selection = outputs(twin, splits.selection, "a plan, selection rows")
                 chance = chance_to_pass(original_selection, selection, len(splits.certification), **asked)
@@ -165,6 +165,7 @@ def compress_certified(
             selection_rows=len(splits.selection),
             theory=config.theory,
             seed=config.rows.seed,
+            runtime=config.choices.runtime,
         )
 
         def certify_plan(proposal: _Measured) -> Certificate:

@@ -32,8 +32,10 @@ from hf_lossless.planning.loss_check import LossCheck, loss_check
 from hf_lossless.planning.planner import Planned, Planner
 from hf_lossless.storage.apply import apply
 from hf_lossless.storage.layers import Layer, find_layers, left_out_bytes, left_out_text, tensor_bytes
-from hf_lossless.storage.modules.base import CompressedModule
+from hf_lossless.storage.modules.base import CompressedModule, compressed_layers
 from hf_lossless.storage.plan import QUANT_METHOD, CompressionPlan, checkpoint_bytes
+from hf_lossless.storage.runtime.optimize import optimize
+from hf_lossless.storage.runtime.runtimes import Runtime
 from hf_lossless.theories import THEORIES
 from hf_lossless.theories.problem import Problem
 
@@ -119,7 +121,7 @@ def compress(
     with evaluation_mode(model):
         planner = analyse(model, batches, config, loss=loss, original_bytes=original_bytes)
         planned = planner.plan(config.target)
-        measured = realise(model, planner.problem, planned)
+        measured = realise(model, planner.problem, planned, config.choices.runtime)
     model.eval()
     result = CompressionResult(
         model,
@@ -259,13 +261,14 @@ def _warn_of_kept(problem: Problem) -> None:
         )
 
 
-def realise(model: nn.Module, problem: Problem, planned: Planned) -> LossChange:
+def realise(model: nn.Module, problem: Problem, planned: Planned, runtime: Runtime = "exact") -> LossChange:
     """Applies a plan, and corrects biases and batch norms for the rounded weights.
 
     Args:
         model: The analysed model or a copy of it, in evaluation mode; changed in place.
         problem: The analysed problem.
         planned: The plan and its values.
+        runtime: How the model is computed from now on, and in the measurement.
 
     Returns:
         The change of the mean loss on the calibration rows.
@@ -277,6 +280,8 @@ def realise(model: nn.Module, problem: Problem, planned: Planned) -> LossChange:
     correct_biases(model, corrections)
     if moments is not None:
         follow(model, batches, loss, moments)
+    if compressed_layers(model):  # a plan may keep every layer
+        optimize(model, runtime)
     return loss_change(model, batches, loss, problem.calibration.batch_losses)
 
 

@@ -16,6 +16,7 @@ from hf_lossless.data.rows import Rows
 from hf_lossless.errors import ConfigurationError
 from hf_lossless.planning.target import Target
 from hf_lossless.storage.plan import KEPT_BITS, QUANT_METHOD
+from hf_lossless.storage.runtime.runtimes import Runtime
 from hf_lossless.theories import THEORIES, Theory
 
 _PARTS = (Rows, Choices, Target)
@@ -62,6 +63,9 @@ class LosslessCompressionConfig(QuantizationConfigMixin):
         modules_to_not_convert: Modules that are not compressed: full names, last parts, parents' names or glob
             patterns.
         keep_head: Whether modules outside of the base model (classifier, language-model head) are not compressed.
+        runtime: How the compressed model is computed, and so measured: "auto", "fast", "small" or "exact" (see
+            storage/runtime/README.md). A certificate names it, and a reload takes the one that it names, unless the
+            environment variable HF_LOSSLESS_RUNTIME says otherwise.
         num_samples: Rows to calibrate on, drawn with `seed`; fewer where the data has fewer. Ready batches are all
             used.
         batch_size: Rows in a calibration batch.
@@ -104,6 +108,7 @@ class LosslessCompressionConfig(QuantizationConfigMixin):
         ranks: Literal["auto"] | Mapping[str, int | Iterable[int]] | None = None,
         modules_to_not_convert: Iterable[str] = (),
         keep_head: bool = False,
+        runtime: Runtime = "auto",
         num_samples: int = 128,
         batch_size: int = 32,
         split: str | None = None,

@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 from hf_lossless.errors import ConfigurationError, check_whole_number
 from hf_lossless.storage.plan import KEPT_BITS, STORAGES
+from hf_lossless.storage.runtime.runtimes import Runtime, checked_runtime
 
 Truncation = Literal["plain", "descent", "metric"]
 """How a matrix is truncated to a rank: by the plain SVD (LLC), by one whose error does not point up the gradient (LoD),
@@ -27,6 +28,7 @@ class Choices:
         activation_bits: Widths of quantised inputs, 2 to 8; None among them: floating point.
         modules_to_not_convert: Modules that are not compressed.
         keep_head: Whether modules outside of the base model are not compressed.
+        runtime: How the compressed model is computed (`storage.runtime.runtimes`).
 
     Raises:
         ConfigurationError: A value is unknown or out of range.
@@ -34,7 +36,7 @@ class Choices:
     Example:
         >>> Choices(bits=[8, 2, 8], ranks={"head": 4})
         Choices(bits=(2, 8), storage=('fixed',), group_size=64, symmetric=True, ranks={'head': (4,)}, \
-activation_bits=(None,), modules_to_not_convert=(), keep_head=False)
+activation_bits=(None,), modules_to_not_convert=(), keep_head=False, runtime='auto')
     """
 
     bits: tuple[int, ...] = (2, 3, 4, 8, KEPT_BITS)
@@ -45,6 +47,7 @@ activation_bits=(None,), modules_to_not_convert=(), keep_head=False)
     activation_bits: tuple[int | None, ...] = (None,)
     modules_to_not_convert: tuple[str, ...] = ()
     keep_head: bool = False
+    runtime: Runtime = "auto"
 
     def __post_init__(self) -> None:
         names = self.modules_to_not_convert
@@ -57,6 +60,7 @@ activation_bits=(None,), modules_to_not_convert=(), keep_head=False)
         }
         for name, value in put.items():
             object.__setattr__(self, name, value)
+        checked_runtime(self.runtime)
         if self.group_size is not None:
             check_whole_number("group_size", self.group_size, 1)
 

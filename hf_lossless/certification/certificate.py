@@ -14,7 +14,7 @@ This file does not import torch, so that config.json can be read without it.
 """
 
 from importlib import metadata
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -54,6 +54,8 @@ class Provenance(Record):
         selection_rows: Number of rows that plans were selected on; None where unknown.
         theory: Name of the theory that predicted the losses.
         seed: Seed of the splits and of calibration; None where unknown.
+        runtime: How the compressed model was computed (`storage.runtime.runtimes`); certificates of older releases do
+            not say it, and were measured in floating point.
         versions: Versions of the libraries, by name.
     """
 
@@ -62,6 +64,7 @@ class Provenance(Record):
     selection_rows: _Count | None
     theory: str
     seed: _Count | None
+    runtime: Literal["auto", "fast", "small", "exact"] = "exact"
     versions: dict[str, str] = Field(default_factory=library_versions)
 
     @property
@@ -262,6 +265,7 @@ class Certificate(Record):
             ),
             ("fingerprint of the certification rows", "", made.data_fingerprint),
             ("theory, seed", "", f"{made.theory}, {_known(made.seed)}"),
+            ("run time", "", made.runtime),
             ("versions", "", ", ".join(f"{name} {version}" for name, version in made.versions.items())),
             ("verdict", "", self.verdict),
         ]

@@ -35,6 +35,9 @@ class LosslessCheckpointConfig(QuantizationConfigMixin):
         quant_method: "hf_lossless"; "lossless" in older checkpoints.
         certificate: What held-out rows said of the model, as JSON values or read; None: nobody asked.
 
+    How the model is computed is not part of it: transformers passes on loading arguments for its own classes only.
+    Set the environment variable HF_LOSSLESS_RUNTIME, or call `hf_lossless.optimize` on the loaded model.
+
     Raises:
         CheckpointError: The format is newer than this release, or not one at all; the certificate is malformed.
         PlanError: The plan is malformed.

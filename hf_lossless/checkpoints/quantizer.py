@@ -37,7 +37,10 @@ from hf_lossless.errors import CheckpointError, ConfigurationError
 from hf_lossless.storage.apply import apply_plan
 from hf_lossless.storage.dense import make_dense
 from hf_lossless.storage.modules.base import compressed_layers
+from hf_lossless.storage.modules.coded import CodedModule
 from hf_lossless.storage.plan import QUANT_METHOD, QUANT_METHODS, CompressionPlan, LayerPlan
+from hf_lossless.storage.runtime.optimize import optimize
+from hf_lossless.storage.runtime.runtimes import runtime_of_load
 
 if TYPE_CHECKING:
     from hf_lossless.compression import CompressionResult
@@ -129,10 +132,15 @@ class LosslessHfQuantizer(HfQuantizer):
             _refuse_unloaded(model)
             restore_scales(model)
             decode_layers(model)
+            saved = self.quantization_config.certificate
             # A certificate speaks of the model that was saved, and not of a part of it (AutoModel of a classifier's).
-            certificate = self.quantization_config.certificate if self._complete else None
+            certificate = saved if self._complete else None
             plan = plan_of(model, self.quantization_config.plan, self._layers, complete=self._complete)
             self.attach(model, plan, certificate)
+            if compressed_layers(model):
+                optimize(model, runtime_of_load(None if saved is None else saved.provenance.runtime))
+            for module in _coded_modules(model):
+                module.forget_bytes()  # saving makes them again
             return model
         _refuse_meta(model)
         from hf_lossless.certified_search import compress_pretrained
@@ -193,8 +201,14 @@ class LosslessHfQuantizer(HfQuantizer):
             return dict(model.state_dict()), {}
         plan = self.quantization_config.plan
         refuse_other_layers(model, plan)
+        forgotten = [module for module in _coded_modules(model) if not len(module.coded)]
+        for module in forgotten:
+            module.recode()
         self._describe(model, with_present_bytes(model, plan), self.quantization_config.certificate)
-        return state_dict_with_guards(model), {}
+        tensors = state_dict_with_guards(model)
+        for module in forgotten:
+            module.forget_bytes()
+        return tensors, {}
 
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | str | None = None) -> PreTrainedModel:
         """Makes every layer plain again, with the compressed values; `model.dequantize()` then forgets the plan."""
@@ -237,6 +251,10 @@ def _own_configs(model: nn.Module) -> None:
             if id(config) not in copied:
                 copy.deepcopy(config, copied)  # and notes the copies of the configs inside it
             module.config = copied[id(config)]
+
+
+def _coded_modules(model: PreTrainedModel) -> list[CodedModule]:
+    return [module for module in model.modules() if isinstance(module, CodedModule)]
 
 
 def _bytes_on_disk(model: PreTrainedModel, files: Sequence[str]) -> int | None:

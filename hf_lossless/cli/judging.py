@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from hf_lossless.certification.certificate import CONFIDENCE, METRIC_MARGIN, TOLERANCE
-from hf_lossless.cli.options import CONFIDENCE_OPTION, DATA, JSON, METRIC_MARGIN_OPTION, SPLIT, TASK
+from hf_lossless.cli.options import CONFIDENCE_OPTION, DATA, JSON, METRIC_MARGIN_OPTION, RUNTIME, SPLIT, TASK
 from hf_lossless.cli.screen import console, print_json
 from hf_lossless.errors import CheckpointError
 from hf_lossless.storage.plan import QUANT_METHOD
@@ -23,6 +23,7 @@ def evaluate(
     task: TASK = None,
     split: SPLIT = None,
     against: Annotated[str | None, typer.Option(help="The original, to be evaluated beside it.")] = None,
+    runtime: RUNTIME = None,
     as_json: JSON = False,
 ) -> None:
     """Measure loss and metric on labelled rows."""
@@ -35,7 +36,7 @@ def evaluate(
     models = {"model": model} if against is None else {"compressed": model, "original": against}
     tasks = {name: task_of_model(path, task) for name, path in models.items()}  # both before evaluating
     rows = load_rows(data, split)
-    judged = {name: judge(path, rows, tasks[name]) for name, path in models.items()}
+    judged = {name: judge(path, rows, tasks[name], runtime) for name, path in models.items()}
     evaluations = {name: one.answers.evaluation for name, one in judged.items()}
     compared = None
     if against is not None:
@@ -65,6 +66,7 @@ def certify(
     ] = TOLERANCE,
     confidence: CONFIDENCE_OPTION = CONFIDENCE,
     metric_margin: METRIC_MARGIN_OPTION = METRIC_MARGIN,
+    runtime: RUNTIME = None,
     as_json: JSON = False,
 ) -> None:
     """Check a compressed checkpoint on rows of your own that had no part in it; status 1 where it fails."""
@@ -88,7 +90,7 @@ def certify(
         )
     rows = tasks["original"].columns_of(load_rows(data, split))
     tasks["original"].refuse_unlabelled(rows, "A certificate needs labels")
-    judged = {name: judge(path, rows, tasks[name]) for name, path in models.items()}
+    judged = {name: judge(path, rows, tasks[name], runtime) for name, path in models.items()}
     certificate = certificate_of(
         judged["original"].answers.outputs,
         judged["compressed"].answers.outputs,
@@ -98,6 +100,7 @@ def certify(
             selection_rows=None,
             theory=judged["compressed"].theory,
             seed=None,
+            runtime=judged["compressed"].runtime,
         ),
         metric_name=tasks["original"].metric_name,
         tolerance=tolerance,

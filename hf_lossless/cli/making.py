@@ -10,6 +10,7 @@ from hf_lossless.cli.options import (
     CONFIDENCE_OPTION,
     DATA,
     METRIC_MARGIN_OPTION,
+    RUNTIME,
     SPLIT,
     TASK,
     activation_widths,
@@ -18,6 +19,7 @@ from hf_lossless.cli.options import (
 )
 from hf_lossless.cli.screen import console
 from hf_lossless.storage.plan import STORAGES
+from hf_lossless.storage.runtime.runtimes import checked_runtime
 from hf_lossless.theories import THEORIES
 
 
@@ -65,6 +67,7 @@ def compress(
     ] = "none",
     samples: Annotated[int, typer.Option(help="Rows to calibrate on.")] = 128,
     seed: Annotated[int, typer.Option(help="Seed of sampling and noise.")] = 0,
+    runtime: RUNTIME = None,
 ) -> None:
     """Compress a checkpoint and save it."""
     from hf_lossless.checkpoints.files import new_folder, refuse_occupied
@@ -99,6 +102,7 @@ def compress(
         keep_head=keep_head,
         num_samples=samples,
         seed=seed,
+        runtime=checked_runtime(runtime or "auto", "--runtime"),
     )
     chosen_task = task_of_model(model, task)
     refuse_quantised(model)

@@ -14,6 +14,8 @@ from hf_lossless.data.tasks.base import Task
 from hf_lossless.data.tasks.registry import task_named, task_of_class
 from hf_lossless.errors import CheckpointError, ConfigurationError, LosslessError, reason
 from hf_lossless.storage.layers import tensor_bytes
+from hf_lossless.storage.runtime.optimize import optimize, runtime_of
+from hf_lossless.storage.runtime.runtimes import Runtime, checked_runtime
 
 
 def task_of_model(model: str, name: str | None) -> Task:
@@ -65,20 +67,25 @@ def load_model(task: Task, model: str, **kwargs: Any) -> PreTrainedModel:
 
 @dataclass(frozen=True)
 class Judged:
-    """A model's answers, the theory behind its plan ("none": not compressed), and its bytes now and originally."""
+    """A model's answers, the theory behind its plan ("none": not compressed), its bytes now and before, run time."""
 
     answers: Answers
     theory: str
     size_bytes: int
     original_bytes: int
+    runtime: Runtime = "exact"
 
 
-def judge(model: str, rows: datasets.Dataset, task: Task) -> Judged:
-    """Loads a model and runs it over labelled rows; one forward pass."""
+def judge(model: str, rows: datasets.Dataset, task: Task, runtime: str | None = None) -> Judged:
+    """Loads a model and runs it over labelled rows; one forward pass. A run time is for compressed models."""
     loaded = load_model(task, model)
+    if runtime is not None and runtime_of(loaded) is not None:
+        optimize(loaded, checked_runtime(runtime, "--runtime"))
     found = answers(loaded, rows, task, task.load_processor(model), f"evaluating {model}")
     config = getattr(loaded.config, "quantization_config", None)
     if isinstance(config, LosslessCheckpointConfig):
-        return Judged(found, config.plan.theory, config.size_bytes, config.plan.original_bytes)
+        return Judged(
+            found, config.plan.theory, config.size_bytes, config.plan.original_bytes, runtime_of(loaded) or "exact"
+        )
     size_bytes = tensor_bytes(loaded)
     return Judged(found, "none", size_bytes, size_bytes)

@@ -9,6 +9,7 @@ import typer
 
 from hf_lossless.data.tasks.registry import TASKS
 from hf_lossless.errors import ConfigurationError
+from hf_lossless.storage.runtime.runtimes import RUNTIMES
 
 DATA = Annotated[str, typer.Option("--data", help="A json, jsonl, csv or parquet file, a saved dataset, or a Hub id.")]
 SPLIT = Annotated[str | None, typer.Option("--split", help="Which split of a dataset that has several.")]
@@ -16,6 +17,10 @@ TASK = Annotated[str | None, typer.Option("--task", help=f"{' or '.join(TASKS)};
 CONFIDENCE_OPTION = Annotated[float, typer.Option("--confidence", help="Of the certificate, between 0 and 1.")]
 METRIC_MARGIN_OPTION = Annotated[
     float, typer.Option("--metric-margin", help="How far the metric may fall, for the certificate.")
+]
+RUNTIME = Annotated[
+    str | None,
+    typer.Option("--runtime", help=f"How a compressed model is computed: {', '.join(RUNTIMES)}; default: as it loads."),
 ]
 JSON = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 

@@ -194,7 +194,12 @@ class WholeConv2d(CompressedModule):
 
     def forward(self, input: Tensor) -> Tensor:
         """The convolution with the kernel made now."""
-        input, kernel = self.quantised(input), self.matrix().view(self.weight_shape)
+        input = self.quantised(input)
+        if self.form is not None:
+            output = self.in_form(input, None if self.bias is None else self.bias.view(-1, 1, 1))
+            if output is not None:
+                return output
+        kernel = self.matrix().view(self.weight_shape)
         return F.conv2d(input, kernel, self.bias, self.stride, self.padding, self.dilation, self.groups)
 
 

@@ -1,6 +1,7 @@
 """Layers whose codes are stored at their entropy, and decoded once, when they are loaded.
 
     coded            uint8   what is saved: steps, models and stream of the whole matrix (see `storage.entropy.matrix`)
+                             empty once it has been decoded and forgotten; made again, the same, where it is asked for
     bias             as it came, where there was one
 
 and, made of it and not saved,
@@ -8,7 +9,13 @@ and, made of it and not saved,
     codes            int8    [out, in]
     row_steps        float32 [out]
     column_steps     float32 [in]
-    far_positions    int64, far_codes float32: the few codes beyond a byte, exactly
+    far_positions: int64, far_codes float32: the few codes beyond a byte, exactly
+
+An embedding that has such codes finds those of a row in lists of one length, so that shapes do not depend on indices:
+
+    far_rows         int32   [vocabulary]      which list a row has; list 0 is that of all rows without such codes
+    far_columns      int64   [lists, longest]  columns, filled up with 0
+    far_lists        float32 [lists, longest]  codes, filled up with 0
 
 The weight is `W = row_steps code column_steps`. A full-precision matrix stands in memory only while a layer runs; a
 linear layer computes `y = row_steps (Z (column_steps x))` and has none of it scaled at all.
@@ -17,6 +24,7 @@ linear layer computes `y = row_steps (Z (column_steps x))` and has none of it sc
 from collections.abc import Callable
 from typing import Any, Self
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -24,29 +32,35 @@ from torch.nn import functional as F
 from hf_lossless.errors import CheckpointError
 from hf_lossless.storage.entropy.coder import Kernel
 from hf_lossless.storage.entropy.frequencies import MalformedCode
-from hf_lossless.storage.entropy.matrix import CodedMatrix, decode
+from hf_lossless.storage.entropy.matrix import CodedMatrix, decode, encode
 from hf_lossless.storage.layers import Layer, LayerKind
 from hf_lossless.storage.modules.activations import keeping_dtype
 from hf_lossless.storage.modules.base import CompressedModule, WholeConv2d, WholeEmbedding, WholeLinear
 from hf_lossless.storage.values import EncodedMatrix
 
 _DECODED = ("codes", "row_steps", "column_steps", "far_positions", "far_codes")
+_FAR_ROWS = ("far_rows", "far_columns", "far_lists")
 
 
 class CodedModule(CompressedModule):
     """Base of the coded layers: the bytes, and what they decode to.
 
     Attributes:
-        coded: The bytes.
-        codes: None until they are decoded, as are the others.
+        coded: The bytes; empty where they were forgotten.
+        num_bytes: How many they are.
+        codes: None until they are decoded, as are the others, and where the run-time form holds them.
     """
 
     coded: Tensor
+    num_bytes: int
     codes: Tensor | None
     row_steps: Tensor | None
     column_steps: Tensor | None
     far_positions: Tensor | None
     far_codes: Tensor | None
+    far_rows: Tensor | None
+    far_columns: Tensor | None
+    far_lists: Tensor | None
 
     def __init__(self, layer: Layer, num_bytes: int) -> None:
         """Makes an empty module for `layer`, on its device; `store` fills it, or a file and then `decode`.
@@ -56,8 +70,9 @@ class CodedModule(CompressedModule):
             num_bytes: Bytes of the coded matrix.
         """
         super().__init__(layer)
+        self.num_bytes = num_bytes
         self.register_buffer("coded", torch.empty(num_bytes, dtype=torch.uint8, device=layer.weight.device))
-        for name in _DECODED:
+        for name in (*_DECODED, *_FAR_ROWS):
             self.register_buffer(name, None, persistent=False)
 
     def store(self, values: EncodedMatrix) -> None:
@@ -85,16 +100,53 @@ class CodedModule(CompressedModule):
         self._take(matrix)
 
     def _take(self, matrix: CodedMatrix) -> None:
+        self.form = None
         device = self.coded.device
         self.codes = torch.from_numpy(matrix.codes).to(device)
         self.row_steps = torch.from_numpy(matrix.row_steps).to(device)
         self.column_steps = torch.from_numpy(matrix.column_steps).to(device)
         self.far_positions = torch.from_numpy(matrix.far_positions).to(device)
         self.far_codes = torch.from_numpy(matrix.far_codes).to(device, torch.float32)
+        if len(self.far_codes):
+            self._list_fars(self.far_positions, self.far_codes)
+        self.renew()
+
+    def _list_fars(self, positions: Tensor, codes: Tensor) -> None:
+        """Sorts the codes beyond a byte into lists, one for each row that has any."""
+        vocabulary, dim = self.matrix_shape
+        found, list_of, counts = torch.unique_consecutive(positions // dim, return_inverse=True, return_counts=True)
+        place = torch.arange(len(codes), device=codes.device) - (counts.cumsum(0) - counts)[list_of]
+        shape = (len(found) + 1, int(counts.max()))
+        self.far_columns, self.far_lists = positions.new_zeros(shape), codes.new_zeros(shape)
+        self.far_columns[list_of + 1, place] = positions % dim
+        self.far_lists[list_of + 1, place] = codes
+        self.far_rows = torch.zeros(vocabulary, dtype=torch.int32, device=codes.device)
+        self.far_rows[found] = torch.arange(1, len(found) + 1, dtype=torch.int32, device=codes.device)
 
     def near_codes(self) -> Tensor | None:
         """The codes, int8 [out, in], that the layer or its run-time form holds; None before they are decoded."""
         return self.codes if self.codes is not None or self.form is None else self.form.codes()
+
+    def recode(self) -> None:
+        """Makes the bytes again, where they were forgotten: the same that the codes were decoded from."""
+        if len(self.coded):
+            return
+        near, (row_steps, column_steps) = self.near_codes(), self.steps()
+        assert near is not None and self.far_positions is not None and self.far_codes is not None
+        matrix = CodedMatrix(
+            near.cpu().numpy(),
+            row_steps.cpu().numpy(),
+            column_steps.cpu().numpy(),
+            self.far_positions.cpu().numpy(),
+            self.far_codes.cpu().numpy().astype(np.int32),
+        )
+        self.coded = torch.from_numpy(encode(matrix)).to(self.coded.device)
+        self.num_bytes = len(self.coded)
+
+    def forget_bytes(self) -> None:
+        """Frees the bytes, where they have been decoded."""
+        if self.row_steps is not None:
+            self.coded = self.coded.new_empty(0)
 
     def levels(self, dtype: torch.dtype) -> Tensor:
         """The codes Z [out, in], those beyond a byte included."""
@@ -131,17 +183,15 @@ class CodedModule(CompressedModule):
 
     def embedding(self, indices: Tensor) -> Tensor:
         """Rows of the weight; only these are made."""
-        assert self.codes is not None and self.far_positions is not None and self.far_codes is not None
+        near = self.near_codes()
+        assert near is not None
         row_steps, column_steps = self.steps()
         flat = indices.reshape(-1)
-        rows = self.codes.index_select(0, flat).float()  # refuses index -1
-        if len(self.far_positions):
-            far_rows, far_columns = self.far_positions // rows.shape[1], self.far_positions % rows.shape[1]
-            first = torch.searchsorted(far_rows, flat)
-            counts = torch.searchsorted(far_rows, flat, right=True) - first
-            places = torch.arange(len(flat), device=flat.device).repeat_interleave(counts)
-            fars = torch.arange(len(places), device=flat.device) + (first - counts.cumsum(0) + counts)[places]
-            rows[places, far_columns[fars]] = self.far_codes[fars]
+        rows = near.index_select(0, flat).float()  # refuses index -1
+        if self.far_lists is not None and self.far_columns is not None and self.far_rows is not None:
+            lists = self.far_rows.index_select(0, flat)
+            columns, codes = self.far_columns.index_select(0, lists), self.far_lists.index_select(0, lists)
+            rows.scatter_add_(1, columns, codes)  # the codes are zero there
         rows = rows.mul_(column_steps).mul_(row_steps.index_select(0, flat)[:, None]).to(self.dtype)
         return rows.view(*indices.shape, rows.shape[1])
 
@@ -158,13 +208,23 @@ class CodedModule(CompressedModule):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Moves as any module does, but a change of dtype leaves the steps alone and only sets `self.dtype`."""
-        return super()._apply(keeping_dtype(fn, (self.row_steps, self.column_steps, self.far_codes)), recurse)
+        return super()._apply(
+            keeping_dtype(fn, (self.row_steps, self.column_steps, self.far_codes, self.far_lists)), recurse
+        )
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        """Saves the bytes; where they were forgotten, they are made for this once."""
+        forgotten = not len(self.coded)
+        self.recode()
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if forgotten:
+            self.forget_bytes()
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         """Loads a layer's coded bytes and decodes them. The stored length may differ from the present one."""
         coded = state_dict.get(f"{prefix}coded")
         if coded is not None and not self.coded.is_meta:
-            self.coded = torch.empty_like(coded, device=self.coded.device)
+            self.coded, self.num_bytes = torch.empty_like(coded, device=self.coded.device), len(coded)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
         if coded is not None and not self.coded.is_meta:
             self.decode(prefix.removesuffix("."))
@@ -172,7 +232,7 @@ class CodedModule(CompressedModule):
     def extra_repr(self) -> str:
         """Shape and bits of a weight, for `print(model)`."""
         out_features, in_features = self.matrix_shape
-        bits = 8 * len(self.coded) / (out_features * in_features)
+        bits = 8 * self.num_bytes / (out_features * in_features)
         return f"{out_features}x{in_features}, bits={bits:.2f}, bias={self.bias is not None}"
 
 

@@ -54,8 +54,8 @@ class Running(nn.Module):
         form = self.form
         if form is None or not form.takes(input):
             return None
-        if torch.compiler.is_compiling():
-            output: Tensor = compiled_product(input, form.number, form.out_features)
+        if torch.compiler.is_compiling() and not form.traced:
+            output: Tensor = compiled_product(input, form.number)
         else:
             output = form.product(input)
         return output if bias is None else output + bias

@@ -10,9 +10,10 @@ from typing import TypeVar
 import torch
 
 from hf_lossless.storage.layers import LayerKind
-from hf_lossless.storage.modules.base import CompressedModule
+from hf_lossless.storage.modules.base import CompressedModule, WholeConv2d
 from hf_lossless.storage.modules.coded import CodedModule
 from hf_lossless.storage.modules.packed import PackedModule
+from hf_lossless.storage.runtime.convolution import DenseConv2d, Int8Conv2d, Window
 from hf_lossless.storage.runtime.dense import DenseLinear
 from hf_lossless.storage.runtime.form import Form
 from hf_lossless.storage.runtime.int8_linear import Int8Linear, int8_available
@@ -40,12 +41,40 @@ def _packed_linear(layer: PackedModule) -> Form | None:
     return Int8Linear.of_weight(layer.matrix()) if int8_available() else None
 
 
-_CODED: dict[LayerKind, Way[CodedModule]] = {"linear": _coded_linear, "conv1d": _coded_linear}
-_PACKED: dict[LayerKind, Way[PackedModule]] = {"linear": _packed_linear, "conv1d": _packed_linear}
+def _dense_convolution(layer: CompressedModule) -> Form | None:
+    """The kernel made once: exact, and as quick as the original."""
+    assert isinstance(layer, WholeConv2d)
+    return DenseConv2d(layer.matrix().view(layer.weight_shape), _window(layer))
+
+
+def _int8_convolution(layer: CompressedModule) -> Form | None:
+    """Whole numbers where a kernel is large enough and in one group."""
+    assert isinstance(layer, WholeConv2d)
+    window = _window(layer)
+    numbers = not isinstance(window.padding, str) and window.groups == 1
+    if not numbers or layer.weight_shape.numel() < SMALL or not int8_available():
+        return _dense_convolution(layer)
+    return Int8Conv2d(layer.matrix().view(layer.weight_shape), window)
+
+
+def _window(layer: WholeConv2d) -> Window:
+    return Window(layer.stride, layer.padding, layer.dilation, layer.groups)
+
+
+_CODED: dict[LayerKind, Way[CodedModule]] = {
+    "linear": _coded_linear,
+    "conv1d": _coded_linear,
+    "conv2d": _dense_convolution,
+}
+_PACKED: dict[LayerKind, Way[PackedModule]] = {
+    "linear": _packed_linear,
+    "conv1d": _packed_linear,
+    "conv2d": _dense_convolution,
+}
 
 WAYS: dict[Runtime, tuple[dict[LayerKind, Way[CodedModule]], dict[LayerKind, Way[PackedModule]]]] = {
     "auto": (_CODED, _PACKED),
-    "fast": (_CODED, _PACKED),
+    "fast": ({**_CODED, "conv2d": _int8_convolution}, {**_PACKED, "conv2d": _int8_convolution}),
     "small": ({}, {}),
     "exact": ({}, {}),
 }

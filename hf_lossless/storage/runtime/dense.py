@@ -9,6 +9,8 @@ from hf_lossless.storage.runtime.form import Form
 class DenseLinear(Form):
     """y = W x with W in float32."""
 
+    traced = True
+
     def __init__(self, weight: Tensor) -> None:
         """Takes W [out, in]."""
         super().__init__(len(weight))

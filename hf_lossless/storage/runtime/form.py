@@ -22,10 +22,12 @@ class Form(ABC):
     Attributes:
         number: Of this form in this process: what a compiled graph, which cannot hold packed weights, knows it by.
         out_features: Rows of W.
+        traced: Whether a compiler may look into the product.
         holds_codes: Whether the layer's codes can be had from it.
     """
 
     holds_codes: bool = False
+    traced: bool = False
 
     def __init__(self, out_features: int) -> None:
         self.out_features = out_features
@@ -52,6 +54,10 @@ class Form(ABC):
         """The layer's codes, int8 [out, in], where the form holds them; else None."""
         return None
 
+    def output_shape(self, shape: torch.Size) -> list[int]:
+        """Shape of the product of an input."""
+        return [*shape[:-1], self.out_features]
+
     def takes(self, input: Tensor) -> bool:
         """Whether an input can go this way."""
         return (
@@ -75,7 +81,7 @@ def form_numbered(number: int) -> Form:
 
 
 @torch.library.custom_op("hf_lossless::product", mutates_args=())
-def compiled_product(input: Tensor, number: int, out_features: int) -> Tensor:
+def compiled_product(input: Tensor, number: int) -> Tensor:
     """What a compiled or exported graph calls: the product of a form, by its number.
 
     A graph that was exported can run in this process only, for it does not hold the weights.
@@ -84,5 +90,5 @@ def compiled_product(input: Tensor, number: int, out_features: int) -> Tensor:
 
 
 @compiled_product.register_fake
-def _(input: Tensor, number: int, out_features: int) -> Tensor:
-    return input.new_empty(*input.shape[:-1], out_features)
+def _(input: Tensor, number: int) -> Tensor:
+    return input.new_empty(form_numbered(number).output_shape(input.shape))

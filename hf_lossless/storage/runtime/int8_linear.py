@@ -137,6 +137,8 @@ class Int8Linear(Form):
         """W x; an input that holds a number which is not finite goes the way of floating point, as a whole."""
         if not input.numel():
             return input.new_zeros(*input.shape[:-1], self.out_features)
+        if input.dim() == 1:  # the kernels want rows
+            return self.product(input[None])[0]
         scaled = input if self.column_steps is None else input * self.column_steps
         largest = scaled.abs().amax(-1, keepdim=True)
         if not math.isfinite(largest.sum().item()):
@@ -177,9 +179,12 @@ class Int8Linear(Form):
         return len(self.row_steps) * (self.in_features + 16) + 4 * self.in_features + far
 
     def __getstate__(self) -> dict[str, Any]:
-        """Codes in the place of packed ones, which no other process could read."""
-        return {**self.__dict__, "packed": unpack_rows(self.packed)}
+        """Codes in the place of packed ones, which no other process could read.
+
+        By value: torch hands tensors to other processes as shared memory, and this one would be gone by then.
+        """
+        return {**self.__dict__, "packed": unpack_rows(self.packed).numpy()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Packs the codes again."""
-        super().__setstate__({**state, "packed": pack_rows(state["packed"], state["row_steps"])})
+        super().__setstate__({**state, "packed": pack_rows(torch.from_numpy(state["packed"]), state["row_steps"])})

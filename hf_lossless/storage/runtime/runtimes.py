@@ -41,7 +41,7 @@ def checked_runtime(name: object, where: str = "runtime") -> Runtime:
     raise ConfigurationError(f"{where}={name!r} is unknown. Choose one of {', '.join(RUNTIMES)}.")
 
 
-def runtime_of_load(certified: Runtime | None, environment: Mapping[str, str] = os.environ) -> Runtime:
+def runtime_of_load(certified: str | None, environment: Mapping[str, str] = os.environ) -> Runtime:
     """The run time of a model that is being loaded.
 
     Args:
@@ -57,4 +57,4 @@ def runtime_of_load(certified: Runtime | None, environment: Mapping[str, str] = 
     """
     if environment.get(VARIABLE):
         return checked_runtime(environment[VARIABLE], VARIABLE)
-    return certified or "auto"
+    return "auto" if certified is None else checked_runtime(certified, "the runtime of the certificate")

@@ -293,3 +293,18 @@ def test_gradients_reach_the_input_and_the_bias():
     y = module(x).detach()
     torch.testing.assert_close(x.grad, 2 * y @ module.matrix(), rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(module.bias.grad, 2 * y.sum(0), rtol=1e-4, atol=1e-4)
+
+
+@EACH_FAR
+@EACH_LAYER
+def test_forgotten_bytes_are_made_again(name: str, far: str):
+    layer = layer_of(name)
+    module = coded(layer, matrix_of(layer, far))
+    before = module.coded.clone()
+    module.forget_bytes()
+    assert not module.coded.numel()
+    assert torch.equal(module.state_dict()["coded"], before)
+    assert not module.coded.numel()  # made for the state dict alone
+    assert module.weight_bytes == len(before)
+    module.recode()
+    assert torch.equal(module.coded, before)
