@@ -327,7 +327,10 @@ def test_models_without_one_graph_are_refused_by_name(name: str, why: str, tmp_p
 
 def test_inputs_and_images(tmp_path: Path):
     roberta = signature.signature_of(TINY_MODELS["roberta"].build(), tmp_path)
-    assert list(roberta.axes) == ["input_ids", "attention_mask"] and roberta.longest == 14  # positions begin at 2
+    assert list(roberta.axes) == ["input_ids", "attention_mask", "token_type_ids"]
+    assert roberta.longest == 14  # its 16 positions begin at 2
+    distilbert = signature.signature_of(TINY_MODELS["distilbert"].build(), tmp_path)
+    assert list(distilbert.axes) == ["input_ids", "attention_mask"]
     assert signature.signature_of(TINY_MODELS["vit"].build(), tmp_path).image == (3, 32, 32)
     resnet = TINY_MODELS["resnet"].build()
     assert signature.signature_of(resnet, tmp_path).image == (3, 224, 224)

@@ -101,7 +101,7 @@ def _layout(levels: Levels) -> _Layout:
                 layouts[blocks * out_features * (size * bits // 8 + 4) + rest_bytes] = _Layout(bits, size, halves)
     if not layouts:
         raise NotCarried(
-            f"its groups of {levels.group_size} inputs are no whole number of blocks of 16, or have zero points and more "
-            "than 4 bits"
+            f"its groups of {levels.group_size} inputs are no whole number of blocks of 16, or have zero points and "
+            "more than 4 bits"
         )
     return layouts[min(layouts)]
