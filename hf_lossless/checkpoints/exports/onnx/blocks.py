@@ -3,9 +3,9 @@
     y = blocks(column_steps x) + v_rest R' + b
 
 It has 2, 4 and 8 bits and one scale for each block of 16, 32, 64, 128 or 256 inputs. Codes of other widths move into
-the next wider one exactly, a scale is repeated where its group is longer than a block, and zero points may be any numbers.
-Where few columns of an entropy-coded layer need more bits than the others, they are clipped, and R, what they lack, is
-multiplied in floating point.
+the next wider one exactly, a scale is repeated where its group is longer than a block, and zero points may be any
+numbers. Where few columns of an entropy-coded layer need more bits than the others, they are clipped, and R, what they
+lack, is multiplied in floating point.
 
 Inputs are rounded to 8 bits with a range for each block of a token (accuracy level 4), which is two to three times as
 fast as floating point (level 0) on processors without anything better; layers whose inputs the checkpoint itself puts
@@ -53,7 +53,7 @@ class BlockLinear(nn.Module):
             level: onnxruntime's accuracy level, 0 or 4.
 
         Raises:
-            NotCarried: Its groups are no whole number of blocks.
+            NotCarried: Its groups are no whole number of blocks, or have zero points and codes of more than 4 bits.
         """
         super().__init__()
         self.bits, self.block_size, halves = _layout(levels)
@@ -92,11 +92,16 @@ def _layout(levels: Levels) -> _Layout:
         halves = split(levels.codes, -(2 ** (bits - 1)), 2 ** (bits - 1) - 1, axis=1)
         if len(halves.places) and not levels.one_group:
             continue
+        if levels.zeros is not None and bits == 8:  # onnxruntime 1.31 multiplies these with whole zero points alone
+            continue
         rest_bytes = len(halves.places) * out_features * _REST_BYTES
         for size in _BLOCKS:
             if levels.one_group or levels.group_size % size == 0:
                 blocks = -(-in_features // size)
                 layouts[blocks * out_features * (size * bits // 8 + 4) + rest_bytes] = _Layout(bits, size, halves)
     if not layouts:
-        raise NotCarried(f"its groups of {levels.group_size} inputs are no whole number of blocks of 16")
+        raise NotCarried(
+            f"its groups of {levels.group_size} inputs are no whole number of blocks of 16, or have zero points and "
+            "more than 4 bits"
+        )
     return layouts[min(layouts)]

@@ -91,7 +91,7 @@ def write_onnx(model: PreTrainedModel, source: Path, out: Path, runtime: Runtime
     name = type(model).__name__
     signature = signature_of(model, source)
     optimize(model, "exact")
-    nn.Module.float(model).eval()  # its own `float` is refused to compressed models
+    nn.Module.float(model)  # its own `float` is refused to compressed models
     model.set_attn_implementation("eager")  # a masked softmax as three operators, not as eight
     if hasattr(model.config, "use_cache"):
         model.config.use_cache = False

@@ -35,7 +35,7 @@ class FoldedMatrix(nn.Module):
         values: Tensor = self.codes(rows)
         if self.groups > 1:
             # Group by group: scales spread over the weights would be folded into the file by torch's own exporter.
-            values = values.unflatten(-1, (self.groups, self.group_size))
+            values = values.view(*values.shape[:-1], self.groups, self.group_size)
         if self.zeros is not None:
             values = values - self._of_groups(self.zeros, rows)
         values = values * self._of_groups(self.scales, rows)

@@ -4,10 +4,10 @@
     y = a / 127 row_steps ((u - 128) Z') + v_far R' + b
 
 Z are codes within +-64, so that the processor's `vpmaddubsw`, where it has nothing better, cannot saturate: two
-products of 255 and 64 fit into 16 bits. Columns with a code beyond are clipped, and R, what they lack, is multiplied in floating
-point. Entropy-coded layers have nearly all codes within, and column steps that are small where inputs are large: what
-others learn as smoothing. On grids whose scales differ within a row, W is rounded anew to +-63 steps of a row, which
-is done when a file is loaded and costs more than the inputs' 8 bits do.
+products of 255 and 64 fit into 16 bits. Columns with a code beyond are clipped, and R, what they lack, is multiplied in
+floating point. Entropy-coded layers have nearly all codes within, and column steps that are small where inputs are
+large: what others learn as smoothing. On grids whose scales differ within a row, W is rounded anew to +-63 steps of a
+row, which is done when a file is loaded and costs more than the inputs' 8 bits do.
 
 In the file, Z takes the bits that it needs: most columns at one width, the others at the width of the widest.
 """
@@ -98,10 +98,11 @@ class Int8Linear(nn.Module):
     def whole_numbers(self) -> Tensor:
         """Z', int8 [in, out]."""
         if self.exact:
-            parts = [part() for part in self.parts]
+            parts: list[Tensor] = [part() for part in self.parts]
             columns = parts[0] if len(parts) == 1 else torch.cat(parts).index_select(0, self.order)
             return columns.to(torch.int8)
-        return (self.matrix() / self.row_steps[:, None]).round().T.to(torch.int8)
+        matrix: Tensor = self.matrix()
+        return (matrix / self.row_steps[:, None]).round().T.to(torch.int8)
 
     def forward(self, input: Tensor, bias: Tensor | None) -> Tensor:
         """Computes y, float32 [..., out]."""

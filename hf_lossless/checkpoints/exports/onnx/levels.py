@@ -45,12 +45,12 @@ class Levels:
     @property
     def dense(self) -> Tensor:
         """The matrix W, float32 [out, in]."""
-        scales, zeros = (
-            None if one is None else one.repeat_interleave(self.group_size, 1)[:, : self.codes.shape[1]]
-            for one in (self.scales, self.zeros)
-        )
-        values = (self.codes if zeros is None else self.codes - zeros) * scales
+        values = self.codes.float() if self.zeros is None else self.codes - self._spread(self.zeros)
+        values = values * self._spread(self.scales)
         return values if self.column_steps is None else values * self.column_steps
+
+    def _spread(self, per_group: Tensor) -> Tensor:
+        return per_group.repeat_interleave(self.group_size, 1)[:, : self.codes.shape[1]]
 
 
 @dataclass(frozen=True)

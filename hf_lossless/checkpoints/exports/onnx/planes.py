@@ -56,7 +56,8 @@ class Planes(nn.Module):
         if self.bits > 8:
             whole = self.get_buffer("whole")
             return (whole if rows is None else nn.functional.embedding(rows, whole)).float()
-        total, weight = None, 1
+        total: Tensor | None = None
+        weight = 1
         for width in planes_of(self.bits):
             plane = self.get_buffer(f"plane_{width}")
             packed = plane if rows is None else nn.functional.embedding(rows, plane)
@@ -68,5 +69,5 @@ class Planes(nn.Module):
             part = packed.float() if weight == 1 else packed.float() * weight
             total = part if total is None else total + part
             weight *= 2**width
-        assert total is not None
+        assert total is not None  # a code has a bit
         return total - self.middle

@@ -88,7 +88,8 @@ class StandardLinear(nn.Module):
 
     def forward(self, input: Tensor, bias: Tensor | None) -> Tensor:
         """Computes y, float32 [..., out]."""
-        output = (input if self.column_steps is None else input * self.column_steps) @ self.matrix()
+        matrix: Tensor = self.matrix()
+        output = (input if self.column_steps is None else input * self.column_steps) @ matrix
         return output if bias is None else output + bias
 
 

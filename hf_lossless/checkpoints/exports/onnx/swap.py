@@ -33,7 +33,7 @@ def _fast(levels: Levels, module: Leaf, shared: SharedInputs) -> nn.Module:
 
 
 def _small(levels: Levels, module: Leaf, shared: SharedInputs) -> nn.Module:
-    """Blocks, or standard operators where groups are of another size than blocks are."""
+    """Blocks, or standard operators where these have no place for the layer."""
     try:
         return BlockLinear(levels, _FLOAT_INPUTS if module.activation is not None else _INT8_INPUTS)
     except NotCarried:
