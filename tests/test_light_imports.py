@@ -22,7 +22,7 @@ def printed_by(code: str) -> list[str]:
 
 
 def modules_of(code: str, after: str = "") -> set[str]:
-    """The lines that code prints, and the packages that a fresh interpreter loads for it, beside those loaded before."""
+    """The lines that code prints, and the packages that a fresh interpreter loads for it beside those before."""
     return set(
         printed_by(rf"""
 import sys
