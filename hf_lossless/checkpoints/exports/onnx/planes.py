@@ -70,4 +70,5 @@ class Planes(nn.Module):
             total = part if total is None else total + part
             weight *= 2**width
         assert total is not None  # a code has a bit
-        return total - self.middle
+        codes: Tensor = total - self.middle
+        return codes
