@@ -5,14 +5,14 @@ import itertools
 import json
 import logging
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 import transformers as hf
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module
-from round_trips import RoundTrip, assert_same_model, assert_same_outputs, outputs_of
+from round_trips import RoundTrips, assert_same_model, assert_same_outputs, outputs_of
 from safetensors import safe_open
 from safetensors.torch import load_file
 from tiny_models import TINY_MODELS, TinyModel
@@ -59,26 +59,12 @@ EVERY_ARCHITECTURE = [  # at both settings and in both dtypes, and some in all f
 ]
 
 
-MakeRoundTrip = Callable[..., RoundTrip]
-
-
 @pytest.fixture(scope="module")
-def round_trip(tmp_path_factory: pytest.TempPathFactory) -> MakeRoundTrip:
-    """Makes each round trip once. Tests must leave its models as they are."""
-    made: dict[tuple, RoundTrip] = {}
+def round_trip(tmp_path_factory: pytest.TempPathFactory) -> RoundTrips:
+    def compressed(tiny: TinyModel, original: Path, setting: str, dtype: torch.dtype) -> hf.PreTrainedModel:
+        return compress(tiny, original, dtype, **SETTINGS[setting])
 
-    def make(name: str, setting: str = "3bit", dtype: torch.dtype = torch.float32) -> RoundTrip:
-        if (name, setting, dtype) not in made:
-            tiny, root = TINY_MODELS[name], tmp_path_factory.mktemp(f"{name}-{setting}")
-            original, folder = root / "original", root / "compressed"
-            tiny.build().to(dtype).save_pretrained(original)
-            model = compress(tiny, original, dtype=dtype, **SETTINGS[setting])
-            model.save_pretrained(folder)
-            again, info = tiny.auto_class.from_pretrained(folder, output_loading_info=True)
-            made[name, setting, dtype] = RoundTrip(tiny, original, model, folder, again, info, dtype)
-        return made[name, setting, dtype]
-
-    return make
+    return RoundTrips(tmp_path_factory.mktemp("round-trips"), compressed, "3bit")
 
 
 def compress(
@@ -112,7 +98,7 @@ def load_warnings() -> Iterator[list[str]]:
 
 
 @pytest.mark.parametrize(("name", "setting", "dtype"), EVERY_ARCHITECTURE)
-def test_reload_is_the_compressed_model(round_trip: MakeRoundTrip, name: str, setting: str, dtype: torch.dtype):
+def test_reload_is_the_compressed_model(round_trip: RoundTrips, name: str, setting: str, dtype: torch.dtype):
     trip = round_trip(name, setting, dtype)
     expected = outputs_of(trip.model, trip.inputs)
     assert_same_model(trip.again, trip.model, trip.inputs)
@@ -131,7 +117,7 @@ def test_reload_is_the_compressed_model(round_trip: MakeRoundTrip, name: str, se
 
 @pytest.mark.parametrize("setting", ["asymmetric", "kept"])
 @pytest.mark.parametrize("name", [*ONE_OF_EACH_KIND, "bert-mlm", "llama-tied", "t5", "bart"])
-def test_reload_of_other_plans(round_trip: MakeRoundTrip, name: str, setting: str):
+def test_reload_of_other_plans(round_trip: RoundTrips, name: str, setting: str):
     trip = round_trip(name, setting)
     assert_same_model(trip.again, trip.model, trip.inputs)
     assert not any(trip.loading_info.values()), trip.loading_info
@@ -142,7 +128,7 @@ def test_reload_of_other_plans(round_trip: MakeRoundTrip, name: str, setting: st
     ("name", "setting", "dtype"),
     [case for case in EVERY_ARCHITECTURE if "marian" not in case.values],  # its positions are not saved
 )
-def test_sizes_are_those_on_disk(round_trip: MakeRoundTrip, name: str, setting: str, dtype: torch.dtype):
+def test_sizes_are_those_on_disk(round_trip: RoundTrips, name: str, setting: str, dtype: torch.dtype):
     trip = round_trip(name, setting, dtype)
     result = trip.model.hf_quantizer.result
     assert trip.plan == trip.model.config.quantization_config.plan == result.plan
@@ -161,7 +147,7 @@ def test_sizes_are_those_on_disk(round_trip: MakeRoundTrip, name: str, setting: 
 
 
 @pytest.mark.parametrize(("name", "setting", "dtype"), EVERY_ARCHITECTURE)
-def test_planned_layers_are_compressed(round_trip: MakeRoundTrip, name: str, setting: str, dtype: torch.dtype):
+def test_planned_layers_are_compressed(round_trip: RoundTrips, name: str, setting: str, dtype: torch.dtype):
     trip = round_trip(name, setting, dtype)
     parameters = {name for name, _ in trip.again.named_parameters(remove_duplicate=False)}
     stored = saved_tensors(trip.folder)
@@ -192,7 +178,7 @@ def test_planned_layers_are_compressed(round_trip: MakeRoundTrip, name: str, set
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("name", GENERATORS)
-def test_generate_gives_the_same_tokens(round_trip: MakeRoundTrip, name: str, dtype: torch.dtype):
+def test_generate_gives_the_same_tokens(round_trip: RoundTrips, name: str, dtype: torch.dtype):
     trip = round_trip(name, "mixed", dtype)
     inputs = {"input_ids": trip.inputs["input_ids"]}
     settings = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
@@ -202,7 +188,7 @@ def test_generate_gives_the_same_tokens(round_trip: MakeRoundTrip, name: str, dt
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
-def test_shards(round_trip: MakeRoundTrip, tmp_path: Path, name: str):
+def test_shards(round_trip: RoundTrips, tmp_path: Path, name: str):
     trip = round_trip(name, "mixed", torch.bfloat16)
     trip.model.save_pretrained(tmp_path, max_shard_size="2KB")
     assert len(list(tmp_path.glob("*.safetensors"))) > 2
@@ -213,7 +199,7 @@ def test_shards(round_trip: MakeRoundTrip, tmp_path: Path, name: str):
 
 
 @pytest.mark.parametrize("name", [*ONE_OF_EACH_KIND, "nomic-bert", "llama-tied", "mixtral", "t5"])
-def test_device_map_auto(round_trip: MakeRoundTrip, tmp_path: Path, name: str):
+def test_device_map_auto(round_trip: RoundTrips, tmp_path: Path, name: str):
     trip = round_trip(name)
     model = compress(trip.tiny, trip.original, device_map="auto", **SETTINGS["3bit"])
     assert_same_model(model, trip.model, trip.inputs)
@@ -223,7 +209,7 @@ def test_device_map_auto(round_trip: MakeRoundTrip, tmp_path: Path, name: str):
 
 
 @pytest.mark.parametrize("name", [*ONE_OF_EACH_KIND, "bert-mlm", "vit"])
-def test_saving_what_was_reloaded_writes_the_same_bytes(round_trip: MakeRoundTrip, tmp_path: Path, name: str):
+def test_saving_what_was_reloaded_writes_the_same_bytes(round_trip: RoundTrips, tmp_path: Path, name: str):
     trip = round_trip(name, "mixed")
     trip.again.save_pretrained(tmp_path)
     for file in ("model.safetensors", "config.json"):
@@ -231,7 +217,7 @@ def test_saving_what_was_reloaded_writes_the_same_bytes(round_trip: MakeRoundTri
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
-def test_loading_logs_no_report(round_trip: MakeRoundTrip, load_warnings: list[str], name: str):
+def test_loading_logs_no_report(round_trip: RoundTrips, load_warnings: list[str], name: str):
     trip = round_trip(name)
     trip.tiny.auto_class.from_pretrained(trip.folder)
     assert load_warnings == []
@@ -239,7 +225,7 @@ def test_loading_logs_no_report(round_trip: MakeRoundTrip, load_warnings: list[s
 
 @pytest.mark.parametrize("setting", ["3bit", "kept"])
 @pytest.mark.parametrize("name", [*CLASSIFIERS, "bert-mlm", "gpt2", "llama", "llama-tied"])
-def test_base_model_of_a_checkpoint_with_a_head(round_trip: MakeRoundTrip, tmp_path: Path, name: str, setting: str):
+def test_base_model_of_a_checkpoint_with_a_head(round_trip: RoundTrips, tmp_path: Path, name: str, setting: str):
     trip = round_trip(name, setting)
     expected = outputs_of(trip.again.base_model, trip.inputs)
     base, info = hf.AutoModel.from_pretrained(trip.folder, output_loading_info=True)
@@ -273,7 +259,7 @@ def test_base_model_of_a_checkpoint_with_a_head(round_trip: MakeRoundTrip, tmp_p
 
 @pytest.mark.parametrize("setting", ["3bit", "asymmetric"])
 @pytest.mark.parametrize("name", ONE_OF_EACH_KIND)
-def test_a_cast_leaves_scales_alone(round_trip: MakeRoundTrip, name: str, setting: str):
+def test_a_cast_leaves_scales_alone(round_trip: RoundTrips, name: str, setting: str):
     trip = round_trip(name, setting)
     before = copy.deepcopy(trip.again.state_dict())
     casts = {
@@ -296,7 +282,7 @@ def test_a_cast_leaves_scales_alone(round_trip: MakeRoundTrip, name: str, settin
     assert all(module.scales.dtype == torch.float16 for module in compressed_modules(trip.again).values())
 
 
-def test_a_saved_cast_counts_its_bytes(round_trip: MakeRoundTrip, tmp_path: Path):
+def test_a_saved_cast_counts_its_bytes(round_trip: RoundTrips, tmp_path: Path):
     trip = round_trip("bert", "mixed")
     model = copy.deepcopy(trip.again).to(torch.bfloat16)
     model.save_pretrained(tmp_path)
@@ -309,7 +295,7 @@ def test_a_saved_cast_counts_its_bytes(round_trip: MakeRoundTrip, tmp_path: Path
 
 
 @pytest.mark.parametrize("name", ["bert", "resnet", "gpt2", "t5"])
-def test_reload_in_another_dtype(round_trip: MakeRoundTrip, name: str):
+def test_reload_in_another_dtype(round_trip: RoundTrips, name: str):
     trip = round_trip(name)
     again, info = trip.tiny.auto_class.from_pretrained(trip.folder, dtype=torch.bfloat16, output_loading_info=True)
     assert not any(info.values()), info
@@ -319,7 +305,7 @@ def test_reload_in_another_dtype(round_trip: MakeRoundTrip, name: str):
     assert again.config.quantization_config.plan.tensor_bytes == tensor_bytes(again)
 
 
-def test_layers_that_transformers_keeps_in_float32(round_trip: MakeRoundTrip):
+def test_layers_that_transformers_keeps_in_float32(round_trip: RoundTrips):
     trip = round_trip("t5", dtype=torch.float16)  # T5 keeps `wo` in float32 when it is loaded in float16
     assert_same_model(trip.again, trip.model, trip.inputs)
     for model in (trip.model, trip.again):
@@ -330,7 +316,7 @@ def test_layers_that_transformers_keeps_in_float32(round_trip: MakeRoundTrip):
 
 
 @pytest.mark.parametrize("name", [*ONE_OF_EACH_KIND, "bert-mlm"])
-def test_state_dict_round_trip(round_trip: MakeRoundTrip, name: str):
+def test_state_dict_round_trip(round_trip: RoundTrips, name: str):
     trip = round_trip(name, "mixed")
     state = copy.deepcopy(trip.again.state_dict())
     twin = copy.deepcopy(trip.again)
@@ -342,7 +328,7 @@ def test_state_dict_round_trip(round_trip: MakeRoundTrip, name: str):
 
 
 @pytest.mark.parametrize("name", ONE_OF_EACH_KIND)
-def test_trainer_evaluates_and_gradients_pass(round_trip: MakeRoundTrip, tmp_path: Path, name: str):
+def test_trainer_evaluates_and_gradients_pass(round_trip: RoundTrips, tmp_path: Path, name: str):
     trip = round_trip(name)
     model = copy.deepcopy(trip.again)
     quantizer = model.hf_quantizer
@@ -365,7 +351,7 @@ def test_trainer_evaluates_and_gradients_pass(round_trip: MakeRoundTrip, tmp_pat
 
 
 @pytest.mark.parametrize("name", TIED)
-def test_tied_weights_are_stored_once(round_trip: MakeRoundTrip, name: str):
+def test_tied_weights_are_stored_once(round_trip: RoundTrips, name: str):
     trip = round_trip(name)
     (home_name, home_plan), *others = [(name, plan) for name, plan in trip.plan.layers.items() if plan.tied]
     assert not others
@@ -390,7 +376,7 @@ def test_tied_weights_are_stored_once(round_trip: MakeRoundTrip, name: str):
 _DECODER_BIAS = "cls.predictions.decoder.bias"  # transformers ties it to cls.predictions.bias and saves one of them
 
 
-def test_bias_of_a_tied_head_stays_tied(round_trip: MakeRoundTrip):
+def test_bias_of_a_tied_head_stays_tied(round_trip: RoundTrips):
     trip = round_trip("bert-mlm")
     for model in (trip.model, trip.again):
         model = copy.deepcopy(model)
@@ -418,9 +404,7 @@ def test_bias_of_a_tied_head_stays_tied(round_trip: MakeRoundTrip):
     ],
     ids=["head-bert", "head-resnet", "head-gpt2-tied", "parent", "glob-and-part", "tied-decoder", "q-of-qkv"],
 )
-def test_modules_left_alone(
-    round_trip: MakeRoundTrip, tmp_path: Path, name: str, settings: dict, left_alone: list[str]
-):
+def test_modules_left_alone(round_trip: RoundTrips, tmp_path: Path, name: str, settings: dict, left_alone: list[str]):
     trip = round_trip(name)
     model = compress(trip.tiny, trip.original, **SETTINGS["3bit"], **settings)
     model.save_pretrained(tmp_path)
@@ -439,7 +423,7 @@ def test_modules_left_alone(
 
 
 @pytest.mark.parametrize("name", ["bert", "gpt2", "bert-mlm"])
-def test_ids_out_of_range_are_refused(round_trip: MakeRoundTrip, name: str):
+def test_ids_out_of_range_are_refused(round_trip: RoundTrips, name: str):
     trip = round_trip(name)
     embedding = trip.again.get_input_embeddings()
     for wrong in (-1, embedding.num_embeddings):

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers as hf
-from round_trips import RoundTrip, assert_same_model, assert_same_outputs, outputs_of
+from round_trips import RoundTrip, RoundTrips, assert_same_model, assert_same_outputs, outputs_of
 from safetensors.torch import load_file, save_file
 from tiny_checkpoints import text_rows
 from tiny_models import TINY_MODELS, TinyModel
@@ -33,22 +33,8 @@ ARCHITECTURES = ["bert", "bert-mlm", "vit", "resnet", "convnext", "gpt2", "llama
 
 
 @pytest.fixture(scope="module")
-def round_trip(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., RoundTrip]:
-    """Makes each round trip once. Tests must leave its models as they are."""
-    made: dict[tuple, RoundTrip] = {}
-
-    def make(name: str, setting: str = "both", dtype: torch.dtype = torch.float32) -> RoundTrip:
-        if (name, setting, dtype) not in made:
-            tiny, root = TINY_MODELS[name], tmp_path_factory.mktemp(f"{name}-{setting}")
-            original, folder = root / "original", root / "compressed"
-            tiny.build().to(dtype).save_pretrained(original)
-            model = compress(tiny, original, setting, dtype)
-            model.save_pretrained(folder)
-            again, info = tiny.auto_class.from_pretrained(folder, output_loading_info=True)
-            made[name, setting, dtype] = RoundTrip(tiny, original, model, folder, again, info, dtype)
-        return made[name, setting, dtype]
-
-    return make
+def round_trip(tmp_path_factory: pytest.TempPathFactory) -> RoundTrips:
+    return RoundTrips(tmp_path_factory.mktemp("round-trips"), compress, "both")
 
 
 def compress(tiny: TinyModel, original: Path, setting: str, dtype: torch.dtype = torch.float32, **arguments):
@@ -80,7 +66,7 @@ def planned(trip: RoundTrip) -> set[str]:
     ],
     ids=str,
 )
-def test_reload_is_the_compressed_model(round_trip, name: str, setting: str, dtype: torch.dtype):
+def test_reload_is_the_compressed_model(round_trip: RoundTrips, name: str, setting: str, dtype: torch.dtype):
     trip = round_trip(name, setting, dtype)
     expected = outputs_of(trip.model, trip.inputs)
     assert torch.isfinite(expected).all() and expected.dtype == dtype
@@ -118,14 +104,16 @@ def test_reload_is_the_compressed_model(round_trip, name: str, setting: str, dty
 
 
 @pytest.mark.parametrize(("name", "setting"), [("bert", "both"), ("gpt2", "all")])
-def test_saving_what_was_reloaded_writes_the_same_bytes(round_trip, tmp_path: Path, name: str, setting: str):
+def test_saving_what_was_reloaded_writes_the_same_bytes(
+    round_trip: RoundTrips, tmp_path: Path, name: str, setting: str
+):
     trip = round_trip(name, setting)
     trip.again.save_pretrained(tmp_path)
     for file in ("model.safetensors", "config.json"):
         assert (tmp_path / file).read_bytes() == (trip.folder / file).read_bytes()
 
 
-def test_the_same_data_give_the_same_files(round_trip, tmp_path: Path):
+def test_the_same_data_give_the_same_files(round_trip: RoundTrips, tmp_path: Path):
     trip = round_trip("resnet", "entropy")
     compress(trip.tiny, trip.original, "entropy").save_pretrained(tmp_path)
     for file in ("model.safetensors", "config.json"):
@@ -133,7 +121,7 @@ def test_the_same_data_give_the_same_files(round_trip, tmp_path: Path):
 
 
 @pytest.mark.parametrize("name", ["bert", "llama-tied"])
-def test_shards(round_trip, tmp_path: Path, name: str):
+def test_shards(round_trip: RoundTrips, tmp_path: Path, name: str):
     trip = round_trip(name, "all")
     trip.model.save_pretrained(tmp_path, max_shard_size="1KB")
     assert len(list(tmp_path.glob("*.safetensors"))) > 2
@@ -142,7 +130,7 @@ def test_shards(round_trip, tmp_path: Path, name: str):
     assert not any(info.values()), info
 
 
-def test_device_map_auto(round_trip, tmp_path: Path):
+def test_device_map_auto(round_trip: RoundTrips, tmp_path: Path):
     trip = round_trip("gpt2", "all")
     model = compress(trip.tiny, trip.original, "all", device_map="auto")
     assert_same_model(model, trip.model, trip.inputs)
@@ -152,7 +140,7 @@ def test_device_map_auto(round_trip, tmp_path: Path):
 
 
 @pytest.mark.parametrize("name", ["bert", "vit", "gpt2"])
-def test_base_model_of_a_checkpoint_with_a_head(round_trip, tmp_path: Path, name: str):
+def test_base_model_of_a_checkpoint_with_a_head(round_trip: RoundTrips, tmp_path: Path, name: str):
     trip = round_trip(name, "all")
     expected = outputs_of(trip.again.base_model, trip.inputs)
     base = hf.AutoModel.from_pretrained(trip.folder)
@@ -167,7 +155,7 @@ def test_base_model_of_a_checkpoint_with_a_head(round_trip, tmp_path: Path, name
 
 
 @pytest.mark.parametrize("name", ["gpt2", "llama-tied", "t5"])
-def test_generate_gives_the_same_tokens(round_trip, name: str):
+def test_generate_gives_the_same_tokens(round_trip: RoundTrips, name: str):
     trip = round_trip(name, "all")
     inputs = {"input_ids": trip.inputs["input_ids"]}
     settings = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0}
@@ -176,7 +164,7 @@ def test_generate_gives_the_same_tokens(round_trip, name: str):
 
 
 @pytest.mark.parametrize("name", ["bert", "resnet", "gpt2"])
-def test_reload_in_another_dtype(round_trip, tmp_path: Path, name: str):
+def test_reload_in_another_dtype(round_trip: RoundTrips, tmp_path: Path, name: str):
     trip = round_trip(name, "all")
     again = trip.tiny.auto_class.from_pretrained(trip.folder, dtype=torch.bfloat16)
     expected = copy.deepcopy(trip.again).to(torch.bfloat16)
@@ -189,7 +177,7 @@ def test_reload_in_another_dtype(round_trip, tmp_path: Path, name: str):
 
 
 @pytest.mark.parametrize("name", ["bert", "bert-mlm"])
-def test_state_dict_round_trip(round_trip, name: str):
+def test_state_dict_round_trip(round_trip: RoundTrips, name: str):
     trip = round_trip(name, "all")
     state = copy.deepcopy(trip.again.state_dict())
     twin = copy.deepcopy(trip.again)
@@ -217,7 +205,7 @@ QUERY = "bert.encoder.layer.0.attention.self.query"
 
 
 @pytest.fixture
-def altered(round_trip, tmp_path: Path) -> Callable[..., Path]:
+def altered(round_trip: RoundTrips, tmp_path: Path) -> Callable[..., Path]:
     """A copy of the folder with its tensor `query.coded` changed."""
 
     def alter(change: Callable[[Tensor], Tensor]) -> Path:
@@ -265,7 +253,7 @@ def test_a_tensor_that_was_changed_in_a_part_of_the_model(altered):
         hf.AutoModel.from_pretrained(altered(flipped(0.5)))
 
 
-def test_a_layer_of_another_one_of_the_same_length(round_trip, tmp_path: Path):
+def test_a_layer_of_another_one_of_the_same_length(round_trip: RoundTrips, tmp_path: Path):
     """Its own checksum is right; its shape is not."""
     trip = round_trip("bert", "all")
     trip.again.save_pretrained(tmp_path)
@@ -291,7 +279,7 @@ def test_a_layer_of_another_one_of_the_same_length(round_trip, tmp_path: Path):
     ],
     ids=["shape", "step"],
 )
-def test_a_plan_that_was_changed(round_trip, tmp_path: Path, changes: dict, error: type, message: str):
+def test_a_plan_that_was_changed(round_trip: RoundTrips, tmp_path: Path, changes: dict, error: type, message: str):
     trip = round_trip("bert", "all")
     trip.again.save_pretrained(tmp_path)
     config = tmp_path / "config.json"
@@ -302,7 +290,7 @@ def test_a_plan_that_was_changed(round_trip, tmp_path: Path, changes: dict, erro
         trip.tiny.auto_class.from_pretrained(tmp_path)
 
 
-def test_fewer_bytes_than_an_input_takes(round_trip, tmp_path: Path):
+def test_fewer_bytes_than_an_input_takes(round_trip: RoundTrips, tmp_path: Path):
     trip = round_trip("bert", "inputs")
     trip.again.save_pretrained(tmp_path)
     config = tmp_path / "config.json"
@@ -315,7 +303,7 @@ def test_fewer_bytes_than_an_input_takes(round_trip, tmp_path: Path):
         trip.tiny.auto_class.from_pretrained(tmp_path)
 
 
-def test_without_the_library(round_trip, monkeypatch):
+def test_without_the_library(round_trip: RoundTrips, monkeypatch):
     monkeypatch.setitem(sys.modules, "constriction", None)
     trip = round_trip("bert", "all")
     again = compress(trip.tiny, trip.original, "all")
@@ -327,7 +315,7 @@ def test_without_the_library(round_trip, monkeypatch):
         hf.AutoModelForSequenceClassification.from_pretrained(golden)
 
 
-def test_layers_are_decoded_in_threads(round_trip, monkeypatch, tmp_path: Path):
+def test_layers_are_decoded_in_threads(round_trip: RoundTrips, monkeypatch, tmp_path: Path):
     pytest.importorskip("numba")
     trip = round_trip("bert", "all")
     monkeypatch.setattr(coder, "COMPILED_FROM", 0)
@@ -356,7 +344,7 @@ def test_layers_are_decoded_in_threads(round_trip, monkeypatch, tmp_path: Path):
         trip.tiny.auto_class.from_pretrained(tmp_path)
 
 
-def test_bits_of_coded_layers_are_a_part_of_the_fixed_ones(round_trip):
+def test_bits_of_coded_layers_are_a_part_of_the_fixed_ones(round_trip: RoundTrips):
     trip = round_trip("bert", "all")
     coded = [layer for layer in trip.plan.layers.values() if layer.coded is not None]
     bits = [layer.bits for layer in coded if math.prod(layer.coded.shape) > 100]  # of fewer, the tables count for more

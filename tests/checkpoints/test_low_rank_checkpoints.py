@@ -3,13 +3,12 @@
 import copy
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
 import transformers as hf
-from round_trips import assert_same_model, assert_same_outputs, outputs_of
+from round_trips import RoundTrip, RoundTrips, assert_same_model, assert_same_outputs, outputs_of
 from rounded_plans import apply_rounded
 from safetensors.torch import load_file, save_file
 from tiny_models import TINY_MODELS, TinyModel
@@ -45,45 +44,12 @@ SETTINGS = {  # each layer takes the next
 }
 
 
-@dataclass(frozen=True)
-class RoundTrip:
-    """A model with factors, the folder it was saved to, and the model that this folder gives."""
-
-    tiny: TinyModel
-    model: hf.PreTrainedModel
-    folder: Path
-    again: hf.PreTrainedModel
-    loading_info: dict
-    dtype: torch.dtype
-
-    @property
-    def inputs(self) -> dict[str, Tensor]:
-        return self.tiny.inputs(dtype=self.dtype)
-
-    @property
-    def plan(self) -> CompressionPlan:
-        return self.again.config.quantization_config.plan
-
-
-MakeRoundTrip = Callable[..., RoundTrip]
-
-
 @pytest.fixture(scope="module")
-def round_trip(tmp_path_factory: pytest.TempPathFactory) -> MakeRoundTrip:
-    """Makes each round trip once. Tests must leave its models as they are."""
-    made: dict[tuple, RoundTrip] = {}
+def round_trip(tmp_path_factory: pytest.TempPathFactory) -> RoundTrips:
+    def compressed(tiny: TinyModel, original: Path, setting: str, dtype: torch.dtype) -> hf.PreTrainedModel:
+        return factorise(tiny.auto_class.from_pretrained(original, dtype=dtype), SETTINGS[setting])
 
-    def make(name: str, setting: str = "mixed", dtype: torch.dtype = torch.float32) -> RoundTrip:
-        if (name, setting, dtype) not in made:
-            tiny, root = TINY_MODELS[name], tmp_path_factory.mktemp(f"{name}-{setting}")
-            tiny.build().to(dtype).save_pretrained(root / "original")
-            model = factorise(tiny.auto_class.from_pretrained(root / "original", dtype=dtype), SETTINGS[setting])
-            model.save_pretrained(root / "small")
-            again, info = tiny.auto_class.from_pretrained(root / "small", output_loading_info=True)
-            made[name, setting, dtype] = RoundTrip(tiny, model, root / "small", again, info, dtype)
-        return made[name, setting, dtype]
-
-    return make
+    return RoundTrips(tmp_path_factory.mktemp("round-trips"), compressed, "mixed")
 
 
 def factorise(model: hf.PreTrainedModel, choices: list[dict]) -> hf.PreTrainedModel:
@@ -131,7 +97,7 @@ def assert_reloaded(trip: RoundTrip) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("name", ARCHITECTURES)
-def test_reload_of_every_architecture(round_trip: MakeRoundTrip, name: str, dtype: torch.dtype):
+def test_reload_of_every_architecture(round_trip: RoundTrips, name: str, dtype: torch.dtype):
     trip = round_trip(name, "mixed", dtype)
     assert_reloaded(trip)
     twin = copy.deepcopy(trip.again)
@@ -142,14 +108,14 @@ def test_reload_of_every_architecture(round_trip: MakeRoundTrip, name: str, dtyp
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("setting", ["float", "packed", "sum"])
 @pytest.mark.parametrize("name", SELECTED)
-def test_reload_of_other_plans(round_trip: MakeRoundTrip, name: str, setting: str, dtype: torch.dtype):
+def test_reload_of_other_plans(round_trip: RoundTrips, name: str, setting: str, dtype: torch.dtype):
     assert_reloaded(round_trip(name, setting, dtype))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("setting", SETTINGS)
 @pytest.mark.parametrize("name", SELECTED)
-def test_sizes_are_those_on_disk(round_trip: MakeRoundTrip, name: str, setting: str, dtype: torch.dtype):
+def test_sizes_are_those_on_disk(round_trip: RoundTrips, name: str, setting: str, dtype: torch.dtype):
     trip = round_trip(name, setting, dtype)
     assert trip.plan == trip.model.config.quantization_config.plan
     assert sum(tensor.nbytes for tensor in saved_tensors(trip.folder).values()) == trip.plan.tensor_bytes
@@ -159,7 +125,7 @@ def test_sizes_are_those_on_disk(round_trip: MakeRoundTrip, name: str, setting: 
 
 
 @pytest.mark.parametrize("name", SELECTED)
-def test_each_layer_has_one_guard_and_its_parts_have_none(round_trip: MakeRoundTrip, name: str):
+def test_each_layer_has_one_guard_and_its_parts_have_none(round_trip: RoundTrips, name: str):
     trip = round_trip(name)
     guards = {key.removesuffix(".weight") for key, tensor in saved_tensors(trip.folder).items() if not tensor.numel()}
     assert guards == {key for key, layer_plan in trip.plan.layers.items() if layer_plan.kind != "kept"}
@@ -167,7 +133,7 @@ def test_each_layer_has_one_guard_and_its_parts_have_none(round_trip: MakeRoundT
 
 
 @pytest.mark.parametrize("name", SELECTED)
-def test_shards(round_trip: MakeRoundTrip, tmp_path: Path, name: str):
+def test_shards(round_trip: RoundTrips, tmp_path: Path, name: str):
     trip = round_trip(name)
     trip.model.save_pretrained(tmp_path, max_shard_size="2KB")
     assert len(list(tmp_path.glob("*.safetensors"))) > 2
@@ -177,14 +143,14 @@ def test_shards(round_trip: MakeRoundTrip, tmp_path: Path, name: str):
 
 
 @pytest.mark.parametrize("name", SELECTED)
-def test_device_map_auto(round_trip: MakeRoundTrip, name: str):
+def test_device_map_auto(round_trip: RoundTrips, name: str):
     trip = round_trip(name)
     again = trip.tiny.auto_class.from_pretrained(trip.folder, device_map="auto")
     assert_same_model(again, trip.model, trip.inputs)
 
 
 @pytest.mark.parametrize("name", SELECTED)
-def test_saving_what_was_reloaded_writes_the_same_bytes(round_trip: MakeRoundTrip, tmp_path: Path, name: str):
+def test_saving_what_was_reloaded_writes_the_same_bytes(round_trip: RoundTrips, tmp_path: Path, name: str):
     trip = round_trip(name)
     trip.again.save_pretrained(tmp_path)
     for file in ("model.safetensors", "config.json"):
@@ -192,7 +158,7 @@ def test_saving_what_was_reloaded_writes_the_same_bytes(round_trip: MakeRoundTri
 
 
 @pytest.mark.parametrize("name", ["gpt2", "llama-tied", "t5"])
-def test_generate_gives_the_same_tokens(round_trip: MakeRoundTrip, name: str):
+def test_generate_gives_the_same_tokens(round_trip: RoundTrips, name: str):
     trip = round_trip(name)
     settings = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
     expected = trip.model.generate(input_ids=trip.inputs["input_ids"], **settings)
@@ -201,7 +167,7 @@ def test_generate_gives_the_same_tokens(round_trip: MakeRoundTrip, name: str):
 
 @pytest.mark.parametrize("setting", ["float", "packed", "sum"])
 @pytest.mark.parametrize("name", ["bert-mlm", "gpt2", "llama-tied", "t5"])
-def test_tied_weights_are_stored_once(round_trip: MakeRoundTrip, name: str, setting: str):
+def test_tied_weights_are_stored_once(round_trip: RoundTrips, name: str, setting: str):
     trip = round_trip(name, setting)
     assert_reloaded(trip)
     ((home_name, home_plan),) = [(key, layer_plan) for key, layer_plan in trip.plan.layers.items() if layer_plan.tied]
@@ -222,7 +188,7 @@ def test_tied_weights_are_stored_once(round_trip: MakeRoundTrip, name: str, sett
 
 @pytest.mark.parametrize("setting", ["float", "mixed"])
 @pytest.mark.parametrize("name", [*ONE_OF_EACH_KIND, "t5"])
-def test_reload_in_another_dtype(round_trip: MakeRoundTrip, name: str, setting: str):
+def test_reload_in_another_dtype(round_trip: RoundTrips, name: str, setting: str):
     trip = round_trip(name, setting)
     again, info = trip.tiny.auto_class.from_pretrained(trip.folder, dtype=torch.bfloat16, output_loading_info=True)
     assert not any(info.values()), info
@@ -236,7 +202,7 @@ def test_reload_in_another_dtype(round_trip: MakeRoundTrip, name: str, setting: 
 
 
 @pytest.mark.parametrize("name", ONE_OF_EACH_KIND)
-def test_a_saved_cast_counts_its_bytes(round_trip: MakeRoundTrip, tmp_path: Path, name: str):
+def test_a_saved_cast_counts_its_bytes(round_trip: RoundTrips, tmp_path: Path, name: str):
     trip = round_trip(name, "float")
     model = copy.deepcopy(trip.again).to(torch.bfloat16)
     model.save_pretrained(tmp_path)
@@ -252,7 +218,7 @@ def test_a_saved_cast_counts_its_bytes(round_trip: MakeRoundTrip, tmp_path: Path
 
 
 @pytest.mark.parametrize("setting", SETTINGS)
-def test_layers_that_transformers_keeps_in_float32(round_trip: MakeRoundTrip, setting: str):
+def test_layers_that_transformers_keeps_in_float32(round_trip: RoundTrips, setting: str):
     trip = round_trip("t5", setting, torch.float16)  # T5 keeps `wo` in float32 when it is loaded in float16
     assert_reloaded(trip)
     for model in (trip.model, trip.again):
@@ -268,7 +234,7 @@ def test_layers_that_transformers_keeps_in_float32(round_trip: MakeRoundTrip, se
 
 @pytest.mark.parametrize("setting", ["float", "mixed"])
 @pytest.mark.parametrize("name", ["bert", "vit", "resnet", "nomic-bert", "bert-mlm", "gpt2", "llama-tied"])
-def test_base_model_of_a_checkpoint_with_a_head(round_trip: MakeRoundTrip, tmp_path: Path, name: str, setting: str):
+def test_base_model_of_a_checkpoint_with_a_head(round_trip: RoundTrips, tmp_path: Path, name: str, setting: str):
     trip = round_trip(name, setting)
     expected = outputs_of(trip.again.base_model, trip.inputs)
     base = hf.AutoModel.from_pretrained(trip.folder)
@@ -283,7 +249,7 @@ def test_base_model_of_a_checkpoint_with_a_head(round_trip: MakeRoundTrip, tmp_p
     assert_same_model(again, base, trip.inputs)
 
 
-def test_factors_are_trained_and_codes_are_not(round_trip: MakeRoundTrip):
+def test_factors_are_trained_and_codes_are_not(round_trip: RoundTrips):
     trip = round_trip("bert", "mixed")
     model = copy.deepcopy(trip.again)
     model(**trip.tiny.batch()).loss.backward()
@@ -338,7 +304,7 @@ def changed(name: str, change: Callable[[Tensor], Tensor]) -> Callable[[Tensors]
     ],
 )
 def test_an_altered_file(
-    round_trip: MakeRoundTrip, tmp_path: Path, alter: Callable[[Tensors], Tensors], message: str, cls: type
+    round_trip: RoundTrips, tmp_path: Path, alter: Callable[[Tensors], Tensors], message: str, cls: type
 ):
     trip = round_trip("bert", "mixed")
     (tmp_path / "config.json").write_bytes((trip.folder / "config.json").read_bytes())
@@ -348,7 +314,7 @@ def test_an_altered_file(
 
 
 @pytest.mark.parametrize("extra", [f"{WORDS}.left.codes", f"{WORDS}.base.codes", f"{WORDS}.codes"])
-def test_a_tensor_too_many(round_trip: MakeRoundTrip, tmp_path: Path, extra: str):
+def test_a_tensor_too_many(round_trip: RoundTrips, tmp_path: Path, extra: str):
     trip = round_trip("bert", "mixed")
     (tmp_path / "config.json").write_bytes((trip.folder / "config.json").read_bytes())
     save_file({**saved_tensors(trip.folder), extra: torch.ones(2)}, tmp_path / "model.safetensors", {"format": "pt"})
@@ -357,7 +323,7 @@ def test_a_tensor_too_many(round_trip: MakeRoundTrip, tmp_path: Path, extra: str
 
 
 @pytest.mark.parametrize("part", [f"{WORDS}.left.weight", f"{POSITIONS}.base.codes"])
-def test_a_state_dict_that_lacks_a_tensor(round_trip: MakeRoundTrip, part: str):
+def test_a_state_dict_that_lacks_a_tensor(round_trip: RoundTrips, part: str):
     """No files then, whose headers could be compared."""
     trip = round_trip("bert", "mixed")
     state = trip.model.state_dict()
@@ -372,7 +338,7 @@ def test_a_state_dict_that_lacks_a_tensor(round_trip: MakeRoundTrip, part: str):
         load()
 
 
-def test_factors_are_read_in_the_dtype_that_is_asked(round_trip: MakeRoundTrip, tmp_path: Path):
+def test_factors_are_read_in_the_dtype_that_is_asked(round_trip: RoundTrips, tmp_path: Path):
     """A head's checkpoint whose base model is loaded: factors may lie there in another floating dtype."""
     trip = round_trip("bert", "mixed")
     (tmp_path / "config.json").write_bytes((trip.folder / "config.json").read_bytes())
@@ -392,7 +358,7 @@ def test_factors_are_read_in_the_dtype_that_is_asked(round_trip: MakeRoundTrip, 
     ],
     ids=["shape", "rank-that-saves-nothing", "another-rank"],
 )
-def test_an_altered_plan(round_trip: MakeRoundTrip, tmp_path: Path, change: dict, message: str):
+def test_an_altered_plan(round_trip: RoundTrips, tmp_path: Path, change: dict, message: str):
     trip = round_trip("bert", "mixed")
     (tmp_path / "model.safetensors").write_bytes((trip.folder / "model.safetensors").read_bytes())
     values = json.loads((trip.folder / "config.json").read_text())

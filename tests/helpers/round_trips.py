@@ -1,11 +1,12 @@
-"""What tests of saving and loading look at."""
+"""What tests of saving and loading look at: models as compressed and as loaded, made once, and whether they agree."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import transformers as hf
-from tiny_models import TinyModel
+from tiny_models import TINY_MODELS, TinyModel
 from torch import Tensor
 
 ROUNDING = {torch.float32: 2.0**-18, torch.bfloat16: 2.0**-6, torch.float16: 2.0**-9}
@@ -32,6 +33,33 @@ class RoundTrip:
     @property
     def plan(self):
         return self.again.config.quantization_config.plan
+
+
+class RoundTrips:
+    """Makes round trips, each of them once. Tests must leave their models as they are."""
+
+    def __init__(self, root: Path, compressed: Callable[..., hf.PreTrainedModel], setting: str) -> None:
+        """Remembers how.
+
+        Args:
+            root: An empty folder.
+            compressed: Of a tiny model, the folder with its original, a setting and a dtype.
+            setting: The one that is meant where none is named.
+        """
+        self._root, self._compressed, self._setting = root, compressed, setting
+        self._made: dict[tuple[str, str, torch.dtype], RoundTrip] = {}
+
+    def __call__(self, name: str, setting: str | None = None, dtype: torch.dtype = torch.float32) -> RoundTrip:
+        setting = setting or self._setting
+        if (name, setting, dtype) not in self._made:
+            tiny, place = TINY_MODELS[name], self._root / f"{name}-{setting}-{dtype}"
+            original, folder = place / "original", place / "compressed"
+            tiny.build().to(dtype).save_pretrained(original)
+            model = self._compressed(tiny, original, setting, dtype)
+            model.save_pretrained(folder)
+            again, info = tiny.auto_class.from_pretrained(folder, output_loading_info=True)
+            self._made[name, setting, dtype] = RoundTrip(tiny, original, model, folder, again, info, dtype)
+        return self._made[name, setting, dtype]
 
 
 def outputs_of(model: hf.PreTrainedModel, inputs: dict[str, Tensor]) -> Tensor:
