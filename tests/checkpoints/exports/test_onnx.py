@@ -81,7 +81,7 @@ class Case:
 
 
 CASES = {
-    "bert-kinds-fast": Case("bert", all_kinds, "fast", 2 * INT8, ("MatMulIntegerToFloat", "BitShift")),
+    "bert-kinds-fast": Case("bert", all_kinds, "fast", 2 * INT8, ("MatMulIntegerToFloat", "BitwiseAnd")),
     "bert-kinds-small": Case("bert", all_kinds, "small", INT8, ("MatMulNBits",)),
     "bert-kinds-standard": Case("bert", all_kinds, "standard", FLOAT, ("DequantizeLinear",)),
     "bert-coded-fast": Case("bert", coded, "fast", INT8, ("MatMulIntegerToFloat",)),

@@ -76,14 +76,17 @@ def dequantize(codes: Tensor, scales: Tensor, axis: int, block_size: int = 0) ->
     return _node("DequantizeLinear", (codes, scales), attributes, torch.float32, codes.shape)
 
 
-def shift_right(codes: Tensor, places: Tensor) -> Tensor:
-    """Shifts uint8 codes, one shift for each element of the last axis, which is 1 in `codes`: BitShift."""
-    return _node("BitShift", (codes, places), {"direction": "RIGHT"}, torch.uint8, (*codes.shape[:-1], places.shape[0]))
+def bits_of(codes: Tensor, masks: Tensor) -> Tensor:
+    """Keeps the bits of each of some masks: BitwiseAnd.
 
+    Args:
+        codes: uint8 [..., 1].
+        masks: uint8 [n].
 
-def bits_of(codes: Tensor, mask: Tensor) -> Tensor:
-    """Keeps the bits of a mask: BitwiseAnd."""
-    return _node("BitwiseAnd", (codes, mask), {}, torch.uint8, codes.shape)
+    Returns:
+        uint8 [..., n].
+    """
+    return _node("BitwiseAnd", (codes, masks), {}, torch.uint8, (*codes.shape[:-1], masks.shape[0]))
 
 
 def _node(

@@ -1,8 +1,11 @@
-"""Whole numbers in as many bits as they need, unpacked by standard operators (BitShift, BitwiseAnd).
+"""Whole numbers in as many bits as they need, unpacked by standard operators (BitwiseAnd, Mul).
 
 A code of b bits is cut into planes of 8, 4, 2 and 1 bits, as b is a sum of these: 3 = 2 + 1, 7 = 4 + 2 + 1. In each
 plane a byte holds whole pieces of consecutive codes of a row, the first in the lowest bits. What is made of constants
 alone onnxruntime computes once, when a file is loaded: a file may be smaller than what its run time needs.
+
+A piece is masked where it is and multiplied to its place, exactly in float32. BitShift would be the operator for it, in
+whose place OpenVINO 2026.4 divides and rounds.
 """
 
 import torch
@@ -10,7 +13,7 @@ from torch import Tensor, nn
 
 from hf_lossless.checkpoints.exports.convert import pack_bytes
 from hf_lossless.checkpoints.exports.onnx.levels import width_of
-from hf_lossless.checkpoints.exports.onnx.operators import bits_of, shift_right
+from hf_lossless.checkpoints.exports.onnx.operators import bits_of
 
 
 def planes_of(bits: int) -> tuple[int, ...]:
@@ -47,8 +50,10 @@ class Planes(nn.Module):
         for width in planes_of(self.bits):
             piece = torch.bitwise_right_shift(shifted, used) & (2**width - 1)
             self.register_buffer(f"plane_{width}", pack_bytes(piece.to(torch.uint8), width))
-            self.register_buffer(f"shifts_{width}", torch.arange(0, 8, width, dtype=torch.uint8))
-            self.register_buffer(f"mask_{width}", torch.tensor(2**width - 1, dtype=torch.uint8))
+            shifts = torch.arange(0, 8, width)
+            masks = torch.bitwise_left_shift(torch.tensor(2**width - 1), shifts)
+            self.register_buffer(f"masks_{width}", masks.to(torch.uint8))
+            self.register_buffer(f"places_{width}", 2.0 ** (used - shifts))
             used += width
 
     def forward(self, rows: Tensor | None = None) -> Tensor:
@@ -57,18 +62,14 @@ class Planes(nn.Module):
             whole = self.get_buffer("whole")
             return (whole if rows is None else nn.functional.embedding(rows, whole)).float()
         total: Tensor | None = None
-        weight = 1
         for width in planes_of(self.bits):
             plane = self.get_buffer(f"plane_{width}")
-            packed = plane if rows is None else nn.functional.embedding(rows, plane)
-            if width < 8:
-                pieces = shift_right(packed.unsqueeze(-1), self.get_buffer(f"shifts_{width}"))
-                packed = bits_of(pieces, self.get_buffer(f"mask_{width}")).flatten(-2)
-                if packed.shape[-1] > self.columns:
-                    packed = packed[..., : self.columns]
-            part = packed.float() if weight == 1 else packed.float() * weight
+            packed = (plane if rows is None else nn.functional.embedding(rows, plane)).unsqueeze(-1)
+            pieces = bits_of(packed, self.get_buffer(f"masks_{width}")).float() * self.get_buffer(f"places_{width}")
+            part = pieces.flatten(-2)
+            if part.shape[-1] > self.columns:
+                part = part[..., : self.columns]
             total = part if total is None else total + part
-            weight *= 2**width
         assert total is not None  # a code has a bit
         codes: Tensor = total - self.middle
         return codes
