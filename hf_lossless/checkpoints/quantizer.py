@@ -217,6 +217,10 @@ class LosslessHfQuantizer(HfQuantizer):
                 self.remove_quantization_config(part)
         make_dense(model)
         meet_demand(model.config)
+        for part in model.modules():
+            if isinstance(part, PreTrainedModel):  # the class's ties hold again: see `forget_compressed_ties`
+                vars(part).pop("_tied_weights_keys", None)
+                part.all_tied_weights_keys = part.get_expanded_tied_weights_keys(all_submodels=True)
         for_all: Any = model  # its `to` is wrapped, and typed by none
         dense: PreTrainedModel = for_all.to(getattr(torch, dtype) if isinstance(dtype, str) else dtype)
         return dense
