@@ -1,8 +1,8 @@
 """Loss-preserving compression of Hugging Face checkpoints.
 
 Importing the package registers it with transformers, so that `from_pretrained` compresses with a
-`LosslessCompressionConfig` and loads what was compressed. What making, judging and drawing need is loaded when a name
-that needs it is used: who only loads a compressed checkpoint does not wait for it.
+`LosslessCompressionConfig` and loads compressed checkpoints. Public names are imported when they are first used, so
+that loading a compressed checkpoint does not import the libraries of compression, evaluation and drawing.
 """
 
 from importlib import import_module
@@ -86,7 +86,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """Loads a public name when it is first used."""
+    """Imports a public name when it is first used."""
     if name not in _PLACE_OF:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = getattr(import_module(f"{__name__}.{_PLACE_OF[name]}"), name)
@@ -102,5 +102,12 @@ def _register(_: Any) -> None:
     import_module("hf_lossless.checkpoints.quantizer")
 
 
-# Once from_pretrained is there, or now where it is: who never loads a model does not wait for torch.
+# Registers once from_pretrained is imported, so that a process that loads no model does not import torch.
 wrapt.register_post_import_hook(_register, "transformers.modeling_utils")
+
+
+def _register_adapters(_: Any) -> None:
+    import_module("hf_lossless.checkpoints.adapters").register()
+
+
+wrapt.register_post_import_hook(_register_adapters, "peft.tuners.lora")

@@ -1,4 +1,4 @@
-"""`python -m hf_lossless`, which torchrun needs."""
+"""Runs the command line by `python -m hf_lossless`, as torchrun needs it."""
 
 from hf_lossless.cli.main import main
 

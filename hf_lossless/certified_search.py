@@ -1,18 +1,18 @@
-"""`compress_certified`: the smallest plan that rows not used before cannot tell from the original.
+"""`compress_certified`: finds the smallest plan that held-out rows cannot distinguish from the original.
 
 split the rows -> calibrate and analyse once -> search on the selection rows -> walk on the certification rows
 
-**Search.** Between a safe plan, a quarter of the way to the smallest there is (by the logarithm of the ratio), and that
-smallest, `SEARCH_STEPS` plans are made one after the other, each carried out on a copy of the model and run over the
-selection rows, which gives its chance to pass. The next one is put where a rung more gains most
-(`certification.selection.next_ratio`): the ladder is fine where the chance falls.
+**Search.** Between a safe plan, a quarter of the way to the smallest plan (by the logarithm of the ratio), and the
+smallest plan, `SEARCH_STEPS` plans are made one after the other. Each is realised on a copy of the model and run over
+the selection rows, which gives its probability to pass. The next ratio is where another plan gains most
+(`certification.selection.next_ratio`), so that the ladder is fine where the probability falls.
 
-**Walk.** What was measured becomes a fixed order (`certification.selection`), and is tested on the certification rows
-one by one until a plan fails (`certification.walk`). The very tensors that passed are then put into the model.
+**Walk.** The measured plans are put into a fixed order (`certification.selection`), and tested on the certification
+rows one by one until one fails (`certification.walk`). The tensors that passed are then put into the model.
 
 **Cost.** One analysis; `SEARCH_STEPS` + 1 plans and as many passes over the selection rows; a pass over the
 certification rows for each plan tested; and one pass of the original over both. Memory: the model, a copy, and the
-compressed copies that are waiting for the walk, a few times smaller each.
+compressed copies for the walk, each a few times smaller.
 """
 
 import copy
@@ -34,6 +34,7 @@ from hf_lossless.certification.walk import Walk, walk
 from hf_lossless.compression import (
     CompressionResult,
     analyse,
+    attach_quantizer,
     checks_of,
     compress,
     evaluation_mode,
@@ -62,14 +63,14 @@ from hf_lossless.storage.modules.tied import Tied
 from hf_lossless.storage.plan import CompressionPlan, checkpoint_bytes
 
 SEARCH_STEPS = 10
-"""Plans measured beside the safe one."""
+"""Number of plans that are measured beside the safe one."""
 
 _ANY_RATIO = 1e-3  # every plan meets it
 
 
 @dataclass(frozen=True, eq=False)
 class _Measured:
-    """A plan, carried out on a copy of the model, and its chance to pass as the selection rows see it."""
+    """A plan realised on a copy of the model, and its estimated probability to pass."""
 
     plan: CompressionPlan
     frontier: Frontier
@@ -89,8 +90,8 @@ def compress_pretrained(
     """Compresses a model of transformers in place, with the rows that the configuration names.
 
     Args:
-        model: On its devices; put in evaluation mode.
-        config: All of it: a tolerance is certified, another target is met by what is predicted.
+        model: The model on its devices; put in evaluation mode.
+        config: The configuration: a tolerance is certified, another target is met by predictions.
         original_bytes: As for `compression.compress`.
 
     Raises:
@@ -108,13 +109,13 @@ def compress_certified(
     """Compresses a model in place, as far as `config.tolerance` can be certified.
 
     Args:
-        model: On its devices; put in evaluation mode.
-        config: Tolerance, confidence, metric margin, and the rows.
-        original_bytes: As for `pipeline.compress`.
+        model: The model on its devices; put in evaluation mode.
+        config: Tolerance, confidence, metric margin and rows.
+        original_bytes: As for `compression.compress`.
 
     Returns:
-        The model under the last plan that passed, with its certificate. Where none passed, under the first that was
-        tested, which is the safest; its certificate then says "not certified: ...".
+        The model under the last plan that passed, with its certificate. Where none passed, the model is under the first
+        plan tested, which is the safest, and its certificate says "not certified: ...".
 
     Raises:
         ConfigurationError: The dataset is ready batches, or the model cannot be compressed.
@@ -175,7 +176,7 @@ def compress_certified(
     others = [one for one in measured if one is not chosen]
     take_over(model, chosen.model)
     model.eval()  # type: ignore[no-untyped-call]
-    return CompressionResult(
+    result = CompressionResult(
         model,
         chosen.plan,
         chosen.frontier,
@@ -187,12 +188,14 @@ def compress_certified(
         found.certificate,
         _not_smaller(found, proposals, measured),
     )
+    attach_quantizer(result)
+    return result
 
 
 def _splits(given: Rows, task: Task) -> Splits:
-    """The three splits: what the user gives separately, and the rest by a hash of the rows of `dataset`.
+    """Makes the three splits: those that the user gives, and the rest by a hash of the rows of `dataset`.
 
-    Where one of the held-out splits is given, `dataset` makes the two others, and the one that is not calibration gets
+    Where one of the held-out splits is given, `dataset` is split into the two others, and the other held-out split gets
     the share of both.
 
     Raises:
@@ -237,19 +240,19 @@ def _search(
     *,
     worthwhile: bool,
 ) -> list[_Measured]:
-    """Measured plans from the largest to the smallest; the safe one alone where nothing can be certified."""
+    """Measures plans and sorts them from the largest to the smallest; only the safe one where none can be certified."""
     most = _largest_ratio(planner)
     safe_ratio = most**0.25 if most > 1 else _ANY_RATIO
     safe = measure(safe_ratio)
     found = [safe]
-    chances = {safe_ratio: safe.chance, most: 0.0}  # nobody hopes for the smallest plan of all
+    chances = {safe_ratio: safe.chance, most: 0.0}  # the smallest plan is assumed to fail
     for _ in range(SEARCH_STEPS if worthwhile and most > 1 else 0):
         ratio = next_ratio(chances)
         if ratio is None:
             break
         try:
             measured = measure(ratio)
-        except UnreachableTargetError:  # by the bytes of its text
+        except UnreachableTargetError:  # because of the bytes of its JSON
             chances[ratio] = 0.0
             continue
         chances[ratio] = measured.chance
@@ -259,14 +262,14 @@ def _search(
 
 
 def _largest_ratio(planner: Planner) -> float:
-    """The ratio of the smallest plan, but for the bytes by which its text differs."""
+    """Computes the ratio of the smallest plan, up to differences in the bytes of its JSON."""
     plan, frontier = (largest := planner.plan(Target(ratio=_ANY_RATIO))).plan, largest.frontier
     text_bytes = checkpoint_bytes(plan) - plan.tensor_bytes
     return plan.original_bytes / (int(frontier.cost_bytes[0]) + plan.other_bytes + text_bytes)
 
 
 def _not_smaller(found: Walk[_Measured], proposals: Sequence[_Measured], measured: Sequence[_Measured]) -> str | None:
-    """Why the walk ended where it did; None where its certificate says so itself."""
+    """Explains why the walk ended; None where the certificate itself does."""
     if found.plan is None:
         return None
     if found.stopped is not None:
@@ -278,10 +281,10 @@ def _not_smaller(found: Walk[_Measured], proposals: Sequence[_Measured], measure
 
 
 def take_over(model: nn.Module, compressed: nn.Module) -> None:
-    """Makes a model what its compressed copy is, tensor by tensor; the copy is not to be used afterwards.
+    """Moves the tensors of a compressed copy into the model; the copy must not be used afterwards.
 
     Args:
-        model: The original, of which `compressed` was a copy; all but its compressed layers stay the objects they were.
+        model: The original, of which `compressed` was a copy; objects other than its compressed layers are kept.
         compressed: The copy.
     """
     for name, module in list(compressed.named_modules(remove_duplicate=False)):

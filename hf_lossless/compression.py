@@ -1,22 +1,25 @@
-"""`compress`: from a model and its data to a compressed model, one straight line.
+"""`compress`: turns a model and its data into a compressed model, in one straight line.
 
-analyse (calibrate -> propose -> predict) -> plan (frontier, target, settle, check) -> realise (apply -> correct)
+analyse (calibrate -> propose -> predict) -> plan (frontier, target, round, check) -> realise (apply -> correct)
 """
 
 import logging
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
+from transformers import PreTrainedModel
+from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 
 from hf_lossless.calibration.batch_norms import batch_norms, follow, input_moments
 from hf_lossless.calibration.biases import bias_corrections, correct_biases
-from hf_lossless.calibration.model_labels import drawn_batches, with_fisher
+from hf_lossless.calibration.fisher import fisher_batches, with_fisher
 from hf_lossless.calibration.perturbation import LossChange, loss_change
 from hf_lossless.calibration.statistics import Calibration, calibrate
 from hf_lossless.candidates.choices import Choices
-from hf_lossless.candidates.damping import chosen_scale
+from hf_lossless.candidates.damping_choice import chosen_scale
 from hf_lossless.candidates.propose import propose
 from hf_lossless.candidates.ranks import ranks_by_layer
 from hf_lossless.certification.certificate import Certificate
@@ -30,7 +33,7 @@ from hf_lossless.planning.planner import Planned, Planner
 from hf_lossless.storage.apply import apply
 from hf_lossless.storage.layers import Layer, find_layers, tensor_bytes
 from hf_lossless.storage.modules.base import CompressedModule, compressed_layers
-from hf_lossless.storage.plan import CompressionPlan, checkpoint_bytes
+from hf_lossless.storage.plan import QUANT_METHOD, CompressionPlan, checkpoint_bytes
 from hf_lossless.storage.runtime.optimize import optimize
 from hf_lossless.storage.runtime.runtimes import Runtime
 from hf_lossless.theories import THEORIES
@@ -41,20 +44,20 @@ _logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class CompressionResult:
-    """What `compress` gives back.
+    """The compressed model, with its plan, measurements and certificate.
 
     Attributes:
-        model: The compressed model: the very object that was passed in, its layers replaced.
-        plan: What was chosen for each layer.
+        model: The compressed model: the object that was passed in, with its layers replaced.
+        plan: The chosen way to store each layer.
         frontier: Every plan that no other plan beats in both bytes and predicted loss.
-        calibration: The statistics that the choice rests on.
+        calibration: The statistics behind the choice.
         size_bytes: Bytes of the compressed model's tensors and plan.
-        measured_loss_change: Change of the mean loss on the calibration rows, beside which the plan's
-            `predicted_loss_change` can be judged. These rows have had a hand in the plan.
-        checks: Everything that was measured beside its prediction, on the same rows; this model comes last.
-        bound: Bytes and predicted loss that no way to store the weights could beat (see `theories.rate_distortion`), by
-            ascending bytes; None where layers were not to be entropy-coded.
-        certificate: What held-out rows said of the model; None where the target was a size or a budget.
+        measured_loss_change: Measured change of the mean loss on the calibration rows, to compare with the plan's
+            `predicted_loss_change`. The plan depends on these rows.
+        checks: All measurements with their predictions, on the same rows; that of this model comes last.
+        bound: The rate-distortion bound of bytes and predicted loss (see `theories.rate_distortion`), by ascending
+            bytes; None where entropy coding was not among the choices.
+        certificate: The certificate on held-out rows; None where the target was a size or a budget.
         not_smaller: Why no smaller plan is certified; None without a certificate.
     """
 
@@ -71,7 +74,7 @@ class CompressionResult:
 
     @property
     def ratio(self) -> float:
-        """Bytes of the original model's tensors over `size_bytes`."""
+        """Returns the bytes of the original model's tensors over `size_bytes`."""
         return self.plan.original_bytes / self.size_bytes
 
 
@@ -88,15 +91,15 @@ def compress(
     Args:
         model: Any module with layers (see `layers`); put in evaluation mode.
         batches: Calibration batches: mappings of the model's arguments with "labels", or pairs (inputs, targets). All
-            are kept in memory. Under several processes, the same in each.
+            are kept in memory. With several processes, the same in each.
         config: Target, widths, theory. Its dataset is not read here.
         loss: Mean loss of a model on a batch.
         original_bytes: Bytes of the original's tensors, where the model was loaded in another dtype than its
-            checkpoint's; None: those of the model as it is.
+            checkpoint's; None: those of the given model.
 
     Returns:
-        The compressed model, its plan, the frontier. What goes wrong before the plan is carried out leaves the model as
-        it was.
+        The compressed model, its plan and the frontier. An error before the plan is realised leaves the model
+        unchanged.
 
     Raises:
         ConfigurationError: The model is compressed already, or has no layers left to compress; or the target is a
@@ -120,7 +123,7 @@ def compress(
         planned = planner.plan(config.target)
         measured = realise(model, planner.problem, planned, config.choices.runtime)
     model.eval()
-    return CompressionResult(
+    result = CompressionResult(
         model,
         planned.plan,
         planned.frontier,
@@ -130,15 +133,27 @@ def compress(
         checks_of(planner.problem, planned, measured),
         planner.bound(),
     )
+    attach_quantizer(result)
+    return result
+
+
+def attach_quantizer(result: CompressionResult) -> None:
+    """Tells a model of transformers, or those inside a model, of the plan, so that `save_pretrained` writes it.
+
+    The plug-in lies above this room: it is asked for where transformers keeps it.
+    """
+    if any(isinstance(module, PreTrainedModel) for module in result.model.modules()):
+        quantizer: Any = AUTO_QUANTIZER_MAPPING[QUANT_METHOD]
+        quantizer.attach_result(result)
 
 
 def checks_of(problem: Problem, planned: Planned, measured: LossChange) -> tuple[LossCheck, ...]:
-    """What was measured on the way to a plan, and last of all the model that `realise` made of it."""
+    """Returns the checks made for a plan, followed by that of the model that `realise` made of it."""
     return (*planned.checks, loss_check(planned.plan, measured, len(problem.batches), checked="model"))
 
 
 def no_rows_to_hold_back(config: LosslessCompressionConfig) -> ConfigurationError:
-    """The error for a tolerance where there are only batches."""
+    """Makes the error for a tolerance where there are only batches."""
     return ConfigurationError(
         f"the target is tolerance={config.target.tolerance:g} (the default), which holds back rows for a certificate, "
         "and ready batches are no rows. Give one of ratio=, max_bytes=, loss_budget=; or, for a model of transformers, "
@@ -154,12 +169,12 @@ def analyse(
     loss: LossFunction = batch_loss,
     original_bytes: int | None = None,
 ) -> Planner:
-    """Calibrates a model and predicts what each way to store each of its layers costs, for plans of any size.
+    """Calibrates a model and predicts the loss change of each way to store each of its layers, for plans of any size.
 
     Args:
-        model: In evaluation mode; left as it was.
+        model: The model, in evaluation mode; unchanged afterwards.
         batches: As for `compress`.
-        config: Widths, ranks and theory; its target is not looked at.
+        config: Widths, ranks and theory; its target is not used.
         loss: As for `compress`.
         original_bytes: As for `compress`.
 
@@ -175,10 +190,10 @@ def analyse(
     layers = _layers_to_compress(model, choices)
     present_bytes = tensor_bytes(model)
     ranks = ranks_by_layer(layers, choices.ranks)
-    drawn = (
-        drawn_batches(model, batches, config.rows.seed) if "entropy" in choices.storage and loss is batch_loss else None
-    )
-    num_passes = len(own_share(batches)) + (len(own_share(drawn.batches)) if drawn else 0)
+    fisher = None
+    if "entropy" in choices.storage and loss is batch_loss:
+        fisher = fisher_batches(model, batches, config.rows.seed)
+    num_passes = len(own_share(batches)) + (len(own_share(fisher.batches)) if fisher else 0)
     with progress_bar(num_passes, "calibrating") as advance:
         calibration = calibrate(
             model,
@@ -187,12 +202,12 @@ def analyse(
             loss,
             advance,
             gradients=theory.gradients or (theory.gradients_for_ranks and bool(ranks)),
-            curvature=theory.curvature and drawn is None,
+            curvature=theory.curvature and fisher is None,
             activation_bits=choices.activation_widths,
         )
-        if drawn is not None:
-            calibration = with_fisher(calibration, model, drawn, layers, advance)
-    damping_scale = chosen_scale(model, batches, layers, calibration) if drawn is not None else 1.0
+        if fisher is not None:
+            calibration = with_fisher(calibration, model, fisher, layers, advance)
+    damping_scale = chosen_scale(model, batches, layers, calibration) if fisher is not None else 1.0
     candidates = propose(
         layers,
         calibration,
@@ -216,8 +231,8 @@ def analyse(
             advance=advance,
         )
         predictions = theory.predict(problem)
-    if problem.unreached and process_state().is_main_process:
-        _logger.warning("kept as they are, for no calibration row reaches them: %s", ", ".join(problem.unreached))
+    if process_state().is_main_process:
+        _warn_of_kept(problem)
     return Planner(
         problem,
         predictions,
@@ -229,12 +244,24 @@ def analyse(
     )
 
 
+def _warn_of_kept(problem: Problem) -> None:
+    """Warns of the layers that are kept for want of a gradient on the calibration rows."""
+    if problem.unreached:
+        _logger.warning("kept as they are, for no calibration row reaches them: %s", ", ".join(problem.unreached))
+    if problem.underflown:
+        _logger.warning(
+            "kept as they are, for the gradient of the loss underflows there (float16 holds sizes from 6e-8, float32 "
+            "from 1e-45): %s. Load the model in a wider dtype, or check the scale of its inputs and weights.",
+            ", ".join(problem.underflown),
+        )
+
+
 def realise(model: nn.Module, problem: Problem, planned: Planned, runtime: Runtime = "exact") -> LossChange:
-    """Carries out a plan, and lets biases and batch norms follow the rounded weights.
+    """Applies a plan, and corrects biases and batch norms for the rounded weights.
 
     Args:
         model: The analysed model or a copy of it, in evaluation mode; changed in place.
-        problem: What was analysed.
+        problem: The analysed problem.
         planned: The plan and its values.
         runtime: How the model is computed from now on, and in the measurement.
 
@@ -282,7 +309,7 @@ def _layers_to_compress(model: nn.Module, choices: Choices) -> list[Layer]:
 
 
 def _head_modules(model: nn.Module) -> list[str]:
-    """The children of a Hugging Face model that lie outside its base model; none where it is a base model."""
+    """Lists the children of a Hugging Face model outside of its base model; none where it is a base model."""
     base = getattr(model, "base_model", None)
     children = list(model.named_children())
     if base is None or (base is model and any(name == "lm_head" for name, _ in children)):
@@ -295,7 +322,7 @@ def _head_modules(model: nn.Module) -> list[str]:
 
 @contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Dropout off and batch norms frozen; every module's mode comes back afterwards."""
+    """Puts a model in evaluation mode inside the context, and restores every module's mode."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:

@@ -1,7 +1,6 @@
-"""`LosslessCompressionConfig`: what a user asks of `from_pretrained(..., quantization_config=...)` or `compress()`.
+"""`LosslessCompressionConfig`: the configuration of `from_pretrained(..., quantization_config=...)` and `compress()`.
 
-It is flat for its users. Inside, each room takes its own part of it: `Rows`, `Choices` and `Target`, which check what
-they are given.
+It is flat for its users. Internally it is split into `Rows`, `Choices` and `Target`, which check their values.
 """
 
 import copy
@@ -16,7 +15,6 @@ from hf_lossless.certification.certificate import CONFIDENCE, METRIC_MARGIN
 from hf_lossless.data.rows import Rows
 from hf_lossless.errors import ConfigurationError
 from hf_lossless.planning.target import Target
-from hf_lossless.storage.entropy.coder import require_coder
 from hf_lossless.storage.plan import KEPT_BITS, QUANT_METHOD
 from hf_lossless.storage.runtime.runtimes import Runtime
 from hf_lossless.theories import THEORIES, Theory
@@ -26,42 +24,45 @@ _NOT_SETTINGS = ("dataset", "selection_dataset", "certification_dataset", "proce
 
 
 class LosslessCompressionConfig(QuantizationConfigMixin):
-    """What to compress to, and with what data.
+    """The target, the choices and the data of a compression.
 
     Exactly one target is given: `tolerance`, `ratio`, `max_bytes` or `loss_budget`; without any it is
-    `tolerance=0.01`. It alone asks for a certificate: the smallest plan is sought that rows not used before cannot tell
-    from the original (see `certified`). The others are met by what is predicted, and no row is held back.
+    `tolerance=0.01`. Only a tolerance gives a certificate: the search finds the smallest plan that held-out rows cannot
+    distinguish from the original (see `certified_search`). The other targets are met by predictions, and no rows are
+    held back.
 
     Args:
         dataset: Labelled rows: a datasets.Dataset, a DatasetDict (see `split`), a list of dicts, the path of a json,
             jsonl, csv or parquet file, of a saved dataset or of a folder of images, a Hub id; or ready batches of
             tensors (a list or a DataLoader). Rows without labels are calibrated on the model's own predictions.
         tolerance: Share of the original's mean loss by which the mean loss may rise; zero or below: it has to fall.
-        confidence: Of the certificate: 1 - the chance that a model which is worse by more is certified.
+        confidence: Confidence of the certificate: 1 - the probability that a worse model is certified.
         metric_margin: How far the task's metric may fall, for the certificate; zero or below: it has to rise.
         selection_dataset: Rows on which plans are compared; None: a part of `dataset`, by a hash of the rows.
-        certification_dataset: Rows that the certificate rests on; None likewise. None of its rows may be in the others.
-        ratio: Bytes of the original model's tensors over bytes of the compressed one's tensors and plan, at least.
+        certification_dataset: Rows that the certificate rests on; None: a part of `dataset` likewise. No row may be in
+            the other data sets.
+        ratio: Least ratio of the bytes of the original's tensors to those of the compressed model's tensors and plan.
         max_bytes: The most bytes that tensors and plan may take.
-        loss_budget: The most that the predicted loss may rise, in the loss's unit (nats).
-        theory: What predicts the loss changes: "llc", "lod", "cet", "hawq" or "curvature".
-        activation_noise: Count the noise of activations quantised to the width of their layer's weight, as LLC
-            Algorithm 1 does. The run time keeps activations in floating point either way, and the plan says so.
+        loss_budget: The most that the loss may rise by prediction, in the loss's unit (nats).
+        theory: Theory that predicts the loss changes: "llc", "lod", "cet", "hawq" or "curvature".
+        activation_noise: Whether to count the noise of activations quantised to the width of their layer's weight, as
+            LLC Algorithm 1 does. The run time keeps activations in floating point either way, and the plan says so.
         activation_bits: Widths, 2 to 8, that the input of a compressed layer may be quantised to at run time, simulated
             in floating point; None among them: it may stay in floating point. Each layer takes the narrowest that is
             predicted to cost no more than the rounding of its weight. Only with theory="curvature".
-        bits: Widths to choose from, 1 to 8; 16 stands for keeping a layer as it is.
+        bits: Widths to choose from, 1 to 8; 16 stands for keeping a layer unchanged.
         storage: Kinds of grids to choose from: "fixed", codes of the widths in `bits`; "entropy", steps shaped by the
             curvature and codes stored at their entropy, which takes a half of the bytes or less at the same loss, and
             longer to load. Only with theory="curvature"; needs the extra "entropy".
         group_size: Inputs that share a scale; None: one scale per output channel. Not of entropy-coded grids.
         symmetric: Symmetric grids, or grids with a zero point for each group.
-        ranks: Low-rank factors to choose from as well: "auto", a ladder of ranks for every layer, its numerical rank
-            among them; or ranks by layer, {"encoder.layer.0.output.dense": 32, "*.query": (16, 64)}, with the same
+        ranks: Low-rank factors to choose from as well: "auto", a ladder of ranks for every layer that includes its
+            numerical rank; or ranks by layer, {"encoder.layer.0.output.dense": 32, "*.query": (16, 64)}, with the same
             patterns as modules_to_not_convert. Factors are in floating point, or have the widths in `bits` from 4 up.
             None: no factors.
-        modules_to_not_convert: Modules to leave alone: full names, last parts, parents' names or glob patterns.
-        keep_head: Leave everything outside the base model (classifier, language-model head) alone.
+        modules_to_not_convert: Modules that are not compressed: full names, last parts, parents' names or glob
+            patterns.
+        keep_head: Whether modules outside of the base model (classifier, language-model head) are not compressed.
         runtime: How the compressed model is computed, and so measured: "auto", "fast", "small" or "exact" (see
             storage/runtime/README.md). A certificate names it, and a reload takes the one that it names, unless the
             environment variable HF_LOSSLESS_RUNTIME says otherwise.
@@ -144,37 +145,35 @@ class LosslessCompressionConfig(QuantizationConfigMixin):
                 f"activation_bits={choices.activation_bits}, but theory={self.theory!r} cannot say what quantised "
                 f"activations cost. Take {_theories(lambda one: one.quantised_inputs)}, or leave activation_bits out."
             )
-        if "entropy" in choices.storage:
-            if not theory.coded:
-                raise ConfigurationError(
-                    f"storage={choices.storage}, but theory={self.theory!r} cannot say what entropy-coded layers cost. "
-                    f'Take {_theories(lambda one: one.coded)}, or leave "entropy" out.'
-                )
-            require_coder()  # now, and not when the model has been calibrated
+        if "entropy" in choices.storage and not theory.coded:
+            raise ConfigurationError(
+                f"storage={choices.storage}, but theory={self.theory!r} cannot say what entropy-coded layers cost. "
+                f'Take {_theories(lambda one: one.coded)}, or leave "entropy" out.'
+            )
 
     @property
     def rows(self) -> Rows:
-        """What concerns the data."""
+        """Returns the settings of the data."""
         return Rows(**{name: getattr(self, name) for name in _names(Rows)})
 
     @property
     def choices(self) -> Choices:
-        """What concerns the ways to store layers."""
+        """Returns the settings of the ways to store layers."""
         return Choices(**{name: getattr(self, name) for name in _names(Choices)})
 
     @property
     def target(self) -> Target:
-        """What has to be reached."""
+        """Returns the settings of the target."""
         return Target(**{name: getattr(self, name) for name in _names(Target)})
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "LosslessCompressionConfig":
-        """A copy that shares the data: auto classes copy their arguments, and a generator cannot be copied."""
+        """Copies the settings and shares the data: auto classes copy their arguments, but generators have no copy."""
         twin = copy.copy(self)
         memo[id(self)] = twin
         return twin
 
     def to_dict(self) -> dict[str, Any]:
-        """The settings without data and processor; JSON-ready."""
+        """Returns the settings without data and processor, JSON-ready."""
         settings = {key: value for key, value in self.__dict__.items() if key not in _NOT_SETTINGS}
         return {key: _json_ready(value) for key, value in settings.items()}
 
@@ -184,7 +183,7 @@ def _names(part: type[Rows] | type[Choices] | type[Target]) -> list[str]:
 
 
 def _theories(has: Callable[[Theory], bool]) -> str:
-    """The theories that have something, as one may write them."""
+    """Lists the theories with a property, in the form of the option."""
     return " or ".join(f'theory="{name}"' for name, theory in THEORIES.items() if has(theory))
 
 

@@ -1,4 +1,4 @@
-"""Every error that the package raises for a caller's mistake.
+"""The errors that the package raises for a caller's mistakes.
 
     LosslessError
     ├── ConfigurationError      a setting that cannot be used (also a ValueError)
@@ -9,17 +9,17 @@
     ├── CheckpointError         a saved folder that cannot be trusted or written (also an OSError)
     └── HubError                the Hub refused a push, or cannot be reached (also an OSError)
 
-A message names the thing, the value it had and the remedy. Every class is also the built-in exception that a
-caller who knows nothing of this package would catch.
+A message names the thing, the value it had and the remedy. Every class also derives from the built-in exception that a
+caller who does not know this package would catch.
 """
 
 from typing import Any
 
 
 def reason(error: BaseException) -> str:
-    """What another library's error says, in one line without a full stop.
+    """Formats the message of another library's error in one line without a full stop.
 
-    datasets wraps what it caught in an error that says nothing; then its cause is asked.
+    The message is that of the error's cause where there is one, since datasets wraps errors without their message.
     """
     cause = error.__cause__ or error
     return " ".join(str(cause).split()).rstrip(".") or type(cause).__name__

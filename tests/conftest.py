@@ -109,3 +109,15 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
         return int(exit.value.code or 0), printed.out, printed.err
 
     return run
+
+
+@pytest.fixture
+def output_of(run: Callable[..., tuple[int, str, str]]) -> Callable[..., str]:
+    """Runs `hf-lossless ARGUMENTS`, which must end well, and gives what it writes to stdout."""
+
+    def output_of(*arguments: object) -> str:
+        status, said, complaint = run(*arguments)
+        assert status == 0, complaint
+        return said
+
+    return output_of

@@ -1,12 +1,6 @@
-"""From rows to a certified model: the search, the walk, what is saved; alone and in two processes.
-
-Run by itself, this file is one of the two processes (see calibration/test_processes.py).
-"""
+"""From rows to a certified model: the search, the walk, what is saved; alone and in two processes."""
 
 import json
-import os
-import subprocess
-import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -17,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 from tiny_checkpoints import save_text_model, text_rows, without
 from transformers import AutoModel, AutoModelForSequenceClassification, PreTrainedModel
+from two_processes import in_two_processes
 
 from hf_lossless import CalibrationError, ConfigurationError, DataError, LosslessCompressionConfig, compress
 from hf_lossless import certified_search as certified
@@ -287,27 +282,7 @@ def outcome(folder: str) -> dict[str, Any]:
 
 
 def test_two_processes_pass_the_same_verdict(text_folder: Path, tmp_path: Path) -> None:
-    shared = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"}
-    shared["GLOO_SOCKET_IFNAME"] = "lo0" if sys.platform == "darwin" else "lo"
-    shared |= {"CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-    programs = [
-        subprocess.Popen(
-            [sys.executable, __file__, str(tmp_path), str(text_folder)],
-            env=os.environ | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    try:
-        said = [program.communicate(timeout=240)[0] for program in programs]
-    finally:
-        for program in programs:
-            program.kill()
-            program.wait()
-    assert [program.returncode for program in programs] == [0, 0], "\n".join(said)
-    one, two = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
+    one, two = in_two_processes(outcome, tmp_path, str(text_folder))
     assert one == two
     alone = json.loads(json.dumps(outcome(str(text_folder))))
     assert one["certificate"]["verdict"] == alone["certificate"]["verdict"]
@@ -316,14 +291,3 @@ def test_two_processes_pass_the_same_verdict(text_folder: Path, tmp_path: Path) 
         assert one["certificate"]["evidence"][name]["value"] == pytest.approx(
             alone["certificate"]["evidence"][name]["value"], rel=1e-4
         )
-
-
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    home = Path(sys.argv[1])
-    torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{home / 'store'}", rank=int(os.environ["RANK"]), world_size=2
-    )
-    found = outcome(sys.argv[2])
-    (home / f"{os.environ['RANK']}.json").write_text(json.dumps(found))
-    torch.distributed.destroy_process_group()

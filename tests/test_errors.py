@@ -3,7 +3,6 @@
 import json
 import re
 import shutil
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -34,10 +33,9 @@ from hf_lossless import (
     LosslessError,
     PlanError,
     UnreachableTargetError,
-    cli,
-    cli_models,
     compress,
 )
+from hf_lossless.cli import models as cli_models
 from hf_lossless.storage.plan import FORMAT_VERSION
 
 ROWS = text_rows()
@@ -60,20 +58,16 @@ def perceptron(width: int = 64) -> nn.Module:
 
 
 @pytest.fixture
-def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+def command(run: Callable[..., tuple[int, str, str]]) -> Callable[..., str]:
     """Runs the command line with arguments that it must refuse, and gives what it says."""
 
-    def run(*arguments: object) -> str:
-        monkeypatch.setattr(sys, "argv", ["hf-lossless", *map(str, arguments)])
-        with pytest.raises(SystemExit) as exit:
-            cli.main()
-        printed = capsys.readouterr()
-        assert exit.value.code == 1
-        assert printed.out == ""
-        assert "Traceback" not in printed.err
-        return printed.err[printed.err.index("error: ") :]
+    def refused(*arguments: object) -> str:
+        status, said, complaint = run(*arguments)
+        assert status == 1 and not said
+        assert "Traceback" not in complaint
+        return complaint[complaint.index("error: ") :]
 
-    return run
+    return refused
 
 
 # Settings

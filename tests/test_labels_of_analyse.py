@@ -11,10 +11,10 @@ from torch.nn import functional as F
 
 from hf_lossless import LosslessCompressionConfig
 from hf_lossless import compression as pipeline
-from hf_lossless.calibration.model_labels import drawn_batches, with_fisher
+from hf_lossless.calibration.fisher import fisher_batches, with_fisher
 from hf_lossless.calibration.statistics import Calibration, calibrate
-from hf_lossless.candidates.coded import damping_of
-from hf_lossless.candidates.damping import chosen_scale
+from hf_lossless.candidates.damping import shaped_damping
+from hf_lossless.candidates.damping_choice import chosen_scale
 from hf_lossless.compression import analyse
 from hf_lossless.data.batches import batch_loss
 from hf_lossless.errors import CalibrationError, DataError
@@ -68,12 +68,12 @@ def test_coded_layers_have_the_labels_of_the_model(of_data):
     model = network()
     found = analyse(model, BATCHES, config_of("entropy", seed=7))
     layers = find_layers(model)
-    expected = with_fisher(of_data, model, drawn_batches(model, BATCHES, 7), layers)
+    expected = with_fisher(of_data, model, fisher_batches(model, BATCHES, 7), layers)
     assert same_curvature(found.problem.calibration, expected)
     assert not same_curvature(found.problem.calibration, of_data)
     assert found.problem.calibration.loss == of_data.loss  # which is still that of the data
     scale = chosen_scale(model, BATCHES, layers, expected)
-    assert dampings(found) == {layer.name: {damping_of(layer.kind, scale)} for layer in layers}
+    assert dampings(found) == {layer.name: {shaped_damping(layer.kind, scale)} for layer in layers}
 
 
 def own_loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
@@ -87,16 +87,16 @@ def refuse(*arguments: object) -> None:
 
 @pytest.mark.parametrize("storage", [("entropy",), ("fixed", "entropy")], ids="+".join)
 def test_a_loss_of_the_caller_has_the_labels_of_the_data(storage, of_data, monkeypatch):
-    monkeypatch.setattr(pipeline, "drawn_batches", refuse)
+    monkeypatch.setattr(pipeline, "fisher_batches", refuse)
     with pytest.raises(AssertionError, match="labels were drawn"):
         analyse(network(), BATCHES, config_of(*storage))
     found = analyse(network(), BATCHES, config_of(*storage), loss=own_loss)
     assert same_curvature(found.problem.calibration, of_data)
-    assert dampings(found) == {name: {damping_of("linear", 1.0)} for name in of_data.layers}
+    assert dampings(found) == {name: {shaped_damping("linear", 1.0)} for name in of_data.layers}
 
 
 def test_fixed_grids_have_the_labels_of_the_data(of_data, monkeypatch):
-    monkeypatch.setattr(pipeline, "drawn_batches", refuse)
+    monkeypatch.setattr(pipeline, "fisher_batches", refuse)
     found = analyse(network(), BATCHES, config_of("fixed"))
     assert same_curvature(found.problem.calibration, of_data)
 

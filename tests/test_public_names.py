@@ -1,14 +1,10 @@
-"""The public names, and the examples in docstrings."""
+"""The public names."""
 
-import doctest
 import importlib
-import pkgutil
 
 import pytest
 
 import hf_lossless
-
-MODULES = ["hf_lossless", *(f"{module.name}" for module in pkgutil.walk_packages(hf_lossless.__path__, "hf_lossless."))]
 
 
 def test_all_is_what_is_public() -> None:
@@ -45,21 +41,3 @@ def test_every_error_is_public() -> None:
 def test_an_error_is_also_the_built_in_one(error: str, builtin: type[Exception]) -> None:
     assert issubclass(getattr(hf_lossless, error), builtin)
     assert issubclass(getattr(hf_lossless, error), hf_lossless.LosslessError)
-
-
-@pytest.mark.parametrize("name", [name for name in MODULES if not name.endswith("__main__")])
-def test_doctests(name: str) -> None:
-    assert doctest.testmod(importlib.import_module(name)).failed == 0
-
-
-def test_there_are_doctests() -> None:
-    """Else the test above would pass for want of any."""
-    finder = doctest.DocTestFinder()
-    examples = [
-        test
-        for name in MODULES
-        if not name.endswith("__main__")
-        for test in finder.find(importlib.import_module(name))
-        if test.examples
-    ]
-    assert len(examples) >= 5

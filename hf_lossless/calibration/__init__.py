@@ -1,1 +1,1 @@
-"""From data to what the theories need: batches, the loss, and statistics of one forward-backward pass."""
+"""One forward-backward pass over the calibration data, and the statistics that the theories need."""

@@ -1,18 +1,18 @@
-"""What the calibration pass gathers to say what rounding a layer's input would do to the loss.
+"""Statistics of the calibration pass that predict how rounding a layer's input changes the loss.
 
 Notation: `h_i` is an element of the layer's input at some position of some row, `g_i` the gradient of that row's own
 loss with respect to it, `e_i` the error of h_i on a grid. To second order, with the empirical Fisher matrix of the
-inputs for their Hessian and errors that have nothing to do with each other, the mean loss over N rows changes by
+inputs as their Hessian and with uncorrelated errors, the mean loss over N rows changes by
 
     dL  ~  1/2 sum_i S_i e_i^2,        S_i = g_i^2 / N
 
 summed over all elements of all rows (LLC Eq. 3 with d = 0, its term in H). The first order is left out, as in
-`theories.curvature`. S needs no factorisation: the pass sees every g_i.
+`theories.curvature`. S needs no factorisation, since the pass sees every g_i.
 
-A dynamic grid follows from the values at hand, so that its sum can be taken on the spot, for each width. A static range
-is only known when all values have been seen. So S is summed in a histogram of h first, one bin for each pattern of the
-highest 12 bits of a float32 (sign, exponent, 3 bits of mantissa): it covers every range, adds over batches and
-processes, and its bins are at most an eighth of their value wide.
+A dynamic grid is computed from the values of the current call, so that its sum is accumulated during the pass, for each
+width. A static range is only known when all values have been seen. So S is summed in a histogram of h first, one bin
+for each pattern of the highest 12 bits of a float32 (sign, exponent, 3 bits of mantissa): it covers every range, adds
+over batches and processes, and its bins are at most an eighth of their value wide.
 """
 
 from collections.abc import Sequence
@@ -31,11 +31,11 @@ _LOW_BITS = 20
 
 @dataclass(frozen=True, eq=False)
 class ActivationStatistics:
-    """A layer's input by value.
+    """A histogram of a layer's input values, with the sensitivity of the loss to each bin.
 
     Attributes:
-        counts: How many of the values that the loss depends on (S_i > 0) are in each bin (see `bin_edges`), float64
-            [`NUM_BINS`]. Padding is none of them.
+        counts: Number of values in each bin (see `bin_edges`) that the loss depends on (S_i > 0), float64 [`NUM_BINS`].
+            Padding is not counted.
         sensitivity: Sum of S_i over the values of each bin, in nats per squared unit of h, float64 [`NUM_BINS`].
         dynamic: `1/2 sum_i S_i e_i^2` on the dynamic grid of each width, in nats.
     """
@@ -46,13 +46,13 @@ class ActivationStatistics:
 
 
 def bin_of(values: Tensor) -> Tensor:
-    """The bin of each value, int64 of the same shape."""
+    """Computes the bin of each value, int64 of the same shape."""
     bits = values.detach().float().contiguous().view(torch.int32)
     return bits.bitwise_right_shift(_LOW_BITS).bitwise_and_(NUM_BINS - 1).long()
 
 
 def bin_edges() -> tuple[Tensor, Tensor]:
-    """Lower and upper edge of every bin, float64 [`NUM_BINS`]; those of infinities and NaN are not finite.
+    """Computes the lower and upper edges of all bins, float64 [`NUM_BINS`]; those of infinities and NaN are not finite.
 
     Example:
         >>> lower, upper = bin_edges()
@@ -67,10 +67,10 @@ def bin_edges() -> tuple[Tensor, Tensor]:
 
 
 class ActivationSums:
-    """Running sums of one layer's inputs."""
+    """Running sums over one layer's inputs."""
 
     def __init__(self, layer: Layer, widths: Sequence[int]) -> None:
-        """Zeros for a layer with real-valued input.
+        """Starts at zero for a layer with real-valued input.
 
         Args:
             layer: The layer.
@@ -83,11 +83,11 @@ class ActivationSums:
         self.dynamic = torch.zeros(len(self.widths), dtype=torch.float64, device=layer.weight.device)
 
     def add(self, values: Tensor, gradient: Tensor) -> None:
-        """Adds one call.
+        """Adds one call of the layer.
 
         Args:
             values: The layer's input h.
-            gradient: Of the mean loss over all rows with respect to it: g / N.
+            gradient: Gradient of the mean loss over all rows with respect to h: g / N.
         """
         squares = gradient.detach().double().square()
         bins = bin_of(values)
@@ -100,7 +100,7 @@ class ActivationSums:
             self.dynamic[index] += (squares * error.double().square()).sum()
 
     def statistics(self, num_examples: int) -> ActivationStatistics:
-        """What the sums of all processes come to.
+        """Computes the statistics from the sums of all processes.
 
         Args:
             num_examples: N, over all batches and processes.

@@ -1,18 +1,18 @@
-"""Batch norms after compression: their running statistics follow what the compressed layers really give them.
+"""Adapts the running statistics of batch norms to the outputs of compressed layers.
 
 A batch norm subtracts the mean and divides by the deviation that its input had in training; the rounded layers before
-it give another mean and deviation. For channel c, with the moments of the original's input and of the compressed
-model's on the SAME calibration rows,
+it change that mean and deviation. For channel c, with the moments of the original's input and of the compressed model's
+on the SAME calibration rows,
 
     running_mean_c += mean_compressed - mean_original,      running_var_c *= var_compressed / var_original
 
-The differences and ratios are paired: what these few rows have by chance falls out. The moments of the rows themselves
-in place of the running ones (what is often done) raised the loss of a ResNet at 2 bits from 0.019 to 0.20 nats above
-the original's, 128 rows and a last stage of one pixel being far too few; paired it went to 0.0175, and the divergence
-from 0.030 to 0.022.
+The differences and ratios are paired, so that the sampling noise of these few rows cancels. Replacing the running
+moments by those of the rows (as is often done) raised the loss of a ResNet at 2 bits from 0.019 to 0.20 nats above the
+original's, since 128 rows are far too few where the last stage has one pixel; paired, it became 0.0175, and the
+divergence fell from 0.030 to 0.022.
 
-A norm sees what the norms before it, already corrected, leave: in each batch a norm is set before it is used, by the
-batches up to that one, so that one pass corrects them all in order.
+A norm's input depends on the corrected norms before it: in each batch a norm is corrected before it is used, from the
+batches up to that one, so that one pass corrects all norms in order.
 """
 
 from collections import Counter
@@ -27,17 +27,18 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from hf_lossless.data.batches import Batch, LossFunction, model_device, to_device
 
 LARGEST_CHANGE = 4.0
-"""A variance is multiplied by at most this and at least its inverse; a channel that is nearly constant has no ratio."""
+"""Bound on a variance's factor (and, inverted, its lower bound), for channels that are too constant to have a ratio."""
 
 _ROUNDING = 1e-10
-"""Share of the mean square below which a variance is what rounding leaves of a constant channel."""
+"""Share of the mean square below which a variance is rounding error of a constant channel."""
 
 Moments = dict[tuple[str, int, int], Tensor]
-"""Sums of x and x^2 and their number, [3, channels] float64, by the norm's name, the batch's index and the call's."""
+"""Sums of x and of x^2 and the count, [3, channels] float64, by name of the norm, index of the batch and of the
+call."""
 
 
 def batch_norms(model: nn.Module) -> dict[str, _BatchNorm]:
-    """The batch norms with running statistics, by name."""
+    """Finds the batch norms with running statistics, by name."""
     return {
         name: module
         for name, module in model.named_modules()
@@ -46,10 +47,10 @@ def batch_norms(model: nn.Module) -> dict[str, _BatchNorm]:
 
 
 def input_moments(model: nn.Module, batches: list[Batch], loss: LossFunction) -> Moments:
-    """What the norms of the original see; one forward pass over all batches, in every process.
+    """Measures the input moments of the original's batch norms; one forward pass over all batches, in every process.
 
     Args:
-        model: In evaluation mode.
+        model: The original model, in evaluation mode.
         batches: All calibration batches.
         loss: Runs the model on a batch.
     """
@@ -77,7 +78,7 @@ def follow(model: nn.Module, batches: list[Batch], loss: LossFunction, original:
     then: dict[str, Tensor] = {}
 
     def correct(use: tuple[str, int, int], values: Tensor) -> None:
-        if use not in original:  # rows go another way than in the original: there is nothing to pair them with
+        if use not in original:  # routed differently than in the original: no moments to pair
             return
         name = use[0]
         now[name] = now.get(name, 0) + _sums(values)
@@ -100,7 +101,7 @@ def _run(
     """Calls `use((name, batch index, call in that batch), input)` before each call of a norm."""
     device = model_device(model)
     calls: Counter[str] = Counter()
-    now = [0]  # the batch's index
+    now = [0]  # index of the batch
 
     def watch(module: nn.Module, arguments: tuple[Any, ...], name: str) -> None:
         use((name, now[0], calls[name]), arguments[0].detach())

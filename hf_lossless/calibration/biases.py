@@ -1,15 +1,15 @@
-"""Bias correction: what rounding a weight does to a layer's mean output goes into its bias.
+"""Bias correction: moves the mean output error of a rounded weight into the layer's bias.
 
 A weight error d moves the output by `d x`, whose mean over the positions of the calibration rows is `d E[x]`; the bias
-`b - d E[x]` takes it back (Nagel et al. 2019, arXiv 1906.04721, section 4.2, with the mean input measured and not
-derived). Error feedback sees the mean as a part of the second moments and leaves little of it.
+`b - d E[x]` cancels it (Nagel et al. 2019, arXiv 1906.04721, section 4.2, with the mean input measured instead of
+derived). Error feedback sees the mean in the second moments and leaves little of this error.
 
-The mean input is that of some rows only. So the correction is made for each half of the calibration batches and judged
-by the other: with `c = d E_1[x]` the second-order cost of the mean output changes, in row o, by
+The mean input is estimated from a few rows. So the correction is fitted to each half of the calibration batches and
+judged by the other: with `c = d E_1[x]` the second-order cost of the mean output changes, in row o, by
 
     R_oo (c_o^2 - 2 c_o d_o E_2[x])
 
-and where the sum over the rows is not negative, both ways round, the bias stays as it is.
+and the bias is corrected only where the sum over the rows o is negative for both orders of the halves.
 """
 
 from collections.abc import Callable, Iterable
@@ -24,13 +24,13 @@ from hf_lossless.storage.layers import Layer, modules_of
 def bias_corrections(
     model: nn.Module, layers: Iterable[Layer], calibration: Calibration, error_of: Callable[[Layer], Tensor]
 ) -> dict[str, Tensor]:
-    """What is to be added to the biases, [out], by layer name; only layers where the other half confirms it.
+    """Computes the bias corrections, [out] by layer name, of the layers where each half confirms the other's.
 
     Args:
         model: The original model.
         layers: The layers that are compressed.
-        calibration: With curvature; without it there are no corrections.
-        error_of: The weight error d [out, in] of a layer.
+        calibration: Statistics with curvature; without it there are no corrections.
+        error_of: Computes the weight error d [out, in] of a layer.
     """
     corrections = {}
     for layer in layers:
@@ -54,7 +54,7 @@ def correct_biases(model: nn.Module, corrections: dict[str, Tensor]) -> None:
 
 
 def _confirmed(error: Tensor, statistics: LayerStatistics) -> bool:
-    """Whether the correction of either half lowers the cost on the other."""
+    """Tells whether the correction fitted to either half lowers the cost on the other."""
     if statistics.halves is None or statistics.curvature is None:
         return False
     rows = statistics.curvature.rows

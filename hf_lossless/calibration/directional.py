@@ -1,4 +1,4 @@
-"""The loss along one direction of noise, and its first two derivatives there.
+"""The first two derivatives of the loss along one random direction of a weight or of an input.
 
 Notation: r is random ~ N(0, 1), of the shape of a layer's weight w or of its input h; t is a number; f the mean loss.
 
@@ -6,12 +6,12 @@ Notation: r is random ~ N(0, 1), of the shape of a layer's weight w or of its in
     F'(0) = <df/dw, r>  or   <df/dh, r>           the first-order term of noise d = s r is  s F'(0)
     F''(0) = r' H r                               its second-order term is  1/2 s^2 F''(0)
 
-Both come exactly, and of every row, from differentiating twice by the one number t: only the part of the model above
-the layer is walked, and no more than one batch's graph is in memory. `hessian` computes whole vectors `H v` instead,
-which is what eigenvectors and traces need, for weights only and at the memory of the graphs of all its batches.
+Both are exact, over all rows, from differentiating twice by the scalar t: only the part of the model above the layer is
+differentiated, and one batch's graph at a time is in memory. `hessian` computes whole vectors `H v` instead, as
+eigenvectors and traces need, for weights only and with the graphs of all its batches in memory.
 
-What neither sees: a ReLU or a max pool is flat on both sides of its kink, so that F'' of a convolutional network misses
-the curvature that its kinks add up to over a step.
+Neither sees kinks: a ReLU or a max pool is flat on both sides of its kink, so that F'' of a convolutional network
+misses the curvature that its kinks add up to over a step.
 """
 
 from collections.abc import Callable, Iterator
@@ -35,10 +35,10 @@ from hf_lossless.storage.layers import Layer, modules_of
 
 @dataclass(frozen=True)
 class Direction:
-    """Noise r that the model can be moved along.
+    """Noise r along which the model is perturbed.
 
     Attributes:
-        at: The context in which the model is at t, a scalar tensor that may require a gradient.
+        at: Opens a context in which the model is perturbed by t r; t is a scalar tensor that may require a gradient.
         before_batch: To be called with each batch's index before the batch is run.
     """
 
@@ -47,7 +47,7 @@ class Direction:
 
 
 def weight_direction(model: nn.Module, layer: Layer, seed: int) -> Direction:
-    """Noise r ~ N(0, 1) for each number of a layer's weight, drawn as a matrix [out, in] on the CPU."""
+    """Draws noise r ~ N(0, 1) for a layer's weight, as a matrix [out, in] on the CPU."""
     matrix = torch.randn(layer.matrix.shape, generator=torch.Generator().manual_seed(seed))
     weight = layer.weight
     noise = (matrix.T if layer.kind == "conv1d" else matrix).reshape(weight.shape).to(weight)
@@ -68,7 +68,7 @@ def weight_direction(model: nn.Module, layer: Layer, seed: int) -> Direction:
 
 
 def input_direction(model: nn.Module, layer: Layer, seed: int) -> Direction:
-    """Noise r ~ N(0, 1) for each real number that goes into a layer, drawn on the CPU, anew for each batch."""
+    """Draws noise r ~ N(0, 1) for a layer's real-valued input, on the CPU, anew for each batch."""
     generator = torch.Generator()
 
     def at(position: Tensor) -> AbstractContextManager[None]:
@@ -83,19 +83,19 @@ def input_direction(model: nn.Module, layer: Layer, seed: int) -> Direction:
 def directional_derivatives(
     model: nn.Module, batches: list[Batch], loss: LossFunction, direction: Direction
 ) -> tuple[float, float]:
-    """F'(0) and F''(0) of the mean loss over all examples, the same in every process; zeros where r does not matter.
+    """Computes F'(0) and F''(0) of the mean loss over all examples; zeros where the loss does not depend on r.
 
-    Costs one forward pass and, of the layers above the noise, two backward passes. Weights, gradients and flags are as
-    before afterwards.
+    Costs one forward pass and two backward passes through the layers above the noise. Weights, gradients and flags are
+    restored afterwards.
 
     Args:
         model: In evaluation mode.
         batches: All batches, the same list in every process; each process takes its share.
         loss: Mean loss of a batch.
-        direction: r.
+        direction: The noise r.
 
     Returns:
-        F'(0) in nats per unit of noise, F''(0) in nats per its square.
+        F'(0) in nats per unit of noise, F''(0) in nats per squared unit, the same in every process.
 
     Raises:
         CalibrationError: An operation has no second derivative; the message names it.
@@ -126,8 +126,8 @@ def directional_derivatives(
 
 
 def _derivatives(value: Tensor, position: Tensor) -> Tensor:
-    """The first and the second derivative of one batch's loss, float64 on the CPU."""
-    if not value.requires_grad:  # the loss does not depend on what is moved
+    """Computes the first and the second derivative of one batch's loss, float64 on the CPU."""
+    if not value.requires_grad:  # the loss does not depend on the noise
         return torch.zeros(2, dtype=torch.float64)
     refuse_once_differentiable(value)
     (slope,) = torch.autograd.grad(value, position, create_graph=True)

@@ -1,4 +1,4 @@
-"""Products with the Hessian of the mean loss, `H v`, by differentiating twice; and its trace, layer by layer.
+"""Products `H v` with the Hessian of the mean loss, by differentiating twice, and its trace for each layer.
 
 Notation: w_l is the weight of layer l, a matrix [out, in] of n_l numbers; f(w) the mean loss over the examples;
 `H = d2f / dw dw` over the layers asked for, with the blocks H_lm. A vector v has one matrix v_l for every layer.
@@ -8,14 +8,14 @@ Notation: w_l is the weight of layer l, a matrix [out, in] of n_l numbers; f(w) 
 
 The cross terms `v_l' H_lm v_m` have mean zero, so one product gives an estimate for every layer at once.
 
-Why not curvlinops, which is the kept library for such products: its operators want pairs (inputs, targets) and a
-criterion on the model's outputs, where a loss is here a function of (model, batch), often the model's own; they run
-the forward pass again for every product, where here the graph is built once and only walked again (on MiniLM 0.2
-instead of 0.46 seconds for a layer in the middle, 32 sentences); they know nothing of processes; and they do not say
-which operation has no second derivative. What remains are the few lines below.
+curvlinops, the maintained library for such products, does not fit: its operators take pairs (inputs, targets) and a
+criterion on the model's outputs, while a loss here is a function of (model, batch), often the model's own; they repeat
+the forward pass for every product, while here the graph is built once and reused (on MiniLM 0.2 instead of 0.46 seconds
+for a layer in the middle, 32 sentences); they do not support several processes; and they do not say which operation has
+no second derivative.
 
-What they do not see: a ReLU or a max pool is flat on both sides of its kink, so that the H of a convolutional network
-misses the curvature that its kinks add up to over a step as large as a rounding error. They are of the weights' own
+Limits: a ReLU or a max pool is flat on both sides of its kink, so that the H of a convolutional network
+misses the curvature that its kinks add up to over a step as large as a rounding error. Products have the weights' own
 dtype: load a bfloat16 checkpoint in float32 before trusting them.
 """
 
@@ -29,28 +29,32 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from hf_lossless.calibration.units import in_unit, unit_of
 from hf_lossless.data.batches import Batch, LossFunction, model_device, num_examples, to_device
-from hf_lossless.data.processes import failing_together, own_share, sum_over_processes
+from hf_lossless.data.processes import failing_together, max_over_processes, own_share, sum_over_processes
 from hf_lossless.errors import CalibrationError, reason
 from hf_lossless.storage.layers import Layer, as_matrix
 
 Vectors = dict[str, Tensor]
-"""One matrix [out, in] by layer name."""
+"""A matrix [out, in] for each layer, by name."""
 
 MatVec = Callable[[Vectors], Vectors]
-"""v -> H v, on the layers that v names."""
+"""Computes H v for the layers that v names."""
+
+_LARGEST_UNIT = 2.0**64
+"""Of a gradient; its inverse is the smallest. Vectors are divided by it before they meet weights and inputs."""
 
 _NO_DERIVATIVE = re.compile(r"derivative for '?(?:aten::)?(\w+)'? is not implemented")
 
 
 def sub_sample(batches: Sequence[Batch], max_rows: int) -> list[Batch]:
-    """Whole batches of about `max_rows` rows, evenly spread over the list; at least one.
+    """Chooses whole batches of about `max_rows` rows, evenly spread over the list; at least one.
 
-    Batches are made of rows of like length, so that the first ones would be the shortest.
+    Batches hold rows of similar length in order, so that the first batches would hold the shortest rows.
 
     Args:
         batches: All batches.
-        max_rows: Rows wanted. More come only where the first batch taken is larger by itself.
+        max_rows: Rows wanted. The result has more only where a single batch is larger.
 
     Example:
         >>> [len(batch[0]) for batch in sub_sample([(torch.zeros(n, 1), None) for n in (4, 5, 6, 7)], 12)]
@@ -66,7 +70,7 @@ def sub_sample(batches: Sequence[Batch], max_rows: int) -> list[Batch]:
 
 
 class HessianProducts:
-    """`v -> H v` for the layers of one `hessian(...)` context, the same in every process.
+    """The product `v -> H v` for the layers of one `hessian(...)` context, the same in every process.
 
     Attributes:
         num_products: Products computed so far.
@@ -75,24 +79,28 @@ class HessianProducts:
     def __init__(self, layers: list[Layer], gradients: list[dict[str, Tensor]]) -> None:
         self._layers = {layer.name: layer for layer in layers}
         self._gradients = gradients
+        self._units = _units_of(layers, gradients)
         self.num_products = 0
 
     def __call__(self, vectors: Mapping[str, Tensor]) -> Vectors:
-        """The product with a vector on some or all of the layers; other layers' weights count as constants.
+        """Computes H v for a vector on some or all of the layers; other layers' weights count as constants.
 
         Args:
             vectors: v_l [out, in] by layer name.
 
         Returns:
-            (H v)_l [out, in] for the same layers, float32 (float64 for float64 weights). Zeros where the loss does not
-            depend on a weight, or does so linearly.
+            (H v)_l [out, in] for the same layers, float32 (float64 for float64 weights, and where the gradient is so
+            small or large that the product may not fit float32). Zeros where the loss does not depend on a weight, or
+            does so linearly.
 
         Raises:
             CalibrationError: An operation has no second derivative, or it is not finite.
         """
         layers = [self._layers[name] for name in vectors]
         weights = [layer.weight for layer in layers]
-        directions = [_as_weight(vectors[layer.name], layer) for layer in layers]
+        # H v scales with the gradient, whose unit this is; v / unit keeps the intermediate numbers of order one.
+        unit = max(self._units[layer.name] for layer in layers)
+        directions = [in_unit(_as_weight(vectors[layer.name], layer), unit) for layer in layers]
         products = [torch.zeros_like(weight, dtype=_precise(weight)) for weight in weights]
         with failing_together(), naming_what_has_no_derivative():
             for gradients in self._gradients:
@@ -108,7 +116,7 @@ class HessianProducts:
                     materialize_grads=True,
                 )
                 for product, part in zip(products, parts, strict=True):
-                    product += part.to_dense() if part.is_sparse else part
+                    product += _dense(part)
         self.num_products += 1
         results = {}
         for layer, product in zip(layers, products, strict=True):
@@ -118,29 +126,39 @@ class HessianProducts:
                     f"the second derivative of the loss with respect to layer {layer.name!r} is not finite. "
                     "Use theory='llc', which needs none, or leave the layer out with modules_to_not_convert."
                 )
-            results[layer.name] = as_matrix(total, layer.kind)
+            results[layer.name] = as_matrix(total if unit == 1 else total.double() * unit, layer.kind)
         return results
+
+
+def _units_of(layers: list[Layer], gradients: list[dict[str, Tensor]]) -> dict[str, float]:
+    """Computes the unit of each layer's gradient, the same in every process, within bounds; 1 where there is none."""
+    units = [max((unit_of(_dense(parts[layer.name])) for parts in gradients), default=0.0) for layer in layers]
+    largest = max_over_processes(torch.tensor(units, dtype=torch.float64)).tolist()
+    return {
+        layer.name: min(max(unit, 1 / _LARGEST_UNIT), _LARGEST_UNIT) if unit else 1.0
+        for layer, unit in zip(layers, largest, strict=True)
+    }
 
 
 @contextmanager
 def hessian(
     model: nn.Module, batches: Sequence[Batch], layers: list[Layer], loss: LossFunction
 ) -> Iterator[HessianProducts]:
-    """Opens the products with the Hessian of the mean loss with respect to the layers' weights.
+    """Opens a context for products with the Hessian of the mean loss with respect to the layers' weights.
 
-    Costs one forward-backward pass over the batches; a product for all layers about another two, for one layer alone
-    half of one and less the later the layer. The graphs of both passes stay in memory until the context ends, for
-    every batch: give few (`sub_sample`). Weights, gradients and flags are as before afterwards.
+    Costs one forward-backward pass over the batches; a product for all layers costs about two more, one for a single
+    layer at most half of one, and less for later layers. The graphs of both passes stay in memory until the context
+    ends, for every batch: give few (`sub_sample`). Weights, gradients and flags are restored afterwards.
 
     Args:
         model: In evaluation mode. Its weights must not change inside the context.
         batches: The same in every process; each process takes its share.
-        layers: What to differentiate with respect to: one layer, or several for the cross terms too.
+        layers: Layers to differentiate with respect to: one, or several for their cross terms too.
         loss: Mean loss of a batch.
 
     Raises:
-        CalibrationError: An operation has no second derivative; the message names it. Attention that PyTorch computes
-            with a fused kernel is computed with its plain formula instead, which has one.
+        CalibrationError: An operation has no second derivative; the message names it. Fused attention kernels of
+            PyTorch are replaced by the plain formula, which has one.
 
     Example:
         >>> from hf_lossless.data.batches import batch_loss
@@ -175,8 +193,8 @@ class TraceEstimate:
 
     Attributes:
         trace: The mean over the probes.
-        standard_error: Of that mean; infinite for one probe.
-        num_probes: Products spent, by all layers together.
+        standard_error: Standard error of that mean; infinite for one probe.
+        num_probes: Number of products, shared by all layers.
         converged: Whether the tolerance was met.
     """
 
@@ -195,19 +213,19 @@ def block_traces(
     max_probes: int = 32,
     seed: int = 0,
 ) -> dict[str, TraceEstimate]:
-    """The trace tr H_ll of every layer, one product for each probe.
+    """Estimates the trace tr H_ll of every layer, with one product for each probe.
 
-    The variance of one probe is `2 ||offdiagonal(H_ll)||^2 + sum_(m != l) ||H_lm||^2` (Frobenius). The second part is
-    the price of asking for all layers at once, and a high one in trained networks (see `theories.hawq`): give one layer
-    at a time where each must be known.
+    The variance of one probe is `2 ||offdiagonal(H_ll)||^2 + sum_(m != l) ||H_lm||^2` (Frobenius). The second part
+    comes from probing all layers at once, and is large in trained networks (see `theories.hawq`): give one layer at a
+    time where each trace must be accurate.
 
     Args:
-        product: v -> H v.
-        like: For every layer a matrix [out, in] of the shape, dtype and device of its probes.
+        product: Computes H v.
+        like: A matrix [out, in] for every layer, with the shape, dtype and device of its probes.
         tolerance: Stop when the standard error of every layer is at most this share of the absolute estimate.
-        min_probes: Probes before the standard error is believed.
-        max_probes: Stop at the latest then.
-        seed: Of the signs, which are drawn on the CPU: the same in every process.
+        min_probes: Least number of probes before the standard error is trusted.
+        max_probes: Largest number of probes.
+        seed: Seed of the signs, which are drawn on the CPU, so that they are the same in every process.
 
     Returns:
         Estimates by layer name.
@@ -233,23 +251,27 @@ def block_traces(
 
 
 def random_signs(shape: torch.Size, generator: torch.Generator) -> Tensor:
-    """+1 or -1 with equal chance, float32 on the CPU."""
+    """Draws +1 or -1 with equal probability, float32 on the CPU."""
     return torch.randint(0, 2, shape, generator=generator).float().mul_(2).sub_(1)
 
 
 def _mean_and_error(values: list[float], tolerance: float) -> TraceEstimate:
     count = len(values)
     mean = math.fsum(values) / count
-    spread = math.fsum((value - mean) ** 2 for value in values)
-    error = math.sqrt(spread / (count - 1) / count) if count > 1 else math.inf
+    squares = math.fsum((value - mean) ** 2 for value in values)
+    error = math.sqrt(squares / (count - 1) / count) if count > 1 else math.inf
     return TraceEstimate(mean, error, count, error <= tolerance * abs(mean))
 
 
 def _as_weight(matrix: Tensor, layer: Layer) -> Tensor:
-    """A matrix [out, in] in the shape and dtype of the layer's weight."""
+    """Reshapes a matrix [out, in] to the shape and dtype of the layer's weight."""
     weight = layer.weight
     matrix = matrix.T if layer.kind == "conv1d" else matrix
     return matrix.reshape(weight.shape).to(weight)
+
+
+def _dense(gradient: Tensor) -> Tensor:
+    return gradient.to_dense() if gradient.is_sparse else gradient
 
 
 def _precise(weight: Tensor) -> torch.dtype:
@@ -258,7 +280,10 @@ def _precise(weight: Tensor) -> torch.dtype:
 
 @contextmanager
 def only_these_require_gradients(model: nn.Module, weights: list[nn.Parameter]) -> Iterator[None]:
-    """Gradients are asked for by `torch.autograd.grad`, so that `.grad` is never touched; the flags come back."""
+    """Lets only the given weights require gradients, and restores the flags afterwards.
+
+    Gradients are computed by `torch.autograd.grad`, so that `.grad` is never touched.
+    """
     before = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     wanted = set(map(id, weights))
     for parameter, _ in before:
@@ -280,7 +305,7 @@ def _no_second_derivative(operation: str, detail: str) -> CalibrationError:
 
 @contextmanager
 def naming_what_has_no_derivative() -> Iterator[None]:
-    """Turns torch's refusal to differentiate twice into our own error."""
+    """Converts torch's error on a missing second derivative into a CalibrationError that names the operation."""
     try:
         yield
     except RuntimeError as error:
@@ -296,8 +321,8 @@ def naming_what_has_no_derivative() -> Iterator[None]:
 def refuse_once_differentiable(loss: Tensor) -> None:
     """Refuses a `torch.autograd.Function` whose backward is marked @once_differentiable.
 
-    torch's own check is lost when gradients are asked for by `torch.autograd.grad`: the second derivative by way of
-    that function then silently counts as zero.
+    torch's own check does not work with `torch.autograd.grad`: the second derivative through such a function would
+    silently be zero.
     """
     waiting, seen = [loss.grad_fn], {loss.grad_fn}
     while waiting:
@@ -313,6 +338,6 @@ def refuse_once_differentiable(loss: Tensor) -> None:
 
 
 def _is_marked(backward: Callable[..., object]) -> bool:
-    """Whether this is the wrapper that `once_differentiable` puts around a backward."""
+    """Tells whether a backward is wrapped by `once_differentiable`."""
     code = getattr(backward, "__code__", None)
     return hasattr(backward, "__wrapped__") and "once_differentiable" in getattr(code, "co_qualname", "")

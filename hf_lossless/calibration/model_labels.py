@@ -1,46 +1,44 @@
-"""Labels drawn from the model's own predictions, for the true Fisher matrix.
+"""Draws labels from the model's own predictions, for the true Fisher matrix.
 
 The curvature of a loss that is a negative log-likelihood is estimated by second moments of its gradient. With the
-data's labels that is the empirical Fisher matrix, small on rows that the model knows by heart; with labels drawn from
-its own predictions it is the Fisher matrix itself, which is also the second derivative of the divergence from the
-model's predictions (Kunstner et al. 2019, arXiv 1905.12558). Several draws for each row leave less noise, at a backward
-pass each: on a ViT four draws for 128 rows were worth as much as 2,048 rows with the data's labels.
+data's labels this gives the empirical Fisher matrix, which is small on rows that the model has memorised; with labels
+drawn from the model's predictions it gives the Fisher matrix itself, which is also the second derivative of the
+divergence from the model's predictions (Kunstner et al. 2019, arXiv 1905.12558). Several draws for each row reduce the
+noise, at one backward pass each: on a ViT four draws for 128 rows were worth as much as 2,048 rows with the data's
+labels.
 
-Drawn are the classes of rows or of tokens, and the two ends of an answer. Which scores a label belongs to (those of its
-own token or of the one before, as for causal language models) is seen from which of both gives the model's loss.
+Labels are drawn for classes of rows or of tokens, and for the two ends of an answer. A label belongs to the scores of
+its own token, or of the token before in causal language models: the choice is the one that reproduces the model's loss.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from hf_lossless.calibration.perturbation import seeded_number
-from hf_lossless.calibration.statistics import Calibration, calibrate
-from hf_lossless.data.batches import Batch, batch_loss, loss_of_outputs, model_device, to_device
-from hf_lossless.storage.layers import Layer
+from hf_lossless.data.batches import Batch, loss_of_outputs, model_device, to_device
 
 DRAWS = 4
-"""Labels that are drawn for each row."""
+"""Number of labels drawn for each row."""
 
 _IGNORED = -100
-"""The label that losses leave out."""
+"""The label that losses ignore."""
 
 _ENDS = {"start_positions": "start_logits", "end_positions": "end_logits"}
 
 
 @dataclass(frozen=True)
 class ScoredLabels:
-    """Some labels of a batch, and the scores that they belong to.
+    """Labels of a batch with the scores that predict them.
 
     Attributes:
-        scores: [..., classes], float32.
-        labels: [...], as the batch has them.
+        scores: Scores of the labels, [..., classes], float32.
+        labels: The batch's labels, [...].
         skipped: Labels [:, :skipped] have no scores.
-        ignored: The label that the loss leaves out.
+        ignored: The label that the loss ignores.
     """
 
     scores: Tensor
@@ -50,12 +48,12 @@ class ScoredLabels:
 
     @property
     def loss(self) -> Tensor:
-        """Their mean cross-entropy."""
+        """Computes the labels' mean cross-entropy."""
         return F.cross_entropy(self.scores.flatten(0, -2), self._scored.flatten(), ignore_index=self.ignored)
 
     @property
     def used_scores(self) -> Tensor:
-        """The scores of the labels that the loss does not leave out, [labels, classes]."""
+        """Returns the scores of the labels that the loss does not ignore, [labels, classes]."""
         return self.scores.flatten(0, -2)[self._scored.flatten() != self.ignored]
 
     @property
@@ -63,7 +61,7 @@ class ScoredLabels:
         return self.labels[:, self.skipped :] if self.skipped else self.labels
 
     def drawn(self, generator: torch.Generator) -> Tensor:
-        """Others in their place, but where the loss leaves them out."""
+        """Draws new labels from the scores' probabilities; ignored labels stay ignored."""
         probabilities = self.scores.flatten(0, -2).softmax(-1).cpu()
         new = torch.multinomial(probabilities, 1, generator=generator)[:, 0].to(self.labels)
         drawn = self.labels.clone()
@@ -72,41 +70,35 @@ class ScoredLabels:
         return drawn
 
 
-def with_drawn_labels(model: nn.Module, batch: Batch, generator: torch.Generator) -> list[Batch] | None:
-    """`DRAWS` copies of a batch, each with labels drawn from what the model predicts; see `scored_labels`.
+def with_drawn_labels(batch: Batch, labels: Mapping[str, ScoredLabels], generator: torch.Generator) -> list[Batch]:
+    """Makes `DRAWS` copies of a batch, each with labels drawn from what the model predicts.
 
     Args:
-        model: In evaluation mode.
         batch: As for `batch_loss`.
+        labels: Of `scored_labels`.
         generator: On the CPU.
-
-    Returns:
-        None where the model's loss is not a cross-entropy of scores that it returns.
 
     Example:
         >>> batch = torch.zeros(2, 3), torch.tensor([0, 1])
         >>> certain = nn.Linear(3, 2).requires_grad_(False)
         >>> _ = certain.bias.copy_(torch.tensor([100.0, 0.0]))
-        >>> with_drawn_labels(certain, batch, torch.Generator().manual_seed(0))[0][1]
+        >>> with_drawn_labels(batch, scored_labels(certain, batch), torch.Generator().manual_seed(0))[0][1]
         tensor([0, 0])
     """
-    labels = scored_labels(model, batch)
-    if labels is None:
-        return None
     if isinstance(batch, Mapping):
         return [{**batch, **{name: one.drawn(generator) for name, one in labels.items()}} for _ in range(DRAWS)]
     return [(batch[0], labels["targets"].drawn(generator)) for _ in range(DRAWS)]
 
 
 def scored_labels(model: nn.Module, batch: Batch) -> dict[str, ScoredLabels] | None:
-    """The labels of a batch with the scores that they belong to, by name ("targets" of a pair); one forward pass.
+    """Finds the labels of a batch and their scores, by name ("targets" of a pair); one forward pass.
 
     Args:
         model: In evaluation mode.
-        batch: As for `batch_loss`.
+        batch: A batch, as for `batch_loss`.
 
     Returns:
-        None where the model's loss is not a cross-entropy of scores that it returns.
+        The labels by name; None where the model's loss is not a cross-entropy of scores that it returns.
     """
     batch = to_device(batch, model_device(model))
     with torch.no_grad():
@@ -115,14 +107,14 @@ def scored_labels(model: nn.Module, batch: Batch) -> dict[str, ScoredLabels] | N
         outputs = model(**batch)
         loss = loss_of_outputs(model, outputs, batch).float()
         found = [(one, _mean_loss(one)) for one in _candidates(outputs, batch)]
-        # Where a model can tell nothing, the scores of its own token and those of the one before give much the same.
+        # Of an uninformative model, the scores of the own token and of the one before give similar losses.
         labels, mean = min(found, key=lambda one: abs(one[1] - loss), default=(None, loss))
-        # To within what half precision loses.
+        # to within the rounding of half precision
         return labels if bool(mean.isfinite()) and torch.isclose(mean, loss, rtol=0.02, atol=0.01) else None
 
 
 def _of_pair(model: nn.Module, batch: Batch) -> dict[str, ScoredLabels] | None:
-    """The targets of a pair with their scores, the classes in the outputs' second dimension; None for other batches."""
+    """Finds the targets of a pair with their scores (classes in the outputs' second dimension); None for others."""
     if not isinstance(batch, tuple) or len(batch) != 2:
         return None
     outputs, targets = model(batch[0]), batch[1]
@@ -137,10 +129,10 @@ def _mean_loss(candidate: dict[str, ScoredLabels]) -> Tensor:
 
 
 def _candidates(outputs: Any, batch: Mapping[str, Any]) -> Iterator[dict[str, ScoredLabels]]:
-    """What may be the labels of a batch with their scores, by name."""
+    """Yields possible labels of a batch with their scores, by name."""
     if all(name in batch and hasattr(outputs, scores) for name, scores in _ENDS.items()):
         ends = {name: (getattr(outputs, scores).float(), batch[name]) for name, scores in _ENDS.items()}
-        # A position behind the last token is left out.
+        # A position behind the last token is ignored.
         yield {
             name: ScoredLabels(scores, labels.clamp(0, scores.shape[1]), ignored=scores.shape[1])
             for name, (scores, labels) in ends.items()
@@ -155,71 +147,15 @@ def _candidates(outputs: Any, batch: Mapping[str, Any]) -> Iterator[dict[str, Sc
             yield {"labels": ScoredLabels(scores[:, :-1].float(), labels, skipped=1)}
 
 
-@dataclass(frozen=True)
-class DrawnBatches:
-    """Batches with labels drawn from the model's predictions.
-
-    Attributes:
-        batches: Several of each batch of the data.
-        halves: The half, 0 or 1, of each: that of the batch of the data.
-    """
-
-    batches: list[Batch]
-    halves: list[int]
-
-
-def drawn_batches(model: nn.Module, batches: list[Batch], seed: int) -> DrawnBatches | None:
-    """Draws labels for all batches; None where the model's loss is not a cross-entropy of its scores.
-
-    Args:
-        model: In evaluation mode.
-        batches: As for `batch_loss`.
-        seed: Of the draws.
-    """
-    drawn = []
-    halves = []
-    for index, batch in enumerate(batches):
-        copies = with_drawn_labels(model, batch, torch.Generator().manual_seed(seeded_number(seed, index)))
-        if copies is None:
-            return None
-        drawn += copies
-        halves += [index % 2] * len(copies)
-    return DrawnBatches(drawn, halves)
-
-
-def with_fisher(
-    calibration: Calibration,
-    model: nn.Module,
-    drawn: DrawnBatches,
-    layers: list[Layer],
-    advance: Callable[[], object] = lambda: None,
-) -> Calibration:
-    """The statistics with the curvature of drawn labels.
-
-    Args:
-        calibration: Of the data.
-        model: In evaluation mode.
-        drawn: Batches with drawn labels.
-        layers: The layers to watch.
-        advance: Called after every batch.
-    """
-    found = calibrate(model, drawn.batches, layers, batch_loss, advance, curvature=True, halves=drawn.halves).layers
-    statistics = {
-        name: replace(one, curvature=found[name].curvature, halves=found[name].halves)
-        for name, one in calibration.layers.items()
-    }
-    return replace(calibration, layers=statistics)
-
-
 def log_probabilities(model: nn.Module, batches: Iterable[Batch]) -> list[Tensor] | None:
-    """What a model predicts for every label of some batches, float32 [labels, classes] each.
+    """Computes the log-probabilities of every label's classes, float32 [labels, classes] for each batch's labels.
 
     Args:
         model: In evaluation mode.
         batches: As for `batch_loss`.
 
     Returns:
-        None where the model's loss is not a cross-entropy of scores that it returns.
+        The log-probabilities; None where the model's loss is not a cross-entropy of scores that it returns.
     """
     found = []
     for batch in batches:
@@ -231,7 +167,7 @@ def log_probabilities(model: nn.Module, batches: Iterable[Batch]) -> list[Tensor
 
 
 def divergence(before: list[Tensor], after: list[Tensor]) -> float:
-    """`mean sum_c p_c log(p_c / q_c)` over all labels, p before and q after.
+    """Computes the mean divergence `mean sum_c p_c log(p_c / q_c)` over all labels, p before and q after.
 
     Example:
         >>> even = torch.tensor([[0.5, 0.5]]).log()

@@ -1,7 +1,7 @@
-"""The loss under noise: what LLC calls f(M), f_input and f_weight.
+"""Measures the loss under noise: LLC's f(M), f_input and f_weight.
 
-Noise is drawn from generators that are seeded by what is perturbed and by which batch, so that it does not depend on
-how the batches are spread over processes.
+The noise generators are seeded by layer and batch, so that the noise does not depend on how batches are spread over
+processes.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -23,9 +23,11 @@ def mean_loss_share(
     loss: LossFunction,
     before_batch: Callable[[int], object] = lambda index: None,
 ) -> float:
-    """This process's part of the mean loss over all examples; the parts of all processes sum to it. One forward pass.
+    """Computes this process's part of the mean loss over all examples; one forward pass.
 
-    Under strong noise the loss may be NaN or infinite, and so is then the part.
+    The parts of all processes sum to the mean loss.
+
+    Under strong noise the loss, and so its part, may be NaN or infinite.
 
     Args:
         model: In evaluation mode.
@@ -45,7 +47,7 @@ def mean_loss_share(
 
 
 def mean_loss(model: nn.Module, batches: list[Batch], loss: LossFunction) -> float:
-    """The mean loss over all examples, the same in every process. One forward pass."""
+    """Computes the mean loss over all examples, the same in every process; one forward pass."""
     share = torch.tensor([mean_loss_share(model, batches, loss)], dtype=torch.float64)
     return sum_over_processes(share).item()
 
@@ -53,7 +55,7 @@ def mean_loss(model: nn.Module, batches: list[Batch], loss: LossFunction) -> flo
 class LossChange(NamedTuple):
     """A change of the mean loss over all examples, and its standard error.
 
-    The error is that of a mean over batches, which differ by what rows they have; 0 where there is one batch only.
+    The standard error is that of a mean over batches, whose rows differ; it is 0 where there is only one batch.
     """
 
     mean: float
@@ -63,16 +65,16 @@ class LossChange(NamedTuple):
 def loss_change(
     model: nn.Module, batches: list[Batch], loss: LossFunction, batch_losses: Sequence[float]
 ) -> LossChange:
-    """How the mean loss has changed since each batch had the loss in `batch_losses`; one forward pass.
+    """Measures the change of the mean loss against the losses in `batch_losses`; one forward pass.
 
     Args:
         model: In evaluation mode.
         batches: All batches, the same list in every process.
         loss: Mean loss of a batch.
-        batch_losses: Of the model as it was.
+        batch_losses: Loss of each batch before the change of the model.
 
     Returns:
-        The same in every process; NaN or infinity where the loss is not finite.
+        The change, the same in every process; NaN or infinity where the loss is not finite.
     """
     device = model_device(model)
     now = torch.zeros(len(batches), dtype=torch.float64)
@@ -83,13 +85,13 @@ def loss_change(
     weights = torch.tensor([num_examples(batch) for batch in batches], dtype=torch.float64)
     weights /= weights.sum()
     mean = weights @ changes
-    spread = (weights * (changes - mean)).square().sum() * len(batches) / max(len(batches) - 1, 1)
-    return LossChange(mean.item(), spread.sqrt().item())
+    squares = (weights * (changes - mean)).square().sum() * len(batches) / max(len(batches) - 1, 1)
+    return LossChange(mean.item(), squares.sqrt().item())
 
 
 @contextmanager
 def weight_noise(layer: Layer, noise: Tensor) -> Iterator[None]:
-    """Adds `noise` [out, in] to a layer's weight, and puts the weight back exactly."""
+    """Adds `noise` [out, in] to a layer's weight inside the context, and restores the weight exactly."""
     weight = layer.weight.data
     before = weight.clone()
     # `matrix` is no view of a channels-last kernel, so the sum is written by way of the weight itself.
@@ -103,7 +105,7 @@ def weight_noise(layer: Layer, noise: Tensor) -> Iterator[None]:
 
 @contextmanager
 def input_noise(model: nn.Module, layer: Layer, draw: Callable[[Tensor], Tensor]) -> Iterator[None]:
-    """Adds `draw(input)` to the real-valued inputs of a layer and of the modules tied to it."""
+    """Adds `draw(input)` to the real-valued inputs of a layer and of the modules tied to it, inside the context."""
 
     def add(module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> tuple[Any, Any] | None:
         values = layer_input(arguments, keywords)
@@ -120,12 +122,12 @@ def input_noise(model: nn.Module, layer: Layer, draw: Callable[[Tensor], Tensor]
 
 
 def one_sided_noise(shape: torch.Size, sign: float, generator: torch.Generator) -> Tensor:
-    """`sign * |random|` with random ~ N(0, 1), on the CPU whatever the model's device, so that it is the same there."""
+    """Draws `sign * |random|` with random ~ N(0, 1), on the CPU, so that it is the same for all devices."""
     return sign * torch.randn(shape, generator=generator).abs_()
 
 
 def seeded_number(*numbers: int) -> int:
-    """One seed of several numbers, the same in every process."""
+    """Combines several numbers into one seed, the same in every process."""
     seed = 0
     for number in numbers:
         seed = (seed * 1_000_003 + number + 1) % 2**62

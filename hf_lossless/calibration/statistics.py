@@ -1,4 +1,4 @@
-"""One forward-backward pass over the calibration data, and what it leaves for each layer.
+"""One forward-backward pass over the calibration data, and the statistics it gathers for each layer.
 
 Notation (LLC Eq. 3): `p` is the gradient of the mean loss, with respect to a layer's input h (activations) or to its
 weight w. The moments are over the elements of the vector, as LLC Eq. 7 has them: E[p] = (1/k) p . 1.
@@ -29,7 +29,7 @@ from hf_lossless.storage.layers import Layer, as_matrix, modules_of
 
 @dataclass(frozen=True)
 class Moments:
-    """Mean and variance over the elements of a vector, and how many there are."""
+    """Mean and variance over the elements of a vector, and their number."""
 
     mean: float
     variance: float
@@ -37,7 +37,7 @@ class Moments:
 
     @property
     def is_zero(self) -> bool:
-        """Whether all elements are zero."""
+        """Tells whether all elements are zero."""
         return self.mean == 0 and self.variance == 0
 
 
@@ -50,7 +50,7 @@ class InputStatistics:
         mean_deviation: E|x - E x|, the scale b of a Laplace density; E x is taken batch by batch.
         minimum: Least input.
         maximum: Largest input.
-        gradient: Moments of dl/dh, by way of this layer alone where others use the same h.
+        gradient: Moments of dl/dh through this layer alone, where other layers use the same h.
     """
 
     values: Moments
@@ -62,18 +62,18 @@ class InputStatistics:
 
 @dataclass(frozen=True)
 class LayerStatistics:
-    """What the pass leaves for one layer.
+    """The statistics of one layer.
 
     Attributes:
-        calls: How often the layer ran on something; 0 means that the loss does not reach it by way of its own forward.
-        inputs: Its input's statistics; None for integer inputs (embeddings).
+        calls: Number of calls with non-empty input; 0 means that the loss does not depend on the layer's own forward.
+        inputs: Statistics of the layer's input; None for integer inputs (embeddings).
         weight_gradient: Moments of dl/dw of the mean loss.
         gradient: dl/dw itself as a matrix [out, in], float32; None unless asked for.
         curvature: Factors of the second derivatives of the mean loss; None unless asked for.
-        halves: The same of the even batches alone and of the odd ones, to judge on one what was fitted to the other;
-            None unless asked for, and where there is one batch only.
-        activations: What rounding its input would do to the loss; None unless asked for, for integer inputs and for
-            tied layers.
+        halves: The same factors of the even and of the odd batches alone, to fit to one half and judge on the other;
+            None unless asked for, and where there is only one batch.
+        activations: Statistics to predict the loss change of rounding the input; None unless asked for, for integer
+            inputs and for tied layers.
     """
 
     calls: int
@@ -86,17 +86,27 @@ class LayerStatistics:
 
     @property
     def has_derivatives(self) -> bool:
-        """Whether the layer ran, its gradient is not zero, nor its curvature, which in float16 may have vanished."""
+        """Tells whether the layer ran and has a non-zero gradient and curvature (in float16 these may underflow)."""
         vanished = self.curvature is not None and self.curvature.scale == 0
         return bool(self.calls) and not self.weight_gradient.is_zero and not vanished
+
+    @property
+    def underflows(self) -> bool:
+        """Tells whether the weight's derivatives underflow, though the loss depends on the layer's input.
+
+        Derivatives by the weight are products of inputs and gradients, and may be too small for a floating dtype.
+        """
+        inputs = self.inputs
+        reached = inputs is not None and not inputs.values.is_zero and not inputs.gradient.is_zero
+        return reached and not self.has_derivatives
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """The result of `calibrate`.
+    """The statistics of all layers, and the loss, of one calibration pass.
 
     Attributes:
-        layers: Statistics by layer name.
+        layers: Statistics of each layer, by name.
         loss: Mean loss over all examples, the f(M) of LLC Algorithm 1.
         num_examples: Examples seen, over all processes.
         batch_losses: Mean loss of each batch.
@@ -108,7 +118,7 @@ class Calibration:
     batch_losses: tuple[float, ...] = ()
 
     def without_tensors(self) -> "Calibration":
-        """The same without tensors: a few numbers for each layer, fit to be kept with the model."""
+        """Returns the statistics without tensors: a few numbers for each layer, to be kept with the model."""
         layers = {
             name: replace(layer, gradient=None, curvature=None, halves=None, activations=None)
             for name, layer in self.layers.items()
@@ -118,7 +128,7 @@ class Calibration:
 
 @dataclass
 class _Sums:
-    """Running sums of one layer, as a vector that can be added over processes; extremes apart."""
+    """Running sums of one layer, as one vector that is summed over processes, and the extremes."""
 
     totals: Tensor = field(default_factory=lambda: torch.zeros(7, dtype=torch.float64))
     extremes: Tensor = field(default_factory=lambda: torch.full((2,), -math.inf, dtype=torch.float64))  # -min, max
@@ -168,7 +178,7 @@ def calibrate(
     activation_bits: Sequence[int] = (),
     halves: Sequence[int] | None = None,
 ) -> Calibration:
-    """One forward-backward pass; the model's weights, gradients and flags are as before afterwards.
+    """Gathers the layers' statistics in one forward-backward pass.
 
     Args:
         model: In evaluation mode.
@@ -176,16 +186,16 @@ def calibrate(
         layers: The layers to watch.
         loss: Mean loss of a batch.
         advance: Called after every batch, for a progress bar.
-        gradients: Keep the gradient of every layer's weight.
-        curvature: Gather the Kronecker factors of every layer's curvature. On one CPU core the pass takes 1.5 times as
-            long for the transformers it was measured on and 2.5 times for a ResNet, whose patches are nine times its
-            input; and see `curvature.LARGEST_FACTOR` for the memory.
-        activation_bits: Gather what rounding inputs to these widths would do to the loss; see `activations`.
-        halves: The half, 0 or 1, that each batch's curvature belongs to; None: they take turns.
+        gradients: Whether to keep the gradient of every layer's weight.
+        curvature: Whether to gather the Kronecker factors of every layer's curvature. On one CPU core the pass then
+            takes 1.5 times as long for transformers and 2.5 times for a ResNet, whose patches are nine times its input;
+            see `curvature.LARGEST_FACTOR` for the memory.
+        activation_bits: Widths for which to gather the loss change of rounding inputs; see `activations`.
+        halves: The half, 0 or 1, that each batch's curvature belongs to; None: batches alternate.
 
     Returns:
-        Statistics, the same in every process. Costs one forward and one backward pass, and the memory of one gradient
-        per layer.
+        Statistics, the same in every process. They cost one forward and one backward pass, and the memory of one
+        gradient per layer. The model's weights, gradients and flags are restored.
 
     Raises:
         CalibrationError: The loss of a batch is not finite, or does not depend on the layers.
@@ -210,7 +220,7 @@ def calibrate(
                 share = num_examples(batch) / total_examples
                 (value * share).backward()  # type: ignore[no-untyped-call]
                 batch_losses[index] = value.detach()
-                del value  # and with it the graph, whose hooks hold the layers' inputs
+                del value  # this frees the graph, whose hooks hold the layers' inputs
                 advance()
         weight_gradients = {layer.name: sum_over_processes(_dense_gradient(layer.weight)) for layer in layers}
     for layer_sums in sums.values():
@@ -227,8 +237,9 @@ def calibrate(
         factors = curvatures.curvature_of(layer.name)
         if factors and not factors["curvature"].is_finite:
             raise CalibrationError(
-                f"the second moments of layer {layer.name!r} overflow: its inputs or gradients are too large. "
-                "Check the scale of the inputs and the loss, or keep this layer out with modules_to_not_convert."
+                f"the second moments of layer {layer.name!r} overflow: its inputs or gradients are too large for "
+                "float32 (3e38). Check the scale of the inputs and the loss, or keep this layer out with "
+                "modules_to_not_convert."
             )
         statistics[layer.name] = replace(
             sums[layer.name].statistics(gradient),
@@ -242,7 +253,7 @@ def calibrate(
 
 
 def _check(loss: Tensor, index: int, num_batches: int) -> None:
-    """Refuses a loss that is not finite, or has no gradient."""
+    """Raises an error for a loss that is not finite or has no gradient."""
     if not torch.isfinite(loss).all():
         raise CalibrationError(
             f"the loss of calibration batch {index + 1} of {num_batches} is {loss.item()}. "
@@ -268,7 +279,7 @@ def _moments(total: float, square: float, count: float) -> Moments:
 
 @contextmanager
 def _only_gradients_of(model: nn.Module, layers: list[Layer]) -> Iterator[None]:
-    """Only the layers' weights require a gradient, starting from none; flags and gradients come back afterwards."""
+    """Lets only the layers' weights require a gradient, from zero; restores flags and gradients afterwards."""
     parameters = list(model.parameters())
     before = [(parameter.requires_grad, parameter.grad) for parameter in parameters]
     wanted = {id(layer.weight) for layer in layers}
@@ -291,7 +302,7 @@ def _watched(
     halves: HalvedCurvature,
     activations: dict[str, ActivationSums],
 ) -> Iterator[None]:
-    """Hooks that feed the sums; a tied layer counts the calls of every module that uses its weight."""
+    """Registers hooks that feed the sums; a tied layer counts the calls of every module that uses its weight."""
     handles = []
     for layer in layers:
         hook = _input_hook(sums[layer.name], activations.get(layer.name))
@@ -310,7 +321,7 @@ def _watched(
 def _input_hook(layer_sums: _Sums, activations: ActivationSums | None) -> Callable[..., tuple[Any, Any] | None]:
     def watch(module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> tuple[Any, Any] | None:
         values = layer_input(arguments, keywords)
-        if values.numel():  # an expert that no token is sent to has learnt nothing of what an error in it would do
+        if values.numel():  # a call of an expert without tokens measures nothing
             layer_sums.add_call()
         if not values.is_floating_point():
             return None
@@ -318,11 +329,11 @@ def _input_hook(layer_sums: _Sums, activations: ActivationSums | None) -> Callab
         # An alias of the input that this layer alone uses: its gradient is that of an error in this layer's input (the
         # e_i of Eq. 3), without the paths by which other layers and residual connections use the same tensor.
         values = values.view_as(values)
-        if not values.requires_grad:  # the model's own input, or what only frozen layers have touched
+        if not values.requires_grad:  # the model's own input, or the output of frozen layers
             values = values.detach().requires_grad_()
         values.register_hook(layer_sums.add_gradient)  # type: ignore[no-untyped-call]
         if activations is not None:
-            seen = values.detach()  # autograd keeps the same memory for the weight's sake
+            seen = values.detach()  # no copy: autograd keeps it for the weight's gradient
             values.register_hook(lambda gradient: activations.add(seen, gradient))  # type: ignore[no-untyped-call]
         return with_layer_input(values, arguments, keywords)
 
@@ -334,14 +345,14 @@ def _output_hook(
 ) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any], Tensor], None]:
     def watch(module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any], output: Tensor) -> None:
         if output.requires_grad:
-            inputs = layer_input(arguments, keywords).detach()  # autograd keeps the same memory for the weight's sake
+            inputs = layer_input(arguments, keywords).detach()  # no copy: autograd keeps it for the weight's gradient
             output.register_hook(lambda gradient: halves.add(name, module, inputs, gradient))  # type: ignore[no-untyped-call]
 
     return watch
 
 
 def layer_input(arguments: tuple[Any, ...], keywords: dict[str, Any]) -> Tensor:
-    """The tensor that a layer is called with, given by position or by name."""
+    """Returns the input tensor of a layer's call, given by position or by name."""
     values = arguments[0] if arguments else next(iter(keywords.values()))
     assert isinstance(values, Tensor)
     return values
@@ -350,7 +361,7 @@ def layer_input(arguments: tuple[Any, ...], keywords: dict[str, Any]) -> Tensor:
 def with_layer_input(
     values: Tensor, arguments: tuple[Any, ...], keywords: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The arguments of a layer's call with another input tensor, for a forward pre-hook to return."""
+    """Replaces the input tensor in the arguments of a layer's call, for a forward pre-hook to return."""
     if arguments:
         return (values, *arguments[1:]), keywords
     return arguments, {**keywords, next(iter(keywords)): values}

@@ -1,1 +1,1 @@
-"""Ways to store one layer: grids (`uniform`, `feedback`), factors (`low_rank`), and what is proposed (`menu`)."""
+"""Ways to store a layer: grids, factors and entropy-coded grids, and the proposal of candidates (`propose`)."""

@@ -1,13 +1,12 @@
-"""Static ranges of activations: which are tried, and what error each leaves, value by value.
+"""Chooses the static range of a layer's input by the weighted squared error over a histogram.
 
-Tried are the whole range that was seen, its two ends drawn in independently by the powers of `SHRINKAGE`, and the two
-ranges that ACIQ would clip to (see `clipping`), `E x +- alpha`, for a Laplace and for a Gauss density. After a ReLU or
-a GELU one end of these reaches beyond what was seen, and is cut off there.
+The candidates are the full observed range, ranges with its two ends shrunk independently by the factors `SHRINKAGE`,
+and ACIQ's two clipping ranges (see `clipping`), `E x +- alpha`, for a Laplace and a Gauss density. After a ReLU or a
+GELU one end of ACIQ's ranges exceeds the observed range, and is clamped to it.
 
-ACIQ's ranges by themselves do not go far enough where a few values are a hundred times as large as the others: with
-all inputs of MiniLM at 8, 6 and 4 bits the divergence on 512 other rows was 0.0036, 0.095 and 0.120 with the whole
-range and ACIQ's to choose from, and 0.0025, 0.020 and 0.085 with all that are tried here. On a ViT it made no
-difference.
+ACIQ's ranges alone do not clip enough where a few values are a hundred times as large as the others: with
+all inputs of MiniLM at 8, 6 and 4 bits the divergence on 512 other rows was 0.0036, 0.095 and 0.120 with the full range
+and ACIQ's as candidates, and 0.0025, 0.020 and 0.085 with all candidates above. On a ViT it made no difference.
 """
 
 import itertools
@@ -23,20 +22,20 @@ from hf_lossless.candidates.clipping import gaussian_clip, laplace_clip
 from hf_lossless.storage.activation_grid import StaticGrid, scale_and_zero
 
 SHRINKAGE = tuple(0.8**power for power in range(15))
-"""What the ends of the whole range are multiplied by; the last is 0.04."""
+"""Factors for the ends of the full range; the last is 0.04."""
 
 _NARROW = 1e-6
-"""An interval of so small a part of a step counts as one value: the difference of its ends' integrals would cancel."""
+"""Intervals below this share of a step count as one value, since the difference of their integrals would cancel."""
 
 
 def best_static_grid(
     inputs: InputStatistics, activations: ActivationStatistics, bits: int
 ) -> tuple[StaticGrid, Tensor]:
-    """The grid with the least weighted squared error among those that are tried.
+    """Finds the static grid with the least weighted squared error among the candidate ranges.
 
-    A value's error weighs half by the curvature of the loss there and half as much as any other's: by the curvature
-    alone, ranges would be taken that clip what just these calibration rows do not react to. With all inputs at 4 bits
-    they caused twice the divergence on other rows: 0.111 against 0.051 on MiniLM, 0.0093 against 0.0054 on a ViT.
+    The weight of a value's error is half the curvature of the loss at that value and half the mean curvature. Weighted
+    by the curvature alone, ranges clip values that only these calibration rows are insensitive to: with all inputs at 4
+    bits they caused twice the divergence on other rows: 0.111 against 0.051 on MiniLM, 0.0093 against 0.0054 on a ViT.
 
     Args:
         inputs: The layer input's distribution.
@@ -60,7 +59,7 @@ def best_static_grid(
 
 
 def _ranges(inputs: InputStatistics, bits: int) -> Iterator[tuple[float, float]]:
-    """Pairs (low, high), the whole range first."""
+    """Yields pairs (low, high), the full range first."""
     for low_share, high_share in itertools.product(SHRINKAGE, repeat=2):
         yield inputs.minimum * low_share, inputs.maximum * high_share
     mean, deviation = inputs.values.mean, math.sqrt(inputs.values.variance)
@@ -69,10 +68,10 @@ def _ranges(inputs: InputStatistics, bits: int) -> Iterator[tuple[float, float]]
 
 
 def squared_errors(lower: Tensor, upper: Tensor, scale: Tensor, zero: Tensor, bits: int) -> Tensor:
-    """Mean of `e^2` over intervals, were values spread evenly in them.
+    """Computes the mean of `e^2` over intervals in which values are uniformly distributed.
 
-    In units of the scale, and with c(u) the level that u goes to, the integral of the squared error is, for values
-    inside the range and beyond it,
+    In units of the scale, with c(u) the level nearest to u, the integral of the squared error is, inside and outside of
+    the range,
 
         int_0^u (v - c(v))^2 dv  =  c(u) / 12 + (u - c(u))^3 / 3
 
@@ -80,11 +79,11 @@ def squared_errors(lower: Tensor, upper: Tensor, scale: Tensor, zero: Tensor, bi
         lower: Lower ends, float64 [intervals].
         upper: Upper ends, float64 [intervals].
         scale: Scales of some grids, [grids, 1].
-        zero: Their zeros, [grids, 1].
+        zero: Zero points of the grids, [grids, 1].
         bits: Width of a code.
 
     Returns:
-        float64 [grids, intervals].
+        The mean squared errors, float64 [grids, intervals].
 
     Example:
         >>> ends = torch.tensor([0.0]).double(), torch.tensor([5.0]).double()  # five whole steps inside the range

@@ -1,4 +1,4 @@
-"""Quantisation noise of activations: step and size of the error that a width would cause, from their distribution.
+"""Step and error of quantised activations at a width, from the distribution of the inputs.
 
 The range is that of ACIQ (see `clipping`) for a Laplace or a Gaussian density, whichever the ratio of standard
 deviation to mean deviation is nearer to: sqrt(2) for Laplace, sqrt(pi / 2) for Gauss.
@@ -18,7 +18,7 @@ _GAUSS_RATIO = math.sqrt(math.pi / 2)
 
 @dataclass(frozen=True)
 class ActivationNoise:
-    """What quantising a layer's input at some width does.
+    """The step and the error of a layer's input quantised at some width.
 
     Attributes:
         step: Distance between levels, the `scale_input` of LLC Algorithm 1.
@@ -30,7 +30,7 @@ class ActivationNoise:
 
 
 def activation_noise(inputs: InputStatistics, bits: int) -> ActivationNoise:
-    """Step and error of `bits`-bit activations: `rms^2 = clipped tail + step^2 / 12`.
+    """Computes step and error of `bits`-bit activations: `rms^2 = clipped tail + step^2 / 12`.
 
     Args:
         inputs: The layer input's distribution.
@@ -39,7 +39,7 @@ def activation_noise(inputs: InputStatistics, bits: int) -> ActivationNoise:
     deviation = math.sqrt(inputs.values.variance)
     if inputs.minimum == inputs.maximum or deviation == 0:
         return ActivationNoise(0.0, 0.0)
-    # No mean deviation at all: inputs that are constant in each call, but not the same in all.
+    # The mean deviation is 0 where inputs are constant in each call but differ between calls.
     if inputs.mean_deviation and deviation / inputs.mean_deviation > (_LAPLACE_RATIO + _GAUSS_RATIO) / 2:
         scale, clip = inputs.mean_deviation, laplace_clip(bits)
         tail = 2 * scale**2 * math.exp(-clip)
@@ -47,7 +47,7 @@ def activation_noise(inputs: InputStatistics, bits: int) -> ActivationNoise:
         scale, clip = deviation, gaussian_clip(bits)
         tail = 2 * scale**2 * float((1 + clip**2) * norm.sf(clip) - clip * norm.pdf(clip))
     reach = max(inputs.maximum - inputs.values.mean, inputs.values.mean - inputs.minimum)
-    if clip * scale >= reach:  # nothing lies outside: no tail is cut
+    if clip * scale >= reach:  # the range covers all inputs: no tail is clipped
         clip, tail = reach / scale, 0.0
     step = clip * scale / 2 ** (bits - 1)
     return ActivationNoise(step, math.sqrt(tail + step**2 / 12))

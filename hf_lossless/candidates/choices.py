@@ -1,4 +1,4 @@
-"""`Choices`: which layers may be compressed, and what each of them may be stored as."""
+"""`Choices`: which layers may be compressed, and which ways to store them are proposed."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -9,25 +9,25 @@ from hf_lossless.storage.plan import KEPT_BITS, STORAGES
 from hf_lossless.storage.runtime.runtimes import Runtime, checked_runtime
 
 Truncation = Literal["plain", "descent", "metric"]
-"""How a matrix is cut to a rank: the plain SVD (LLC), one whose error does not point up the gradient (LoD), or the SVD
-in the metric of the loss."""
+"""How a matrix is truncated to a rank: by the plain SVD (LLC), by one whose error does not point up the gradient (LoD),
+or by the SVD in the metric of the loss."""
 
 
 @dataclass(frozen=True)
 class Choices:
-    """What the knapsack may choose from.
+    """The layers to compress and the ways to store them among which the knapsack chooses.
 
-    Lists and single values are taken too; they are checked and put in order.
+    Lists and single values are accepted too; values are checked and sorted.
 
     Attributes:
-        bits: Widths of grids, 1 to 8, ascending; 16 stands for keeping a layer as it is.
+        bits: Widths of grids, 1 to 8, ascending; 16 stands for keeping a layer unchanged.
         storage: Kinds of grids, of `STORAGES`.
         group_size: Inputs that share a scale; None: one scale per output channel.
         symmetric: Whether grids are symmetric.
         ranks: "auto", ranks by layer name or pattern, or None: no factors.
         activation_bits: Widths of quantised inputs, 2 to 8; None among them: floating point.
-        modules_to_not_convert: Modules to leave alone.
-        keep_head: Whether everything outside the base model is left alone.
+        modules_to_not_convert: Modules that are not compressed.
+        keep_head: Whether modules outside of the base model are not compressed.
         runtime: How the compressed model is computed (`storage.runtime.runtimes`).
 
     Raises:
@@ -66,12 +66,12 @@ activation_bits=(None,), modules_to_not_convert=(), keep_head=False, runtime='au
 
     @property
     def activation_widths(self) -> tuple[int, ...]:
-        """The widths among `activation_bits`."""
+        """Returns the widths among `activation_bits`."""
         return tuple(width for width in self.activation_bits if width is not None)
 
 
 def _widths(bits: Any) -> tuple[int, ...]:
-    """The widths, each once, in order."""
+    """Checks and sorts the widths, each once."""
     widths = list(bits) if isinstance(bits, Iterable) else [bits]
     allowed = (*range(1, 9), KEPT_BITS)
     wrong = [width for width in widths if not isinstance(width, int) or isinstance(width, bool) or width not in allowed]
@@ -84,7 +84,7 @@ def _widths(bits: Any) -> tuple[int, ...]:
 
 
 def _activation_widths(bits: Any) -> tuple[int | None, ...]:
-    """None first where it is given, then the widths, each once, in order."""
+    """Checks and sorts the activation widths, each once, None first where it is given."""
     given = list(bits) if isinstance(bits, Iterable) and not isinstance(bits, str) else [bits]
     widths = [width for width in given if width is not None]
     wrong = [width for width in widths if type(width) is not int or not 2 <= width <= 8]
@@ -97,7 +97,7 @@ def _activation_widths(bits: Any) -> tuple[int | None, ...]:
 
 
 def _storages(storage: Any) -> tuple[str, ...]:
-    """The kinds of storage, each once, in their order."""
+    """Checks the kinds of storage and puts them in the order of `STORAGES`, each once."""
     given = [storage] if isinstance(storage, str) else list(storage) if isinstance(storage, Iterable) else [storage]
     wrong = [one for one in given if one not in STORAGES]
     if wrong or not given:
@@ -109,7 +109,7 @@ def _storages(storage: Any) -> tuple[str, ...]:
 
 
 def _ranks(ranks: Any) -> Literal["auto"] | dict[str, tuple[int, ...]] | None:
-    """Ranks by layer name, each once, in order."""
+    """Checks and sorts the ranks of each layer name, each once."""
     if ranks is None:
         return None
     if isinstance(ranks, str) and ranks == "auto":

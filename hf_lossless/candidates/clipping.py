@@ -20,7 +20,15 @@ from scipy.stats import norm
 
 @cache
 def laplace_clip(bits: int) -> float:
-    """Optimal alpha / b for a Laplace density of scale b = E|x - E x|; ACIQ prints 2.83, 3.89 and 5.03.
+    """Computes the optimal alpha / b for a Laplace density of scale b = E|x - E x|.
+
+    ACIQ prints 2.83, 3.89 and 5.03 for 2, 3 and 4 bits.
+
+    Args:
+        bits: Width of a code.
+
+    Returns:
+        alpha / b.
 
     Example:
         >>> [round(laplace_clip(bits), 3) for bits in (2, 3, 4)]
@@ -31,7 +39,15 @@ def laplace_clip(bits: int) -> float:
 
 @cache
 def gaussian_clip(bits: int) -> float:
-    """Optimal alpha / sigma for a Gaussian density of standard deviation sigma; ACIQ prints 1.71, 2.15 and 2.55.
+    """Computes the optimal alpha / sigma for a Gaussian density of standard deviation sigma.
+
+    ACIQ prints 1.71, 2.15 and 2.55 for 2, 3 and 4 bits.
+
+    Args:
+        bits: Width of a code.
+
+    Returns:
+        alpha / sigma.
 
     Example:
         >>> [round(gaussian_clip(bits), 3) for bits in (2, 3, 4)]

@@ -1,4 +1,4 @@
-"""Entropy-coded grids to choose from, for one layer: the ladder of `shaped`, each with its bytes."""
+"""Proposes entropy-coded grids for one layer: the ladder of `shaped`, each with its bytes."""
 
 import math
 from collections.abc import Iterator
@@ -7,48 +7,35 @@ from itertools import pairwise
 import torch
 
 from hf_lossless.calibration.statistics import LayerStatistics
+from hf_lossless.candidates.damping import shaped_damping
 from hf_lossless.candidates.grids import Candidate
 from hf_lossless.candidates.inverse_roots import InverseRoots
 from hf_lossless.candidates.shaped import Sample, coded_bytes, ladder, try_step
-from hf_lossless.storage.layers import Layer, LayerKind
-from hf_lossless.storage.plan import CodedGrid, Damping
-
-DAMPING = Damping(rows=1.0, columns=0.1)
-"""Of the ladders in `recipes/benchmarks/information_limit.py`, with 128 calibration rows. At mild ratios all from 0.03
-to 1 do alike; at high ones, less damping lets feedback bring errors that other rows object to, ten times and more."""
-
-EMBEDDING_DAMPING = Damping(rows=1.0, columns=0.3)
-"""The same for an embedding. Its rows are counts of tokens, and their damping is the floor of rate for tokens that the
-calibration rows do not have: none counts for less than the mean."""
-
-
-def damping_of(kind: LayerKind, scale: float) -> Damping:
-    """The damping of the metric that shapes a layer's steps: so many times the default."""
-    default = EMBEDDING_DAMPING if kind == "embedding" else DAMPING
-    return Damping(rows=scale * default.rows, columns=scale * default.columns)
+from hf_lossless.storage.layers import Layer
+from hf_lossless.storage.plan import CodedGrid
 
 
 def propose_coded(layer: Layer, statistics: LayerStatistics, seed: int, damping_scale: float) -> list[Candidate]:
-    """The shaped grids of a layer, the finest first; only those that take fewer bytes than the weight as it is.
+    """Proposes the shaped grids of a layer, finest first, that take fewer bytes than the original weight.
 
     Args:
         layer: The layer, with real weights.
-        statistics: Its statistics, with curvature; without a positive one there are none.
-        seed: Of the noise that stands for feedback.
-        damping_scale: What dampings are multiplied by, see `candidates.damping`.
+        statistics: Its statistics, with curvature; no grids are proposed where that is missing or zero.
+        seed: Seed of the noise that simulates feedback.
+        damping_scale: Factor of the default dampings, see `candidates.damping_choice`.
     """
     curvature = statistics.curvature
     if curvature is None or not curvature.scale > 0 or not curvature.is_finite:
         return []
-    damping = damping_of(layer.kind, damping_scale)
-    sides = InverseRoots.of(curvature, damping)
+    damping = shaped_damping(layer.kind, damping_scale)
+    roots = InverseRoots.of(curvature, damping)
     matrix = layer.matrix.detach().float()
-    sample = Sample.of(matrix, sides, torch.Generator().manual_seed(seed))
+    sample = Sample.of(matrix, roots, torch.Generator().manual_seed(seed))
     out_features, in_features = matrix.shape
     tried: list[tuple[float, float, float]] = []
-    for step in ladder(matrix, sides):
-        trial = try_step(step, sample, sides)
-        tried.append((step, coded_bytes(step, trial, sample, sides), trial.cost(step, sample.share)))
+    for step in ladder(matrix, roots):
+        trial = try_step(step, sample, roots)
+        tried.append((step, coded_bytes(step, trial, sample, roots), trial.cost(step, sample.share)))
     return [
         Candidate(
             None,
@@ -62,7 +49,10 @@ def propose_coded(layer: Layer, statistics: LayerStatistics, seed: int, damping_
 
 
 def _with_steps_between(tried: list[tuple[float, float, float]]) -> Iterator[tuple[float, float, float]]:
-    """Steps, bytes and costs, and between each two of them a third: bytes fall with log c, costs are powers of c."""
+    """Yields steps, bytes and costs, and an interpolated triple between each two.
+
+    Bytes are linear in log c, and costs are powers of c.
+    """
     for (step, cost_bytes, cost), (next_step, next_bytes, next_cost) in pairwise(tried):
         yield step, cost_bytes, cost
         yield math.sqrt(step * next_step), (cost_bytes + next_bytes) / 2, math.sqrt(cost * next_cost)

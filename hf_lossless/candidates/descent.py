@@ -1,4 +1,4 @@
-"""LoD's truncation: the smallest rank within a tolerance, and an error that does not point up the gradient.
+"""LoD's truncation: the smallest rank within a tolerance, with an error that does not point up the gradient.
 
 LoD A.2.1: "At each candidate rank c, a perturbation delta^c is constructed within the corresponding subspace, with
 element-wise magnitude bounded by |delta_ij| <= tau [...] then aligned with the negative gradient direction, ensuring
@@ -7,24 +7,25 @@ tolerance condition." The paper gives no formula for the alignment; this is ours
 
     delta^c = -U_> S_> V_>'  -  eta U_c (U_c' g V_c) V_c',      eta = max(0, -<g, U_> S_> V_>'>) / ||U_c' g V_c||_F^2
 
-where `>` marks what the truncation drops. The second part lies in the subspace of the first c singular vectors, so that
+where `>` marks the dropped components. The second term lies in the subspace of the first c singular vectors, so that
 W + delta^c keeps rank c, and eta is the shortest step that makes `<g, delta^c>` zero where the truncation alone would
-raise the loss. A longer step down the gradient is not taken: trials showed that moving weights by Newton or gradient
-steps wrecks a trained model.
+raise the loss. No longer step down the gradient is taken: in trials, moving weights by Newton or gradient steps wrecked
+a trained model.
 """
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from hf_lossless.calibration.units import in_unit, unit_of
 from hf_lossless.candidates.low_rank import Factorisation, Factors
 
 TOLERANCE = 1e-2
-"""tau: the most that a single weight may move, in the weight's own unit (LoD A.2.1)."""
+"""tau: the largest change of a single weight, in the weight's own unit (LoD A.2.1)."""
 
 
 def aligned_factors(factorisation: Factorisation, rank: int, matrix: Tensor, gradient: Tensor) -> Factors:
-    """The truncation to `rank` with a first-order effect that is not positive.
+    """Truncates a factorisation to `rank` such that its first-order effect is not positive.
 
     Args:
         factorisation: The plain SVD of the matrix.
@@ -33,10 +34,11 @@ def aligned_factors(factorisation: Factorisation, rank: int, matrix: Tensor, gra
         gradient: dl/dW [out, in].
 
     Returns:
-        Factors with `<g, L R - W> <= 0` to rounding; the plain truncation where that holds already, or where the
-        gradient has no part in the subspace.
+        Factors with `<g, L R - W> <= 0` up to rounding; the plain truncation where it satisfies this, or where the
+        gradient is orthogonal to the subspace.
     """
     factors, matrix = factorisation.truncated(rank), matrix.detach()
+    gradient = in_unit(gradient, unit_of(gradient))  # only its direction matters
     first_order = _inner(gradient, factors.left @ factors.right - matrix)
     if first_order <= 0:
         return factors
@@ -50,7 +52,7 @@ def aligned_factors(factorisation: Factorisation, rank: int, matrix: Tensor, gra
 
 
 def largest_errors(factorisation: Factorisation, matrix: Tensor, largest: int) -> Tensor:
-    """`max |delta_ij|` of the plain truncations to rank 1, 2, ... `largest`; [largest].
+    """Computes `max |delta_ij|` of the plain truncations to rank 1, 2, ... `largest`; [largest].
 
     Args:
         factorisation: The plain SVD of the matrix.
@@ -69,7 +71,7 @@ def largest_errors(factorisation: Factorisation, matrix: Tensor, largest: int) -
 def smallest_rank(
     factorisation: Factorisation, matrix: Tensor, gradient: Tensor, largest: int, tolerance: float = TOLERANCE
 ) -> int | None:
-    """The rank search of LoD A.2.1: from 1 up, the first whose error stays within `|delta_ij| <= tau`.
+    """Searches the smallest rank whose error stays within `|delta_ij| <= tau` (LoD A.2.1).
 
     Args:
         factorisation: The plain SVD of the matrix.

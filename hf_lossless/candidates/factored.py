@@ -1,4 +1,4 @@
-"""Candidates with factors: low rank in place of the matrix, and low rank for what a grid leaves."""
+"""Proposes candidates with factors: low rank instead of the matrix, and low rank for a grid's remainder."""
 
 from collections.abc import Callable, Iterable
 
@@ -13,10 +13,10 @@ from hf_lossless.storage.layers import Layer
 from hf_lossless.storage.plan import KEPT_BITS, Grid, LowRank
 
 NARROWEST_FACTOR = 4
-"""Factors are not put on grids narrower than this: an error in L is multiplied by R, and the other way round."""
+"""Least width of the factors' grids, since errors in L are multiplied by R and errors in R by L."""
 
 NARROW_GRID = 4
-"""Grids up to this width leave enough for a low-rank remainder to be worth its bytes."""
+"""Largest width of a grid whose low-rank remainder is worth its bytes."""
 
 
 def propose_factored(
@@ -27,19 +27,19 @@ def propose_factored(
     group_size: int | None,
     symmetric: bool,
 ) -> list[Candidate]:
-    """Candidates of kind "low_rank": every rank with every width of the factors, from the smallest rank up.
+    """Proposes candidates of kind "low_rank": every rank with every width of the factors, smallest rank first.
 
     Args:
         layer: The layer, with real weights.
         ranks: Ranks to try.
-        factors_of: The factors of a rank.
-        bits: Widths; those from `NARROWEST_FACTOR` up are taken for both factors, and floating point in any case: a
+        factors_of: Computes the factors of a rank.
+        bits: Widths; those from `NARROWEST_FACTOR` up are used for both factors, and floating point always, since a
             rank by itself is a way to store a layer.
         group_size: Inputs per scale of a factor, as for grids.
         symmetric: Whether grids are symmetric.
 
     Returns:
-        Only those that take fewer bytes than the layer as it came.
+        The candidates that take fewer bytes than the original layer.
     """
     candidates = []
     widths = sorted({KEPT_BITS, *(width for width in bits if width >= NARROWEST_FACTOR)})
@@ -58,19 +58,19 @@ def propose_sums(
     group_size: int | None,
     symmetric: bool,
 ) -> list[Candidate]:
-    """Candidates of kind "sum": a narrow grid, and the factors of what it leaves of the matrix.
+    """Proposes candidates of kind "sum": a narrow grid plus the factors of its remainder.
 
     Args:
         layer: The layer, with real weights.
         grids: Its candidates of kind "grid".
-        whitening: Roots of the metric of the SVD; None: plain.
+        whitening: Roots of the metric of the SVD; None: the plain SVD.
         bits: Widths; the factors have 8 bits where those are among them, else they are in floating point.
         group_size: Inputs per scale of a factor.
         symmetric: Whether the factors' grids are symmetric.
 
     Returns:
-        For each grid of at most `NARROW_GRID` bits the ranks of a thirty-second and an eighth of the largest that
-        would save something by itself, where they take fewer bytes than the layer as it came.
+        For each grid of at most `NARROW_GRID` bits, ranks of a thirty-second and an eighth of `largest_rank`, where
+        they take fewer bytes than the original layer.
     """
     width = 8 if 8 in bits else KEPT_BITS
     largest = largest_rank(*layer.matrix.shape)
@@ -110,7 +110,7 @@ def _candidate(
 def _stored(
     factor: Tensor, layer: Layer, rows: int, width: int, group_size: int | None, symmetric: bool
 ) -> tuple[Grid | None, int]:
-    """The grid of a factor and its bytes; floating point is that of the layer."""
+    """Chooses the grid of a factor and counts its bytes; floating-point factors have the layer's dtype."""
     if width == KEPT_BITS:
         return None, factor.numel() * layer.weight.element_size()
     out_features, in_features = factor.shape

@@ -1,21 +1,22 @@
-"""Rounding that sees the loss: error feedback in a layer's metric, then descent on codes and scales.
+"""Rounding in the metric of the loss: error feedback, then coordinate descent on codes and scales.
 
 A weight error d of one row costs `d H d'`, with H the damped second moment of the layer's inputs. Rounding to nearest
-minimises `||d||^2` instead, which is H = 1. Three steps, each of which takes the result of the one before:
+minimises `||d||^2` instead, as if H = 1. There are three steps, each of which improves the result of the one before:
 
 1. **Error feedback** (GPTQ, Frantar et al. 2022, arXiv 2210.17323; the order of columns by falling H_ii is its
    activation order). With `H^-1 = U' U`, U upper triangular, columns are rounded one after the other, and the error of
-   column i moves the columns that are still to come:
+   column i shifts the columns that are not rounded yet:
 
        e_i = (w_i - round(w_i)) / U_ii,      w_j <- w_j - U_ij e_i   for j > i
 
-   so that `d H d' = sum_i e_i^2`. The scales are searched in that very sum, where column i weighs 1 / U_ii^2.
-2. **Scales** of a symmetric grid, for codes that stay: with Z_g the codes of group g, less zero, the least squares
+   so that `d H d' = sum_i e_i^2`. The scales are searched to minimise this sum, where column i has weight 1 / U_ii^2.
+2. **Scales** of a symmetric grid, for fixed codes: with Z_g the codes of group g minus the zero point, the least
+   squares problem
 
        min_s (W - sum_g s_g Z_g) H (W - sum_g s_g Z_g)'
 
-   have one small linear system for every row. A row takes its new scales, as they are stored, where they cost less.
-3. **Coordinate descent**: each code in turn goes to the level that costs least while all others stay,
+   is one small linear system for every row. A row gets its new scales, as they are stored, where they cost less.
+3. **Coordinate descent**: each code in turn moves to the level that costs least while all others are fixed,
    `w_i - (d H)_i / H_ii` rounded to nearest. It never raises the cost.
 
 Steps 2 and 3 are done twice; more rounds lowered the cost by less than 1 % (2 and 3 bits, on three models). They took
@@ -31,39 +32,32 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from hf_lossless.calibration.curvature import damping_term
+from hf_lossless.candidates.cholesky import cholesky
 from hf_lossless.candidates.uniform import quantise
 from hf_lossless.storage.grid import QuantisedMatrix, symmetric_zero
-from hf_lossless.storage.layers import LayerKind
 from hf_lossless.storage.plan import Grid
-
-DAMPING = 0.03
-"""Share of the mean diagonal of H that is added to it. Of 0.01, 0.03, 0.1, 0.3 and 1, tried on three models at 2 and 3
-bits with 128 calibration rows, 0.03 gave the least divergence on other rows, 0.1 nearly the same."""
-
-EMBEDDING_DAMPING = 0.3
-"""The same for an embedding, whose H is the second moment of gradients and not of inputs, and noisier for it. MiniLM's,
-at 2 bits: divergence on other rows 0.034 with 0.03, 0.023 with 0.3, 0.025 with 1; to nearest 0.042."""
 
 ROUNDS = 2
 """Rounds of scales and descent after the feedback."""
 
 _ROWS_AT_ONCE = 8192
-"""Rows of a matrix that are treated at a time; an embedding may have some hundred thousand."""
+"""Rows of a matrix that are rounded at a time; an embedding may have some hundred thousand."""
 
 _LARGEST_SYSTEMS = 2**25
-"""Numbers in the linear systems of the scales at a time, groups^2 for each row: 128 MiB."""
+"""Most numbers in the linear systems of the scales at a time, groups^2 for each row: 128 MiB."""
 
 _BLOCK = 64
-"""Columns that are updated one by one, before what they did is carried to all later ones in one product."""
+"""Columns that are updated one by one, before their errors are added to all later columns in one product."""
 
 
 @dataclass(frozen=True)
 class Metric:
-    """What an error of each row costs, for a batch of layers: `d H d'`.
+    """The metric `d H d'` of a row's error, for a batch of layers, and its inverse root.
 
     Attributes:
         cost: H, damped, [batch, in, in].
-        order: Columns by falling H_ii, [batch, in].
+        order: Column indices by falling H_ii, [batch, in].
         root: U [batch, in, in], upper triangular, with `H^-1 = U' U` for the columns in that order.
     """
 
@@ -73,7 +67,12 @@ class Metric:
 
     @classmethod
     def of(cls, columns: Tensor, damping: float) -> "Metric":
-        """The metric of second moments `[batch, in, in]`; of a layer whose inputs are all zero, the identity."""
+        """Computes the metric of second moments `[batch, in, in]`; the identity where all inputs are zero.
+
+        Args:
+            columns: Second moments of the inputs of a batch of layers, [batch, in, in].
+            damping: Share of the mean diagonal that is added to it.
+        """
         cost = columns.float().clone()
         diagonal = cost.diagonal(dim1=1, dim2=2)
         diagonal += damping_term(diagonal, damping)
@@ -81,30 +80,30 @@ class Metric:
         identity = torch.eye(cost.shape[1]).to(cost)
         roots = []
         for one, own_order in zip(cost, order, strict=True):
-            # Backwards, for the Cholesky factor of a matrix turned round is lower: H = R R' with R upper, U = R^-1.
+            # The Cholesky factor of the reversed matrix is lower triangular: H = R R' with R upper, U = R^-1.
             backwards = own_order.flip(0)
-            lower = torch.linalg.cholesky(one.index_select(0, backwards).index_select(1, backwards))
+            lower = cholesky(one.index_select(0, backwards).index_select(1, backwards))
             roots.append(torch.linalg.solve_triangular(lower.flip(0, 1), identity, upper=True))
         return cls(cost, order, torch.stack(roots))
 
     @property
     def column_weights(self) -> Tensor:
-        """What a squared rounding error of each column costs under feedback: 1 / U_ii^2, [batch, in]."""
+        """Returns the cost of a squared rounding error of each column under feedback: 1 / U_ii^2, [batch, in]."""
         weights = self.root.diagonal(dim1=1, dim2=2) ** -2
         return torch.zeros_like(weights).scatter_(1, self.order, weights)
 
 
 class Levels(Protocol):
-    """What weights may be rounded to, for [batch, in, rows] weights at a time."""
+    """The levels that weights are rounded to, for [batch, in, rows] weights at a time."""
 
     def in_order(self, order: Tensor) -> "Levels":
-        """With its columns in another order [batch, in]."""
+        """Returns the levels with their columns in another order [batch, in]."""
 
     def codes(self, values: Tensor, column: int) -> Tensor:
-        """The nearest codes of one column's values [batch, rows]."""
+        """Finds the nearest codes of one column's values [batch, rows]."""
 
     def values(self, codes: Tensor, column: int) -> Tensor:
-        """What codes of one column stand for, [batch, rows]."""
+        """Computes the values of one column's codes, [batch, rows]."""
 
 
 @dataclass
@@ -116,57 +115,47 @@ class _Lattice:
     last_codes: Tensor
 
     def codes(self, values: Tensor, column: int) -> Tensor:
-        """The nearest codes of one column's values [batch, rows]."""
+        """Finds the nearest codes of one column's values [batch, rows]."""
         scales = self.scales[:, column]
         positions = torch.div(values, torch.where(scales == 0, 1.0, scales)).add_(self._zeros(column)).round_()
         return torch.minimum(positions.clamp_(min=0), self.last_codes[:, 0])
 
     def values(self, codes: Tensor, column: int) -> Tensor:
-        """What codes of one column stand for, [batch, rows]."""
+        """Computes the values of one column's codes, [batch, rows]."""
         return (codes - self._zeros(column)).mul_(self.scales[:, column])
 
     def _zeros(self, column: int) -> Tensor:
         return self.zeros[:, column if self.zeros.shape[1] > 1 else 0]
 
     def in_order(self, order: Tensor) -> "_Lattice":
-        """With its columns in another order [batch, in]."""
+        """Returns the levels with their columns in another order [batch, in]."""
         zeros = self.zeros
         if zeros.shape[1] > 1:
             zeros = zeros.take_along_dim(order[:, :, None], 1)
         return _Lattice(self.scales.take_along_dim(order[:, :, None], 1), zeros, self.last_codes)
 
 
-def damping_term(diagonals: Tensor, damping: float) -> Tensor:
-    """What is added to each diagonal of a batch, [batch, 1]: a share of its mean, or one where it is zero."""
-    return torch.where(diagonals.any(1), damping * diagonals.mean(1), 1.0)[:, None]
-
-
-def damping_of(kind: LayerKind) -> float:
-    """The damping for a layer of this kind."""
-    return EMBEDDING_DAMPING if kind == "embedding" else DAMPING
-
-
 def quantise_in_metric(
     matrices: Tensor, grids: list[list[Grid]], columns: Tensor, damping: float, rounds: int = ROUNDS
 ) -> list[list[QuantisedMatrix]]:
-    """Puts matrices on grids by feedback and descent.
+    """Puts matrices on grids by error feedback and coordinate descent.
 
     Args:
-        matrices: [batch, out, in], finite.
-        grids: For each matrix the same number of grids, which may differ in nothing but their bits. Their `scale_dtype`
-            is taken as it is, so that bytes are as planned.
-        columns: Second moments of each matrix's inputs, [batch, in, in], or their diagonals [batch, in], under which
-            each weight is rounded to nearest and only the scales are searched in the metric.
+        matrices: Weights [batch, out, in], finite.
+        grids: For each matrix the same number of grids, which differ in their bits only. Their `scale_dtype` is not
+            changed, so that bytes are as planned.
+        columns: Second moments of each matrix's inputs, [batch, in, in], or their diagonals [batch, in]; with a
+            diagonal, each weight is rounded to nearest and only the scales are searched in the metric.
         damping: Share of their mean diagonal that is added to it.
-        rounds: Of scales and descent.
+        rounds: Rounds of scales and descent.
 
     Returns:
-        For each matrix one result for each grid.
+        For each matrix one quantised matrix for each grid.
 
     Example:
         >>> columns = torch.tensor([[[1.0, 0.9], [0.9, 1.0]]])
         >>> grid = Grid(bits=2, rounding="feedback")
-        >>> [[quantised]] = quantise_in_metric(torch.tensor([[[0.4, 0.4]]]), [[grid]], columns, DAMPING)
+        >>> [[quantised]] = quantise_in_metric(torch.tensor([[[0.4, 0.4]]]), [[grid]], columns, damping=0.03)
         >>> quantised.codes.dtype
         torch.uint8
     """
@@ -188,7 +177,7 @@ def quantise_in_metric(
 
 
 def _on_lattice(matrices: Tensor, grids: list[list[Grid]], metric: Metric, rounds: int) -> list[list[QuantisedMatrix]]:
-    """The three steps, for some rows of each matrix; the grids of a matrix lie side by side as further rows."""
+    """Runs the three steps on some rows of each matrix; the grids of a matrix lie side by side as further rows."""
     first, num_grids = grids[0][0], len(grids[0])
     start = [
         [_in_dtype(replace(quantise(matrix, grid, weights), grid=grid)) for grid in own_grids]
@@ -206,10 +195,10 @@ def _on_lattice(matrices: Tensor, grids: list[list[Grid]], metric: Metric, round
     codes = error_feedback(W, lattice, metric)
     dtypes = {grid.scale_dtype for own in grids for grid in own}
     dtype = torch.float16 if dtypes == {"float16"} else torch.float32
-    pull = metric.cost @ W  # H W'
+    target_products = metric.cost @ W  # H W'
     for _ in range(rounds):
         if first.symmetric:
-            scales = refit_scales(pull, codes - zeros, scales, groups, metric.cost, dtype)
+            scales = refit_scales(target_products, codes - zeros, scales, groups, metric.cost, dtype)
             lattice.scales = scales[:, groups]
         codes = coordinate_descent(codes, W, lattice, metric.cost)
     code_parts = torch.unflatten(codes.to(torch.uint8).mT, 1, (num_grids, -1))
@@ -224,12 +213,12 @@ def _on_lattice(matrices: Tensor, grids: list[list[Grid]], metric: Metric, round
 
 
 def error_feedback(weights: Tensor, lattice: Levels, metric: Metric) -> Tensor:
-    """Codes by error feedback, in the original order of columns.
+    """Rounds weights by error feedback; codes [batch, in, rows] are in the original order of columns.
 
     Args:
         weights: W', [batch, in, rows].
         lattice: The levels.
-        metric: Order and root.
+        metric: The metric, of which order and root are used.
     """
     ordered = lattice.in_order(metric.order)
     left = weights.take_along_dim(metric.order[:, :, None], 1)
@@ -241,16 +230,18 @@ def error_feedback(weights: Tensor, lattice: Levels, metric: Metric) -> Tensor:
             codes[:, column] = ordered.codes(left[:, column], column)
             error = left[:, column] - ordered.values(codes[:, column], column)
             errors[:, column - start] = error.div_(metric.root[:, column, column, None])
-            _carry(left[:, column + 1 : stop], metric.root[:, column, column + 1 : stop], errors[:, column - start], -1)
+            _add_errors(
+                left[:, column + 1 : stop], metric.root[:, column, column + 1 : stop], errors[:, column - start], -1
+            )
         left[:, stop:].baddbmm_(metric.root[:, start:stop, stop:].mT, errors, alpha=-1)
     return torch.empty_like(codes).scatter_(1, metric.order[:, :, None].expand_as(codes), codes)
 
 
 def coordinate_descent(codes: Tensor, weights: Tensor, lattice: _Lattice, cost: Tensor) -> Tensor:
-    """One sweep over the columns; `d H d'` of no row rises, but by rounding.
+    """Moves each code once to its best level; `d H d'` of no row rises, up to rounding.
 
     Args:
-        codes: [batch, in, rows]; changed in place.
+        codes: Codes [batch, in, rows]; changed in place.
         weights: W', [batch, in, rows].
         lattice: The levels.
         cost: H [batch, in, in].
@@ -264,60 +255,60 @@ def coordinate_descent(codes: Tensor, weights: Tensor, lattice: _Lattice, cost: 
             wanted = value - slopes[:, column] / cost[:, column, column, None]
             codes[:, column] = lattice.codes(wanted, column)
             moves[:, column - start] = lattice.values(codes[:, column], column).sub_(value)
-            _carry(slopes[:, column + 1 : stop], cost[:, column, column + 1 : stop], moves[:, column - start], 1)
+            _add_errors(slopes[:, column + 1 : stop], cost[:, column, column + 1 : stop], moves[:, column - start], 1)
         slopes[:, stop:].baddbmm_(cost[:, start:stop, stop:].mT, moves)
     return codes
 
 
 def refit_scales(
-    pull: Tensor, levels: Tensor, scales: Tensor, groups: Tensor, cost: Tensor, dtype: torch.dtype
+    target_products: Tensor, levels: Tensor, scales: Tensor, groups: Tensor, cost: Tensor, dtype: torch.dtype
 ) -> Tensor:
-    """The scales that cost least for these codes, where they cost less than the present ones.
+    """Computes the scales that cost least for these codes, and keeps the old ones where they cost less.
 
     Args:
-        pull: H W', [batch, in, rows].
-        levels: Codes less zero, Z', [batch, in, rows].
+        target_products: H W', [batch, in, rows].
+        levels: Codes minus the zero point, Z', [batch, in, rows].
         scales: The present scales, [batch, groups, rows].
         groups: The group of each column, [in].
         cost: H [batch, in, in].
-        dtype: How scales are stored; what is returned has been rounded to it.
+        dtype: Dtype in which scales are stored; the result is rounded to it.
 
     Returns:
-        float32 [batch, groups, rows].
+        The scales, float32 [batch, groups, rows].
     """
     num_groups = scales.shape[1]
-    per_group = F.one_hot(groups, num_groups).to(pull)  # [in, groups]
-    pulled = per_group.mT @ (pull * levels)  # b_g = Z_g H W'
+    per_group = F.one_hot(groups, num_groups).to(target_products)  # [in, groups]
+    group_targets = per_group.mT @ (target_products * levels)  # b_g = Z_g H W'
     pairs = []
-    for start, size in zip(*_spans(groups), strict=True):  # M_gh = Z_g H Z_h'
+    for start, size in zip(*_columns_of_groups(groups), strict=True):  # M_gh = Z_g H Z_h'
         of_group = slice(start, start + size)
         pairs.append(per_group.mT @ ((cost[:, :, of_group] @ levels[:, of_group]).mul_(levels)))
     matrix = torch.stack(pairs, -1).transpose(1, 2)  # [batch, rows, groups, groups]
-    pulled, old = pulled.mT, scales.mT
+    group_targets, old = group_targets.mT, scales.mT
     ridge = (1e-6 * matrix.diagonal(dim1=2, dim2=3).mean(-1)).clamp(min=1e-30)
     damped = matrix + ridge[..., None, None] * torch.eye(num_groups).to(matrix)
-    missing = pulled - (matrix @ old[..., None])[..., 0]
+    missing = group_targets - (matrix @ old[..., None])[..., 0]
     limit = torch.finfo(dtype).max
     new = (old + torch.linalg.solve(damped, missing)).clamp(-limit, limit).to(dtype).float()
 
-    step = new - old  # by which the cost changes: t M t' - 2 t (b - M s)', without the cancellation of two large costs
+    step = new - old  # the cost changes by t M t' - 2 t (b - M s)', computed without cancellation
     change = (step * ((matrix @ step[..., None])[..., 0] - 2 * missing)).sum(-1, keepdim=True)
     return torch.where(change < 0, new, old).mT
 
 
-def _spans(groups: Tensor) -> tuple[list[int], list[int]]:
-    """First column and number of columns of each group, which lie side by side."""
+def _columns_of_groups(groups: Tensor) -> tuple[list[int], list[int]]:
+    """Returns the first column and the number of columns of each group; a group's columns are adjacent."""
     sizes = torch.bincount(groups)
     return (sizes.cumsum(0) - sizes).tolist(), sizes.tolist()
 
 
 def _per_row(numbers: list[list[float]], matrices: Tensor) -> Tensor:
-    """One number for each matrix and grid, for each of its rows: [batch, 1, grids * rows]."""
+    """Repeats one number per matrix and grid for each of its rows: [batch, 1, grids * rows]."""
     return torch.tensor(numbers, device=matrices.device).repeat_interleave(matrices.shape[1], 1)[:, None]
 
 
 def _joined(parts: list[QuantisedMatrix]) -> QuantisedMatrix:
-    """The rows of several results as one."""
+    """Concatenates the rows of several results."""
     zeros = [part.zeros for part in parts if part.zeros is not None]
     return QuantisedMatrix(
         torch.cat([part.codes for part in parts]),
@@ -328,19 +319,22 @@ def _joined(parts: list[QuantisedMatrix]) -> QuantisedMatrix:
 
 
 def _in_dtype(quantised: QuantisedMatrix) -> QuantisedMatrix:
-    """With scales and zeros as the grid stores them."""
+    """Converts scales and zero points to the grid's dtype."""
     dtype = getattr(torch, quantised.grid.scale_dtype)
     limit = torch.finfo(dtype).max
     zeros = None if quantised.zeros is None else quantised.zeros.to(dtype)
     return replace(quantised, scales=quantised.scales.float().clamp(-limit, limit).to(dtype), zeros=zeros)
 
 
-def _carry(later: Tensor, shares: Tensor, column: Tensor, sign: int) -> None:
-    """Adds `sign * shares' column` to later columns: [batch, later, rows] from [batch, later] and [batch, rows]."""
+def _add_errors(later: Tensor, shares: Tensor, column: Tensor, sign: int) -> None:
+    """Adds `sign * shares' column` to later columns, [batch, later, rows].
+
+    `shares` is [batch, later], `column` [batch, rows].
+    """
     if later.shape[1]:
         later.baddbmm_(shares[:, :, None], column[:, None, :], alpha=sign)
 
 
 def _stacked(per_group: list[list[Tensor]]) -> Tensor:
-    """Scales or zeros [out, groups] of each matrix and grid, as float32 [batch, groups, grids * out]."""
+    """Stacks scales or zeros [out, groups] of each matrix and grid to float32 [batch, groups, grids * out]."""
     return torch.stack([torch.cat([one.float() for one in own]).mT for own in per_group])

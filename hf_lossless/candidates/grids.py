@@ -1,4 +1,4 @@
-"""What is proposed for a layer: keeping it, and a grid of each width."""
+"""Proposes for a layer: keeping it, and a grid of each width."""
 
 from dataclasses import dataclass
 
@@ -20,15 +20,15 @@ class Candidate:
     """One way to store one layer.
 
     Attributes:
-        grid: The grid; None where there is none: the layer is kept, or has factors only.
+        grid: The grid; None where the layer is kept or has factors only.
         cost_bytes: Bytes of the weight stored this way.
         step: For kind "grid": root mean square of its scales, the `scale_weight` of LLC Algorithm 1.
         noise: For kind "grid": ||d|| / sqrt(size(d)) of the weight error d.
         scales: For kind "grid": its scales [out, groups].
         low_rank: Rank and grids of the factors, where there are factors.
-        factors: Their values, before they are put on their grids.
+        factors: Values of the factors, before they are put on their grids.
         coded: The shaped grid, for kind "coded"; its `cost_bytes` are estimated.
-        expected_cost: For kind "coded": what it is expected to cost in the damped metric that shaped it, in nats.
+        expected_cost: For kind "coded": its expected cost in the damped metric that shaped it, in nats.
     """
 
     grid: Grid | None
@@ -43,13 +43,13 @@ class Candidate:
 
     @property
     def kind(self) -> LayerPlanKind:
-        """What a layer plan calls it."""
+        """Returns the kind of storage, as layer plans name it."""
         kind = kind_of_parts(self.grid, self.low_rank, self.coded)
         assert kind is not None
         return kind
 
     def error(self, matrix: Tensor) -> Tensor:
-        """The weight error `d = stored - W`, float32 [out, in], computed now; not of codes that depend on data.
+        """Computes the weight error `d = stored - W`, float32 [out, in], where codes do not depend on data.
 
         Args:
             matrix: The layer's W [out, in].
@@ -68,19 +68,20 @@ class Candidate:
 
 
 def _as_stored(factor: Tensor, grid: Grid | None, dtype: torch.dtype) -> Tensor:
-    """A factor on its grid, or in the layer's dtype where it has none; float32."""
+    """Returns a factor on its grid, or in the layer's dtype where it has none; float32."""
     return on_grid(factor if grid is not None else factor.to(dtype), grid)
 
 
 def propose_grids(
     layer: Layer, statistics: LayerStatistics, bits: tuple[int, ...], group_size: int | None, symmetric: bool
 ) -> list[Candidate]:
-    """The candidates of a layer, widest last.
+    """Proposes keeping a layer and one grid for each width, widest last.
 
     Args:
         layer: The layer, with real weights.
-        statistics: Its statistics; the sign of its mean gradient may turn the rounding (LLC Eq. 7 and 8). A layer that
-            the calibration data never reached can only be kept: nothing is known of what an error in it would do.
+        statistics: Its statistics; the sign of its mean gradient may set the direction of rounding (LLC Eq. 7 and 8). A
+            layer that the calibration data never reached can only be kept, since the effect of an error in it is
+            unknown.
         bits: Widths to try; 16 stands for keeping the layer.
         group_size: Inputs per scale; None, or more than the layer has, means one scale per output channel.
         symmetric: Whether grids are symmetric.
@@ -116,7 +117,11 @@ def propose_grids(
 
 
 def refuse_infinite(layer: Layer) -> None:
-    """Raises CalibrationError where the weight holds NaN or infinity."""
+    """Raises CalibrationError where the weight holds NaN or infinity.
+
+    Args:
+        layer: The layer, with real weights.
+    """
     if not torch.isfinite(layer.weight).all():
         raise CalibrationError(
             f"the weight of layer {layer.name!r} holds NaN or infinity. Take a checkpoint with finite weights, "
@@ -127,7 +132,15 @@ def refuse_infinite(layer: Layer) -> None:
 def grid_of(
     bits: int, in_features: int, group_size: int | None, symmetric: bool, rounding: Rounding = "nearest"
 ) -> Grid:
-    """The grid of a matrix with so many inputs; a group as long as a row is the row."""
+    """Makes the grid of a matrix with `in_features` inputs; groups as long as a row become one scale per row.
+
+    Args:
+        bits: Width of a code.
+        in_features: Inputs of the matrix.
+        group_size: Inputs per scale; None: one scale per row.
+        symmetric: Whether the grid is symmetric.
+        rounding: How positions are rounded to codes.
+    """
     if group_size is not None and group_size >= in_features:
         group_size = None
     return Grid(bits=bits, group_size=group_size, symmetric=symmetric, rounding=rounding)

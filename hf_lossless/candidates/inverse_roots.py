@@ -1,8 +1,8 @@
-"""The two sides of a layer's metric, `tr(R d C d')`: what feedback needs to know of the rows and of the columns.
+"""The inverse roots of a layer's metric `tr(R d C d')`, of its rows and of its columns, for error feedback.
 
-A side is the damped factor H of its rows or columns and the root U of its inverse, `H^-1 = U' U`, U upper triangular in
-an order of falling H_ii. Normalised errors E of independent entries make the weight error `d = V' E U` (V: the root of
-the rows), so that `tr(R d C d') = ||E||^2`: every entry of E costs the same.
+For the damped factor H of rows or of columns, the root U of its inverse satisfies `H^-1 = U' U`, with U upper
+triangular in the order of falling H_ii. Normalised errors E of independent entries make the weight error `d = V' E U`
+(V: the root of the rows), so that `tr(R d C d') = ||E||^2`: every entry of E costs the same.
 """
 
 import functools
@@ -12,18 +12,18 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hf_lossless.calibration.curvature import KroneckerFactors
-from hf_lossless.candidates.feedback import Metric, damping_term
+from hf_lossless.calibration.curvature import KroneckerFactors, damping_term
+from hf_lossless.candidates.feedback import Metric
 from hf_lossless.storage.plan import Damping
 
 
 @dataclass(frozen=True)
 class InverseRoot:
-    """One side of the metric.
+    """The inverse root of one factor of the metric, of its rows or of its columns.
 
     Attributes:
-        order: By falling H_ii, [n].
-        root: U in that order, [n, n]; of a diagonal factor the diagonal of U, [n].
+        order: Indices by falling H_ii, [n].
+        root: U in that order, [n, n]; for a diagonal factor the diagonal of U, [n].
     """
 
     order: Tensor
@@ -31,10 +31,10 @@ class InverseRoot:
 
     @classmethod
     def of(cls, factor: Tensor, damping: float) -> "InverseRoot":
-        """The side of a factor [n, n], or of a diagonal one [n].
+        """Computes the inverse root of a damped factor [n, n], or of a diagonal one [n].
 
         Args:
-            factor: Second moments; where they are all zero, the side is the identity.
+            factor: Second moments; where they are all zero, the root is the identity.
             damping: Share of the mean diagonal that is added to it.
         """
         if factor.ndim == 1:
@@ -45,16 +45,18 @@ class InverseRoot:
 
     @property
     def is_diagonal(self) -> bool:
-        """Whether no entry has a say in another's."""
+        """Tells whether the factor is diagonal, so that its entries are rounded independently."""
         return self.root.ndim == 1
 
     @property
     def unit_steps(self) -> Tensor:
-        """U_ii in the original order, [n]: the step that costs 1."""
+        """Returns U_ii in the original order, [n]: the steps whose rounding costs 1."""
         return self._unordered(self.root if self.is_diagonal else self.root.diagonal())
 
-    def carried(self, shares: Tensor) -> Tensor:
-        """`sum_{j before i} U_ji^2 shares_j` in the original order, [n]: the variance that feedback brings to entry i.
+    def feedback_variance(self, shares: Tensor) -> Tensor:
+        """Computes the variance that feedback adds to entry i: `sum_{j before i} U_ji^2 shares_j`, [n].
+
+        It is in the original order.
 
         Args:
             shares: Variance of each entry's normalised error, [n].
@@ -68,7 +70,7 @@ class InverseRoot:
         return self.root.square().fill_diagonal_(0)
 
     def charges(self, judge: Tensor) -> Tensor:
-        """`(U J U')_ii` in the original order, [n]: what a unit of each normalised error costs by another factor J.
+        """Computes `(U J U')_ii` in the original order, [n]: the cost of a unit error by another factor J.
 
         Args:
             judge: J, [n, n] or a diagonal [n].
@@ -86,11 +88,11 @@ class InverseRoot:
 
 @dataclass(frozen=True)
 class InverseRoots:
-    """Both sides of a layer's metric, and its scale.
+    """The inverse roots of both factors of a layer's metric, and its scale.
 
     Attributes:
-        rows: InverseRoot of R; its root is V.
-        columns: InverseRoot of C; its root is U.
+        rows: Inverse root V of R.
+        columns: Inverse root U of C.
         scale: The curvature's scale.
     """
 
@@ -100,15 +102,23 @@ class InverseRoots:
 
     @classmethod
     def of(cls, curvature: KroneckerFactors, damping: Damping) -> "InverseRoots":
-        """The sides of a layer's curvature."""
+        """Computes the inverse roots of a layer's damped curvature.
+
+        Args:
+            curvature: Kronecker factors of the layer.
+            damping: Shares of the mean diagonals that are added to the factors.
+        """
         rows, columns = InverseRoot.of(curvature.rows, damping.rows), InverseRoot.of(curvature.columns, damping.columns)
         return cls(rows, columns, curvature.scale)
 
     def row_steps(self, step: float) -> Tensor:
-        """`step V_kk / sqrt(scale)`, [out]: with `column_steps`, every weight's rounding costs `step^2 / 24` nats."""
+        """Computes `step V_kk / sqrt(scale)`, [out].
+
+        With `column_steps`, every weight's rounding costs `step^2 / 24` nats.
+        """
         return self.rows.unit_steps * (step / math.sqrt(self.scale))
 
     @property
     def column_steps(self) -> Tensor:
-        """`U_ii`, [in]."""
+        """Returns `U_ii`, [in]."""
         return self.columns.unit_steps

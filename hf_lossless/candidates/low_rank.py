@@ -1,10 +1,10 @@
-"""Factorisations `W [out, in] ~ L [out, r] @ R [r, in]`: truncated SVDs, plain or in the metric that the loss sees.
+"""Factorisations `W [out, in] ~ L [out, r] @ R [r, in]`: truncated SVDs, plain or in the metric of the loss.
 
 In the Kronecker-factored metric of a layer (see `calibration.curvature`), an error d of the weight costs
 
     tr(M_rows d M_columns d') = || C_rows' d C_columns ||_F^2,      M = C C' (Cholesky),
 
-so that by Eckart and Young the best matrix of rank r is the truncated SVD of `C_rows' W C_columns`, taken back:
+so that by Eckart and Young the best matrix of rank r is the truncated SVD of `C_rows' W C_columns`, transformed back:
 
     C_rows' W C_columns = U S V',      L = C_rows^-T U_r D^-1,      R = D S_r V_r' C_columns^-1,
 
@@ -12,8 +12,8 @@ with a diagonal D that gives the columns of L the root mean square 1.
 
 Any square root gives the same optimum; Cholesky factors are an order of magnitude cheaper than symmetric roots, and
 are undone by triangular solves. Identity metrics give the plain SVD (LLC section 4); a diagonal metric of the columns
-gives FWSVD (Hsu et al., "Language model compression with weighted low-rank factorization", 2022); full metrics are what
-Chekalina et al. (2025) call generalised Fisher-weighted SVD.
+gives FWSVD (Hsu et al., "Language model compression with weighted low-rank factorization", 2022); full metrics give the
+generalised Fisher-weighted SVD of Chekalina et al. (2025).
 """
 
 import logging
@@ -24,19 +24,18 @@ import torch
 from torch import Tensor
 
 from hf_lossless.calibration.curvature import KroneckerFactors
-
-DAMPING = 0.1
-"""Share of a metric's mean diagonal that is added to it: calibration rows span a part of the space only. 0.01 and 0.1
-gave much the same loss of other rows on three models, and so did 1 on the two of them that it was tried on."""
+from hf_lossless.candidates.cholesky import cholesky
+from hf_lossless.candidates.damping import RANKS
 
 WIDE = 2048
-"""From this shorter side on, only the leading singular vectors are computed, by a randomised SVD."""
+"""Where the shorter dimension is above this, only the leading singular vectors are computed, by a randomised SVD."""
 
 LARGEST_EXCESS = 1e-2
-"""A randomised SVD may leave at most this share of the squared norm more than the best of its rank would."""
+"""Largest excess of a randomised SVD's error over that of the best matrix of its rank, as a share of the squared
+norm."""
 
 OVERSAMPLING = 16
-"""Components of a randomised SVD beyond those that are asked: they make the last of these right."""
+"""Components of a randomised SVD beyond the requested ones, which make the last of these accurate."""
 
 _RANDOM_STATE = Lock()
 
@@ -45,7 +44,7 @@ _logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Factors:
-    """A matrix as a product.
+    """The two factors of a low-rank matrix.
 
     Attributes:
         left: L [out, rank], float32.
@@ -57,7 +56,7 @@ class Factors:
 
     @property
     def rank(self) -> int:
-        """Columns of L."""
+        """Returns the rank: the number of columns of L."""
         return self.left.shape[1]
 
 
@@ -67,8 +66,8 @@ class Factorisation:
 
     Attributes:
         factors: L and R of the largest rank computed, sorted by singular value.
-        singular_values: Those of `C_rows' W C_columns`, float64, as many as that rank.
-        excess: Upper bound of what a truncation leaves more than the best one of its rank would, as a share of the
+        singular_values: Singular values of `C_rows' W C_columns`, float64, as many as that rank.
+        excess: Upper bound of a truncation's excess error over that of the best matrix of its rank, as a share of the
             squared norm in the metric; 0 where the SVD is not randomised.
     """
 
@@ -77,13 +76,13 @@ class Factorisation:
     excess: float
 
     def truncated(self, rank: int) -> Factors:
-        """The factors of rank `rank`."""
+        """Returns the factors of rank `rank`, as views."""
         return Factors(self.factors.left[:, :rank], self.factors.right[:rank])
 
 
 @dataclass(frozen=True)
 class Whitening:
-    """Square roots of a metric, by which errors are weighed before an SVD and unweighed after it.
+    """Square roots of a metric, which transform a matrix before an SVD and back after it.
 
     Attributes:
         rows: C_rows, lower triangular [out, out] or a diagonal [out], float64.
@@ -94,19 +93,24 @@ class Whitening:
     columns: Tensor
 
     @classmethod
-    def of(cls, curvature: KroneckerFactors, damping: float = DAMPING) -> "Whitening":
-        """The roots of a layer's damped curvature: `M = C C'`."""
+    def of(cls, curvature: KroneckerFactors, damping: float = RANKS) -> "Whitening":
+        """Computes the roots of a layer's damped curvature: `M = C C'`.
+
+        Args:
+            curvature: Kronecker factors of the layer.
+            damping: Share of the mean diagonal that is added to each factor.
+        """
         damped = curvature.damped(damping)
         return cls(_root(damped.rows), _root(damped.columns))
 
 
 def factorise(matrix: Tensor, whitening: Whitening | None = None, *, largest: int | None = None) -> Factorisation:
-    """The SVD of a matrix in a metric.
+    """Computes the SVD of a matrix in a metric.
 
     Args:
         matrix: W [out, in], finite.
         whitening: Roots of the metric; None: the identity.
-        largest: The largest rank that will be asked; None: any.
+        largest: The largest rank that will be used; None: any.
 
     Returns:
         The factorisation; `truncated(r)` minimises `tr(M_rows d M_columns d')` over all matrices of rank r, to within
@@ -127,13 +131,13 @@ def factorise(matrix: Tensor, whitening: Whitening | None = None, *, largest: in
     if whitening is not None:
         left = _transposed_solve(whitening.rows, left)
         right = _transposed_solve(whitening.columns, right.mT).mT
-    # Groups of a grid run along a row: those of R lie in one component, those of L across many, which so need one size.
+    # A grid's groups run along rows: in R within one component, in L across components, which so need equal sizes.
     sizes = left.square().mean(0).sqrt().clamp(min=torch.finfo(torch.float32).tiny)
     return Factorisation(Factors((left / sizes).float(), (right * sizes[:, None]).float()), S, excess)
 
 
 def _svd(matrix: Tensor, largest: int | None) -> tuple[Tensor, Tensor, Tensor, float]:
-    """U, S, V' and the excess; only the leading triplets of a wide matrix, where few are asked."""
+    """Computes U, S, V' and the excess; of a wide matrix only the leading triplets, where few are needed."""
     shorter = min(matrix.shape)
     if largest is not None and shorter > WIDE and 4 * largest < shorter:
         U, S, V = _randomised(matrix, min(largest + OVERSAMPLING, shorter))
@@ -155,7 +159,7 @@ def _svd(matrix: Tensor, largest: int | None) -> tuple[Tensor, Tensor, Tensor, f
 
 
 def _svd_of_long(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The SVD by way of the eigenvectors of the shorter side's Gram matrix, several times as fast.
+    """Computes the SVD from the eigenvectors of the shorter dimension's Gram matrix, several times as fast.
 
     In float64 singular values below 1e-8 of the largest are lost in rounding, as they are in the float32 of weights;
     the truncated products are projections, `W V_r V_r'`, and do not suffer from it.
@@ -171,7 +175,10 @@ def _svd_of_long(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _randomised(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Halko et al. (2011) by way of torch, with its global random state put back; one thread at a time has that."""
+    """Computes a randomised SVD (Halko et al. 2011) with torch, and restores its global random state.
+
+    One thread at a time may change that state.
+    """
     devices = [matrix.device] if matrix.is_cuda else []
     with _RANDOM_STATE, torch.random.fork_rng(devices):
         torch.manual_seed(0)
@@ -180,15 +187,15 @@ def _randomised(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def excess_bound(matrix: Tensor, singular_values: Tensor) -> float:
-    """How much more than the best of its rank a truncation of a randomised SVD can leave, over ||W||_F^2.
+    """Bounds the excess error of truncating a randomised SVD, over ||W||_F^2.
 
-    With Q the orthonormal basis that was found, `||W||^2 = ||Q Q' W||^2 + ||E||^2` and the computed S are those of
-    `Q Q' W`. The r largest squared singular values of W sum to at most those of `Q Q' W` plus `||E||_F^2` (Ky Fan), so
-    what any truncation loses against the best is at most `||E||_F^2 = ||W||_F^2 - sum S^2`.
+    With Q the orthonormal basis of the randomised SVD, `||W||^2 = ||Q Q' W||^2 + ||E||^2` and the computed S are those
+    of `Q Q' W`. The r largest squared singular values of W sum to at most those of `Q Q' W` plus `||E||_F^2` (Ky Fan),
+    so the excess of any truncation is at most `||E||_F^2 = ||W||_F^2 - sum S^2`.
 
     Args:
         matrix: W.
-        singular_values: All that were computed.
+        singular_values: All singular values that were computed.
     """
     total = matrix.square().sum()
     if total == 0:
@@ -197,18 +204,17 @@ def excess_bound(matrix: Tensor, singular_values: Tensor) -> float:
 
 
 def _root(metric: Tensor) -> Tensor:
-    """C with `C C' = M`: lower triangular [n, n], or a diagonal [n]; float64."""
+    """Computes C with `C C' = M`: lower triangular [n, n], or a diagonal [n]; float64."""
     if metric.ndim == 1:
         return metric.double().sqrt()
-    root: Tensor = torch.linalg.cholesky(metric.double())
-    return root
+    return cholesky(metric.double())
 
 
 def _transposed_times(root: Tensor, matrix: Tensor) -> Tensor:
-    """`C' B`."""
+    """Computes `C' B`."""
     return root[:, None] * matrix if root.ndim == 1 else root.mT @ matrix
 
 
 def _transposed_solve(root: Tensor, matrix: Tensor) -> Tensor:
-    """`C^-T B`."""
+    """Computes `C^-T B`."""
     return matrix / root[:, None] if root.ndim == 1 else torch.linalg.solve_triangular(root.mT, matrix, upper=True)

@@ -1,4 +1,4 @@
-"""Everything that the knapsack may choose from: widths, ranks, and both, for every layer of a model."""
+"""Proposes the candidates of every layer of a model: grids, ranks, and sums of both."""
 
 from collections.abc import Callable
 from functools import partial
@@ -31,18 +31,18 @@ def propose(
     Args:
         layers: The layers, with real weights.
         calibration: Their statistics: with gradients for "descent", with curvature for "metric".
-        choices: Widths, group size, kinds of grids.
+        choices: Widths, group size and kinds of grids.
         ranks: Ranks to try by layer name, see `ranks.ranks_by_layer`.
-        truncation: How a matrix is cut to a rank.
-        by_derivatives: Whether the theory judges by derivatives alone. A layer without any (behind a rounding, an
-            argmax or `no_grad`) can then only be kept: a change of it is not seen, and may be anything.
-        damping_scale: What the dampings of entropy-coded grids are multiplied by.
-        seed: Of the noise that stands for feedback in estimates of entropy-coded grids.
+        truncation: How a matrix is truncated to a rank.
+        by_derivatives: Whether the theory predicts from derivatives alone. A layer without derivatives (behind a
+            rounding, an argmax or `no_grad`) can then only be kept, since the effect of a change is unknown.
+        damping_scale: Factor of the default dampings of entropy-coded grids.
+        seed: Seed of the noise that simulates feedback in estimates of entropy-coded grids.
 
     Returns:
-        For each layer its widths, for "metric" each rounded to nearest and by feedback, its shaped grids, ranks and
+        For each layer its grids, for "metric" each rounded to nearest and by feedback, its shaped grids, ranks and
         sums. The factors of all ranks are views of one factorisation, which takes at most twice the memory of the
-        weight in float32; "descent" makes them anew for each rank.
+        weight in float32; "descent" computes them anew for each rank.
 
     Raises:
         CalibrationError: A weight holds NaN or infinity.
@@ -67,7 +67,7 @@ def propose(
 
 
 def _with_feedback(widths: list[Candidate]) -> list[Candidate]:
-    """The same grids again, of the same bytes, for weights that are rounded in the metric of the loss."""
+    """Copies the grids, with the same bytes, for weights that are rounded in the metric of the loss."""
     return [
         Candidate(width.grid.model_copy(update={"rounding": "feedback"}), width.cost_bytes)
         for width in widths
@@ -83,7 +83,7 @@ def _with_factors(
     choices: Choices,
     truncation: Truncation,
 ) -> list[Candidate]:
-    """Low rank for the matrix, and for what its narrow grids leave of it."""
+    """Proposes low rank for the matrix, and for the remainders of its narrow grids."""
     whitening = None
     if truncation == "metric":
         assert statistics.curvature is not None
@@ -98,6 +98,6 @@ def _with_factors(
         ranks = ranks if within is None else tuple(sorted({*ranks, within}))
     settings = (choices.bits, choices.group_size, choices.symmetric)
     factored = propose_factored(layer, ranks, factors_of, *settings)
-    # Ranks that were asked for by number are those of factors in place of the matrix.
+    # Ranks given by number apply to factors in place of the matrix only.
     sums = propose_sums(layer, widths, whitening, *settings) if choices.ranks == "auto" else []
     return [*factored, *sums]

@@ -1,4 +1,4 @@
-"""Which ranks a layer may be given: those that save something (LLC Eq. 10b), up to the numerical rank."""
+"""Chooses the ranks to try for a layer: those that save bytes (LLC Eq. 10b), up to the numerical rank."""
 
 from collections.abc import Mapping
 from typing import Literal
@@ -12,11 +12,15 @@ from hf_lossless.errors import ConfigurationError
 from hf_lossless.storage.layers import Layer, matches
 
 _ROUNDINGS = 8.0
-"""A product of two factors carries more rounding error than one rounding of each number."""
+"""Factor of the rounding error, since a product of two factors has more than one rounding of each number."""
 
 
 def largest_rank(out_features: int, in_features: int) -> int:
-    """The largest rank whose factors have fewer numbers than the matrix: `r < N M / (N + M)` (LLC Eq. 10b); may be 0.
+    """Computes the largest rank with fewer numbers than the matrix: `r < N M / (N + M)` (LLC Eq. 10b); may be 0.
+
+    Args:
+        out_features: N, rows of the matrix.
+        in_features: M, columns of the matrix.
 
     Example:
         >>> largest_rank(8, 8), largest_rank(384, 1536), largest_rank(3, 1)
@@ -26,11 +30,11 @@ def largest_rank(out_features: int, in_features: int) -> int:
 
 
 def numerical_rank(matrix: Tensor) -> int:
-    """How many singular values stand out of the rounding errors of the matrix's own dtype.
+    """Counts the singular values above the rounding errors of the matrix's own dtype.
 
-    Entries rounded with relative precision eps are off by a matrix of nearly independent errors, whose largest singular
-    value is about `eps * rms(W) * (sqrt(N) + sqrt(M))`. Eight times that is the threshold: the usual one,
-    `eps * max(N, M) * sigma_1`, would call every matrix in bfloat16 one of rank 0.
+    Entries rounded with relative precision eps have nearly independent errors, a matrix whose largest singular
+    value is about `eps * rms(W) * (sqrt(N) + sqrt(M))`. Eight times that is the threshold: with the usual one, `eps *
+    max(N, M) * sigma_1`, every matrix in bfloat16 would have rank 0.
 
     Args:
         matrix: W [out, in], finite.
@@ -47,9 +51,16 @@ def numerical_rank(matrix: Tensor) -> int:
 
 
 def ranks_to_try(shape: torch.Size | tuple[int, int], numerical_rank: int) -> tuple[int, ...]:
-    """Eighths of the largest rank that saves something, and the numerical rank, with which nothing is lost.
+    """Lists eighths of the largest rank that saves bytes, and the numerical rank, which is lossless.
 
-    A matrix of zeros has the numerical rank 0 and is given rank 1, the least there is.
+    A matrix of zeros has the numerical rank 0 and gets rank 1, the smallest possible.
+
+    Args:
+        shape: (N, M) of the matrix.
+        numerical_rank: Its numerical rank.
+
+    Returns:
+        The ranks, ascending; empty where no rank saves bytes.
 
     Example:
         >>> ranks_to_try((384, 384), 384)
@@ -66,15 +77,14 @@ def ranks_to_try(shape: torch.Size | tuple[int, int], numerical_rank: int) -> tu
 def ranks_by_layer(
     layers: list[Layer], asked: Literal["auto"] | Mapping[str, tuple[int, ...]] | None
 ) -> dict[str, tuple[int, ...]]:
-    """The ranks to try, by layer name; a layer that has none is left out.
+    """Finds the ranks to try, by layer name; layers without ranks are left out.
 
     Args:
         layers: The layers, with real weights.
-        asked: What the configuration says: "auto", ranks by name or pattern, or None.
+        asked: The configured ranks: "auto", ranks by name or pattern, or None.
 
     Raises:
-        ConfigurationError: A name that no layer has, or a rank that a layer cannot have, or that holds nothing more
-            than a smaller one.
+        ConfigurationError: No layer has a given name, or a rank is impossible or above the numerical rank.
         CalibrationError: A weight holds NaN or infinity.
     """
     if asked is None:
@@ -101,12 +111,12 @@ def ranks_by_layer(
 
 
 def _factorable(layer: Layer) -> bool:
-    """Each group of a grouped convolution sees other inputs, so that its matrix is no single product."""
+    """Tells whether a layer's matrix is one product; that of a grouped convolution is not."""
     return not (isinstance(layer.module, nn.Conv2d) and layer.module.groups > 1)
 
 
 def _refuse_ranks(layer: Layer, ranks: tuple[int, ...]) -> None:
-    """Raises ConfigurationError for a rank that the layer cannot have, or that would hold nothing more."""
+    """Raises ConfigurationError for a rank that the layer cannot have, or that is above the numerical rank."""
     out_features, in_features = layer.matrix.shape
     where = f"ranks gives layer {layer.name!r} [{out_features}, {in_features}] the rank {max(ranks)}"
     if not _factorable(layer):

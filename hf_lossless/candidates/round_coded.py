@@ -1,4 +1,4 @@
-"""Codes of the layers that are to be entropy-coded, their bytes, and what they cost."""
+"""Rounds the layers that are entropy-coded, and computes their bytes and cost."""
 
 from collections import defaultdict
 from collections.abc import Mapping
@@ -17,17 +17,17 @@ from hf_lossless.storage.plan import CodedGrid
 from hf_lossless.storage.values import EncodedMatrix
 
 _LARGEST_BATCH = 2**23
-"""Numbers in the weights of a batch, or in its metrics: 32 MiB in float32, of which rounding holds about ten copies."""
+"""Numbers in a batch's weights, or in its metrics: 32 MiB in float32; rounding holds about ten copies."""
 
 
 @dataclass(frozen=True)
 class CodedRounding:
-    """A layer rounded on a shaped grid.
+    """The codes of a layer rounded on a shaped grid, and their cost.
 
     Attributes:
         grid: The grid.
         values: Codes, steps and bytes.
-        cost: What it costs in the damped metric that shaped it, in nats.
+        cost: Cost of the rounding error in the damped metric that shaped the grid, in nats.
     """
 
     grid: CodedGrid
@@ -36,19 +36,19 @@ class CodedRounding:
 
     @property
     def cost_bytes(self) -> int:
-        """Bytes that it is stored in."""
+        """Returns the bytes of the coded weight."""
         return len(self.values.stored)
 
 
 def round_coded(
     layers: list[Layer], grids: Mapping[str, CodedGrid], calibration: Calibration
 ) -> dict[str, CodedRounding]:
-    """Rounds layers by feedback from both sides, those of one shape together, and codes them.
+    """Rounds layers by two-sided feedback, layers of one shape together, and codes them.
 
     Args:
         layers: All layers, with real weights.
-        grids: The grids of those that are meant, by layer name.
-        calibration: With curvature; all its rows have their part.
+        grids: Grids of the layers to round, by layer name.
+        calibration: Statistics with curvature, of all calibration rows.
     """
     batches = defaultdict(list)
     for layer in layers:
@@ -63,14 +63,14 @@ def round_coded(
         at_once = max(1, _LARGEST_BATCH // largest)
         for start in range(0, len(members), at_once):
             part = members[start : start + at_once]
-            sides = [InverseRoots.of(curvature, grid.damping) for _, grid, curvature in part]
+            roots = [InverseRoots.of(curvature, grid.damping) for _, grid, curvature in part]
             matrices = torch.stack([layer.matrix.detach().float() for layer, _, _ in part])
             row_steps = torch.stack(
-                [stored_steps(one.row_steps(grid.step)) for one, (_, grid, _) in zip(sides, part, strict=True)]
+                [stored_steps(one.row_steps(grid.step)) for one, (_, grid, _) in zip(roots, part, strict=True)]
             )
-            column_steps = torch.stack([stored_steps(one.column_steps) for one in sides])
+            column_steps = torch.stack([stored_steps(one.column_steps) for one in roots])
             codes = round_two_sided(
-                matrices, row_steps, column_steps, [one.rows for one in sides], [one.columns for one in sides]
+                matrices, row_steps, column_steps, [one.rows for one in roots], [one.columns for one in roots]
             )
             codes.clamp_(-LARGEST_CODE, LARGEST_CODE)
             errors = codes * row_steps[:, :, None] * column_steps[:, None] - matrices

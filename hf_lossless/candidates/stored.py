@@ -1,4 +1,4 @@
-"""Rounds what needs no calibration data: from a layer's plan to the values that are stored of it."""
+"""Rounds layers without calibration data: from a layer's plan to its stored values."""
 
 from torch import Tensor
 
@@ -25,11 +25,11 @@ def stored_layer(
     Args:
         layer: The layer, with real weights.
         plan: Its plan.
-        factors: L [out, r] and R [r, in] of the planned rank, for the kinds "low_rank" and "sum". Where the plan has no
-            grid for one, it takes the dtype of the layer's weight.
+        factors: L [out, r] and R [r, in] of the planned rank, for the kinds "low_rank" and "sum". A factor without a
+            planned grid gets the dtype of the layer's weight.
         rounded: Codes that depend on the calibration data (`round_with_feedback`, `round_coded`), for the kind "coded"
             and for grids with the rounding "feedback".
-        static: The levels of its input, where the plan gives that a static range.
+        static: Levels of the layer's input, where the plan has a static range for it.
 
     Raises:
         PlanError: Factors are missing, or the weight needs scales of another dtype than the plan says.

@@ -1,18 +1,19 @@
 """Error feedback from rows and columns: successive rounding in the metric `tr(R d C d')`.
 
-Feedback along the columns (see `feedback`) lets later columns of the same row make up for a rounding error. Where the
-gradients of rows go together, later rows can do so as well. With the roots `R^-1 = V' V` and `C^-1 = U' U`, upper
-triangular, every weight error is `d = V' E U`, and entry (k, i) is rounded when all entries above and to the left are:
+Feedback along the columns (see `feedback`) lets later columns of the same row compensate a rounding error. Where the
+gradients of rows are correlated, later rows can do so as well. With the roots `R^-1 = V' V` and `C^-1 = U' U`, upper
+triangular, every weight error is `d = V' E U`, and entry (k, i) is rounded after all entries above and to the left:
 
     t_ki = w_ki + sum_{k' <= k, i' <= i, not both} V_k'k E_k'i' U_i'i,
     q_ki = t_ki rounded to a multiple of its step,      E_ki = (q_ki - t_ki) / (V_kk U_ii)
 
-so that `tr(R d C d') = sum E_ki^2` exactly. It is the successive rounding of the metric's Cholesky factor, which of a
-Kronecker product is the product of the factors. Tseng et al. 2025 (arXiv 2505.22988) round in such a metric too.
+so that `tr(R d C d') = sum E_ki^2` exactly. It is successive rounding with the metric's Cholesky factor, and that of a
+Kronecker product is the product of the factors' Cholesky factors. Tseng et al. 2025 (arXiv 2505.22988) round in such a
+metric too.
 
 Entries of one anti-diagonal do not depend on each other. The matrix is cut into square blocks; the blocks of an
-anti-diagonal are done together, within them the entries of an anti-diagonal, and what blocks do to each other are
-matrix products. It takes 2 (out + in) short steps, whatever the number of matrices in a batch.
+anti-diagonal are rounded together, and so are the entries of an anti-diagonal within them; the feedback between blocks
+is a matrix product. It takes 2 (out + in) short steps, for any number of matrices in a batch.
 """
 
 from collections.abc import Sequence
@@ -26,10 +27,10 @@ from hf_lossless.candidates.feedback import Metric, error_feedback
 from hf_lossless.candidates.inverse_roots import InverseRoot
 
 _BLOCK = 32
-"""InverseRoot of a block."""
+"""Rows and columns of a block."""
 
 _ROWS_AT_ONCE = 8192
-"""Rows that are rounded at a time where rows do not depend on each other."""
+"""Rows that are rounded at a time where rows are independent."""
 
 
 def round_two_sided(
@@ -39,39 +40,39 @@ def round_two_sided(
     rows: Sequence[InverseRoot],
     columns: Sequence[InverseRoot],
 ) -> Tensor:
-    """Codes of matrices of one shape, whole numbers in float32, [batch, out, in]: `W ~ row_steps code column_steps`.
+    """Rounds matrices of one shape, `W ~ row_steps code column_steps`, with feedback along rows and columns.
 
     Args:
-        weights: W, [batch, out, in], float32.
-        row_steps: [batch, out], positive.
-        column_steps: [batch, in], positive.
-        rows: InverseRoot of R of each matrix; all of them diagonal, or none.
-        columns: InverseRoot of C of each; likewise.
+        weights: W [batch, out, in], float32.
+        row_steps: Steps of the rows, [batch, out], positive.
+        column_steps: Steps of the columns, [batch, in], positive.
+        rows: Inverse root of each matrix's R; all of them diagonal, or none.
+        columns: Inverse root of each matrix's C; all of them diagonal, or none.
     """
     if rows[0].is_diagonal:
         if columns[0].is_diagonal:
             return (weights / row_steps[:, :, None] / column_steps[:, None]).round()
         matrices = zip(weights, row_steps, column_steps, columns, strict=True)
         return torch.stack([_round_columns(*matrix) for matrix in matrices])
-    # The other way round where columns are diagonal, and where there are more rows than columns: what blocks do to
-    # the rows below them is the larger share of the work.
+    # Transposed where columns are diagonal, or where there are more rows than columns: feedback to the rows below
+    # is the larger share of the work.
     if columns[0].is_diagonal or weights.shape[1] > weights.shape[2]:
         return round_two_sided(weights.mT, column_steps, row_steps, columns, rows).mT
-    row_order, column_order = (torch.stack([side.order for side in sides]) for sides in (rows, columns))
+    row_order, column_order = (torch.stack([one.order for one in roots]) for roots in (rows, columns))
     ordered = weights.take_along_dim(row_order[:, :, None], 1).take_along_dim(column_order[:, None], 2)
     codes = _in_blocks(
         ordered,
         row_steps.take_along_dim(row_order, 1),
         column_steps.take_along_dim(column_order, 1),
-        torch.stack([side.root for side in rows]),
-        torch.stack([side.root for side in columns]),
+        torch.stack([one.root for one in rows]),
+        torch.stack([one.root for one in columns]),
     )
     return codes.take_along_dim(row_order.argsort(1)[:, :, None], 1).take_along_dim(column_order.argsort(1)[:, None], 2)
 
 
 @dataclass
 class _Steps:
-    """Levels `row_steps code column_steps` without end, for feedback along the columns."""
+    """Unbounded levels `row_steps code column_steps`, for feedback along the columns."""
 
     row_steps: Tensor
     column_steps: Tensor
@@ -87,7 +88,7 @@ class _Steps:
 
 
 def _round_columns(weights: Tensor, row_steps: Tensor, column_steps: Tensor, columns: InverseRoot) -> Tensor:
-    """Feedback along the columns alone, for rows that do not depend on each other."""
+    """Rounds with feedback along the columns alone, for rows that are independent."""
     metric = Metric(columns.root[None], columns.order[None], columns.root[None])
     parts = [
         error_feedback(part.mT[None], _Steps(steps, column_steps[None]), metric)[0].mT
@@ -97,14 +98,14 @@ def _round_columns(weights: Tensor, row_steps: Tensor, column_steps: Tensor, col
 
 
 def _in_blocks(weights: Tensor, row_steps: Tensor, column_steps: Tensor, V: Tensor, U: Tensor) -> Tensor:
-    """Codes of ordered matrices [batch, out, in], anti-diagonal of blocks after anti-diagonal."""
+    """Rounds ordered matrices [batch, out, in], one anti-diagonal of blocks after the other; returns codes."""
     batch, num_rows, num_columns = weights.shape
     row_padding, column_padding = -num_rows % _BLOCK, -num_columns % _BLOCK
     W = F.pad(weights, (0, column_padding, 0, row_padding))
     row_steps = F.pad(row_steps, (0, row_padding), value=1.0)
     column_steps = F.pad(column_steps, (0, column_padding), value=1.0)
     V, U = _padded(V, row_padding), _padded(U, column_padding)
-    codes, carried = torch.empty_like(W), torch.zeros_like(W)  # carried: E U
+    codes, E_U = torch.empty_like(W), torch.zeros_like(W)
     heights, widths = W.shape[1] // _BLOCK, W.shape[2] // _BLOCK
     spans = [slice(index * _BLOCK, (index + 1) * _BLOCK) for index in range(max(heights, widths))]
     for diagonal in range(heights + widths - 1):
@@ -113,7 +114,7 @@ def _in_blocks(weights: Tensor, row_steps: Tensor, column_steps: Tensor, V: Tens
             for above in range(max(0, diagonal - widths + 1), min(heights, diagonal + 1))
         ]
         targets = [
-            W[:, k, i] + V[:, : k.stop, k].mT @ carried[:, : k.stop, i]  # from the blocks above and to the left
+            W[:, k, i] + V[:, : k.stop, k].mT @ E_U[:, : k.stop, i]  # from the blocks above and to the left
             for k, i in places
         ]
         found, errors = _round_block(
@@ -126,33 +127,33 @@ def _in_blocks(weights: Tensor, row_steps: Tensor, column_steps: Tensor, V: Tens
             places, torch.split(found, batch), torch.split(errors, batch), strict=True
         ):
             codes[:, k, i] = own_codes
-            carried[:, k, i.start :] += own_errors @ U[:, i, i.start :]
+            E_U[:, k, i.start :] += own_errors @ U[:, i, i.start :]
     return codes[:, :num_rows, :num_columns]
 
 
 def _round_block(targets: Tensor, steps: Tensor, V: Tensor, U: Tensor) -> tuple[Tensor, Tensor]:
-    """Codes and normalised errors E of blocks [blocks, side, side], anti-diagonal after anti-diagonal."""
+    """Rounds blocks [blocks, side, side] by anti-diagonals; returns codes and normalised errors E."""
     side = targets.shape[1]
     scale = V.diagonal(dim1=1, dim2=2)[:, :, None] * U.diagonal(dim1=1, dim2=2)[:, None]
     above = V.mT.contiguous()
-    carried = torch.zeros_like(targets)  # (E U)', so that a column is a row of memory
+    E_U = torch.zeros_like(targets)  # (E U)', so that a column is a row of memory
     codes, errors = torch.empty_like(targets).flatten(1), torch.empty_like(targets).flatten(1)
     targets, steps, scale = targets.flatten(1), steps.flatten(1), scale.flatten(1)
     for diagonal in range(2 * side - 1):
         first, last = max(0, diagonal - side + 1), min(side - 1, diagonal)  # of rows k, and of columns i = diagonal - k
         k = slice(first, last + 1)
         places = torch.arange(first, last + 1, device=targets.device) * (side - 1) + diagonal  # k side + i
-        shift = (above[:, k, : last + 1] * carried[:, k, : last + 1].flip(1)).sum(2)
+        shift = (above[:, k, : last + 1] * E_U[:, k, : last + 1].flip(1)).sum(2)
         wanted, step = targets[:, places] + shift, steps[:, places]
         rounded = (wanted / step).round_()
         error = (rounded * step - wanted) / scale[:, places]
         codes[:, places], errors[:, places] = rounded, error
-        carried[:, first:, k] += (U[:, k, first:].flip(1) * error[:, :, None]).mT
+        E_U[:, first:, k] += (U[:, k, first:].flip(1) * error[:, :, None]).mT
     return codes.view(-1, side, side), errors.view(-1, side, side)
 
 
 def _padded(root: Tensor, padding: int) -> Tensor:
-    """A root with further rows and columns of the identity."""
+    """Pads a root with rows and columns of the identity."""
     if not padding:
         return root
     root = F.pad(root, (0, padding, 0, padding))

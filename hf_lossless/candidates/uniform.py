@@ -2,10 +2,10 @@
 
     W[o, i] ~ scale[o, g] * (code[o, i] - zero[o, g]),      g = i // group_size
 
-Among a few ranges for each group (the whole range, and the Laplace and Gauss ranges of ACIQ, see `clipping`) the one
-with the least squared error is taken; where the columns have weights, the one with the least weighted error among these
-and a ladder of shares of the whole range. A symmetric scale may be negative: a grid of 2^b levels around zero has one
-more level on one side, and the sign gives it to the side that reaches further.
+Each group gets the range with the least squared error among a few (the full range, and the Laplace and Gauss ranges of
+ACIQ, see `clipping`); where columns have weights, the one with the least weighted error among these and a ladder of
+shares of the full range. A symmetric scale may be negative: a grid of 2^b levels around zero has one more level on one
+side, and the sign gives it to the side with the largest weight.
 """
 
 from collections.abc import Iterable
@@ -20,24 +20,24 @@ from hf_lossless.storage.grid import QuantisedMatrix, dequantise, group_blocks, 
 from hf_lossless.storage.plan import Grid
 
 _LADDER = tuple(step / 20 for step in range(6, 20))
-"""Shares of the whole range that are tried where columns have weights."""
+"""Shares of the full range that are tried where columns have weights."""
 
 _HALF_SMALLEST_NORMAL = 2.0**-14
 _HALF_LARGEST = 65504.0
 _HALF_LARGEST_ZERO = 256.0
-"""Beyond it float16 would store a zero point with an error of more than a sixteenth of a step."""
+"""Above this, float16 would store a zero point with an error of more than a sixteenth of a step."""
 
 
 def quantise(matrix: Tensor, grid: Grid, column_weights: Tensor | None = None) -> QuantisedMatrix:
-    """Puts a matrix on a grid, each weight by itself.
+    """Puts a matrix on a grid, each weight independently.
 
     Args:
-        matrix: [out, in], finite, of any floating dtype.
-        grid: What to use; its `scale_dtype` is found here and not read.
-        column_weights: What a squared error counts in each column, [in]; None: the same in all.
+        matrix: Weights [out, in], finite, of any floating dtype.
+        grid: The grid; its `scale_dtype` is determined here and not read.
+        column_weights: Weight of a squared error in each column, [in]; None: equal weights.
 
     Returns:
-        Codes, scales, zeros. `dequantise` of them is within half a step (one step for one-sided rounding) of every
+        Codes, scales and zeros. `dequantise` of them is within half a step (one step for one-sided rounding) of every
         weight that is inside its group's range.
 
     Example:
@@ -64,7 +64,12 @@ def quantise(matrix: Tensor, grid: Grid, column_weights: Tensor | None = None) -
 
 
 def on_grid(matrix: Tensor, grid: Grid | None) -> Tensor:
-    """A matrix as it is after it went to a grid and back, float32 [out, in]; None: as it is."""
+    """Rounds a matrix to a grid and dequantises it, float32 [out, in]; without a grid only the dtype changes.
+
+    Args:
+        matrix: Weights [out, in], of any floating dtype.
+        grid: The grid; None: the matrix is only converted to float32.
+    """
     if grid is None:
         return matrix.detach().float()
     quantised = quantise(matrix, grid)
@@ -72,8 +77,8 @@ def on_grid(matrix: Tensor, grid: Grid | None) -> Tensor:
 
 
 def _best_range(block: Tensor, grid: Grid, weights: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Scale and zero [out, groups] with the least squared error, or weighted error, among the ranges tried."""
-    # In units of a power of two near the largest weight: squares of huge or tiny weights would leave float32.
+    """Finds scale and zero [out, groups] with the least squared, or weighted, error among the candidate ranges."""
+    # In units of a power of two near the largest weight: squares of huge or tiny weights would overflow or underflow.
     largest = torch.frexp(block.abs().amax(-1))
     unit = torch.ldexp(torch.ones_like(largest.mantissa), largest.exponent - 1)
     block = block / unit[..., None]
@@ -91,7 +96,7 @@ def _best_range(block: Tensor, grid: Grid, weights: Tensor | None) -> tuple[Tens
 
 
 def _ranges(block: Tensor, grid: Grid) -> Iterable[tuple[Tensor, Tensor]]:
-    """Pairs (scale, zero), each [out, groups]: the whole range first, then the ranges of ACIQ inside it."""
+    """Yields pairs (scale, zero), each [out, groups]: the full range first, then the ranges of ACIQ inside it."""
     low, high = block.amin(-1), block.amax(-1)
     last_code = 2**grid.bits - 1
     if grid.symmetric:
@@ -105,8 +110,8 @@ def _ranges(block: Tensor, grid: Grid) -> Iterable[tuple[Tensor, Tensor]]:
         centre = block.mean(-1)
         reach = torch.maximum(centre - low, high - centre)
         sign = torch.ones_like(low)
-        spread = high - low
-        scale = torch.where(spread > 0, spread / last_code, low.abs())  # a constant group: one level at its value
+        width = high - low
+        scale = torch.where(width > 0, width / last_code, low.abs())  # a constant group: one level at its value
         yield scale, -low / _nonzero(scale)
     deviations = block - centre[..., None]
     laplace = laplace_clip(grid.bits) * deviations.abs().mean(-1)
@@ -122,17 +127,17 @@ def _ranges(block: Tensor, grid: Grid) -> Iterable[tuple[Tensor, Tensor]]:
 
 
 def _shares(block: Tensor, grid: Grid) -> Iterable[tuple[Tensor, Tensor]]:
-    """Shares of the whole range: pairs (scale, zero), each [out, groups]."""
-    whole_scale, whole_zero = next(iter(_ranges(block, grid)))
-    middle = whole_scale * ((2**grid.bits - 1) / 2 - whole_zero)
+    """Yields shares of the full range as pairs (scale, zero), each [out, groups]."""
+    full_scale, full_zero = next(iter(_ranges(block, grid)))
+    middle = full_scale * ((2**grid.bits - 1) / 2 - full_zero)
     for share in _LADDER:
-        scale = whole_scale * share
-        zero = whole_zero if grid.symmetric else (2**grid.bits - 1) / 2 - middle / _nonzero(scale)
+        scale = full_scale * share
+        zero = full_zero if grid.symmetric else (2**grid.bits - 1) / 2 - middle / _nonzero(scale)
         yield scale, zero
 
 
 def _codes(values: Tensor, scales: Tensor, zeros: Tensor | float, grid: Grid) -> Tensor:
-    """Codes as floats; a group of zeros only has scale 0, and any code gives 0 back."""
+    """Computes codes as floats; a group of zeros has scale 0, and any code stands for 0."""
     positions = values / _nonzero(scales)
     positions += zeros
     return round_positions(positions, grid.rounding, scales).clamp_(0, 2**grid.bits - 1)

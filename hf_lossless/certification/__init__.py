@@ -1,1 +1,1 @@
-"""Whether held-out data can tell the compressed model from the original: the tests, the walk, the certificate."""
+"""Tests on held-out data whether the compressed model is worse: the tests, the walk, the certificate."""

@@ -1,19 +1,19 @@
-"""Upper confidence bound of the mean of values that have a limit: every row weighs at random, and so does the limit.
+"""Gaffke's upper confidence bound of the mean of independent values with a known upper limit.
 
 Let x_1..x_n be independent values of at most L, and w ~ Dirichlet(1, .., 1) random weights of n+1 rows:
 
     U = the confidence quantile of  w_1 x_1 + .. + w_n x_n + w_{n+1} L
 
-This is Gaffke's bound. It asks for nothing but the limit: no normality, no number of rows; its level is a conjecture
-that has been checked for many families and never been seen broken. For values 0 and 1 it is the exact bound of Clopper
-and Pearson. Where no row changed it still says "at most 3/n", where a bootstrap would say "nothing can happen".
+This is Gaffke's bound. It assumes only the limit: neither normality nor a number of rows; its level is a conjecture
+that has been checked for many families without a counterexample. For values 0 and 1 it is the exact bound of Clopper
+and Pearson. Where no row changed it is still about 3/n, where a bootstrap would give 0.
 
 With weights w_i = E_i / sum E of independent exponentials, P(sum w_i x_i >= c) = P(sum E_i (x_i - c) >= 0), whose
 cumulant generating function is K(t) = -sum log(1 - t (x_i - c)). The saddlepoint t solves K'(t) = 0 and gives
 
     r = sign(t) sqrt(-2 K(t)),   u = t sqrt(K''(t)),   P = 1 - Phi(r + log(u / r) / r)
 
-within about a hundredth of its value and without a random number.
+to within about a hundredth of P, without random numbers.
 
 Sources: N. Gaffke, "Three test statistics for a nonparametric one-sided hypothesis on the mean of a nonnegative
 variable", Math. Methods of Statistics 14, 2005. E. Learned-Miller & P. Thomas, "A new confidence interval for the mean
@@ -32,12 +32,12 @@ _NEAR_ZERO = 1e-3
 
 
 def bounded_upper_bound(values: ArrayLike, confidence: float, limit: float) -> float:
-    """Upper confidence bound of the mean of which `values` are a sample.
+    """Computes an upper confidence bound of the mean of which `values` are a sample.
 
     Args:
         values: Independent values [rows], none above the limit.
         confidence: 1 - alpha.
-        limit: The largest value that there can be.
+        limit: The largest possible value.
 
     Example:
         >>> round(bounded_upper_bound([0.0] * 99 + [1.0], 0.95, limit=1.0), 3)  # Clopper and Pearson: 0.0466
@@ -54,26 +54,36 @@ def bounded_upper_bound(values: ArrayLike, confidence: float, limit: float) -> f
 
 
 def bounded_interval(values: ArrayLike, confidence: float, low: float = 0.0, high: float = 1.0) -> tuple[float, float]:
-    """Two-sided confidence interval of a mean of values in [low, high]: half the error on each side."""
+    """Computes a two-sided confidence interval of the mean of values in [low, high]: half the error on each side.
+
+    Args:
+        values: Independent values [rows], between `low` and `high`.
+        confidence: 1 - alpha.
+        low: The smallest possible value.
+        high: The largest possible value.
+
+    Returns:
+        Lower and upper end of the interval.
+    """
     one_sided = (1 + confidence) / 2
     below = -bounded_upper_bound(-np.asarray(values, np.float64), one_sided, -low)
     return below, bounded_upper_bound(values, one_sided, high)
 
 
 def with_limit(values: ArrayLike, limit: float) -> Floats:
-    """The values and, after them, the limit [rows + 1]."""
+    """Appends the limit to the values, [rows + 1]."""
     return np.append(np.asarray(values, np.float64), limit)
 
 
 def chance_of_mean_above(sample: Floats, mean: float) -> float:
-    """P(sum_i w_i x_i >= mean) for w ~ Dirichlet(1, .., 1), by the saddlepoint above.
+    """Computes P(sum_i w_i x_i >= mean) for w ~ Dirichlet(1, .., 1), by the saddlepoint above.
 
     Args:
         sample: Values [rows].
-        mean: What the weighted mean is compared with.
+        mean: The threshold of the weighted mean.
 
     Returns:
-        A chance; exactly 1 or 0 where all values lie on one side.
+        The probability; exactly 1 or 0 where all values lie on one side of the threshold.
     """
     x = sample - mean
     if x.min() >= 0 or x.max() <= 0:
@@ -89,7 +99,10 @@ def chance_of_mean_above(sample: Floats, mean: float) -> float:
 
 
 def _saddlepoint(x: Floats) -> float:
-    """The root of K'(t) = sum x / (1 - t x), which rises from -inf to inf between the poles 1/min x and 1/max x."""
+    """Finds the root of K'(t) = sum x / (1 - t x).
+
+    K' rises from -inf to inf between the poles 1/min x and 1/max x.
+    """
     low, high = 1 / x.min(), 1 / x.max()
     for _ in range(_HALVINGS):
         t = (low + high) / 2

@@ -1,16 +1,16 @@
-"""The certificate: what held-out rows said of a compressed model, as config.json keeps it and a model card tells it.
+"""The certificate of a compressed model on held-out rows, as stored in config.json and printed in a model card.
 
-It has three parts: where it comes from (`Provenance`), what was measured and tested (`Evidence`), and the verdict,
-which follows from the evidence alone and is checked against it whenever a certificate is read. Verdicts:
+It has three parts: its origin (`Provenance`), measurements and tests (`Evidence`), and the verdict, which follows from
+the evidence alone and is checked against it whenever a certificate is read. Verdicts:
 
 - "certified": loss and metric both pass their tests of non-inferiority.
 - "loss decreased": the same, and the upper bound of the plain change of the loss is below zero. Tested only after the
-  weaker statement has passed, so that it takes no share of alpha from it. In a walk it is a statement about the one
-  plan that it is made of, not covered by the walk's error rate.
-- "not certified: ...": with what failed, and how many rows it would take where there were too few. Below `MIN_ROWS`
-  rows nothing is certified, whatever they show.
+  weaker statement has passed, so that it takes no share of alpha. In a walk it is a statement about its one plan only,
+  not covered by the walk's error rate.
+- "not certified: ...": followed by the tests that failed, and the number of rows needed where there were too few.
+  Below `MIN_ROWS` rows nothing is certified, whatever they show.
 
-It imports no torch, for config.json keeps it and is read without.
+This file does not import torch, so that config.json can be read without it.
 """
 
 from importlib import metadata
@@ -30,9 +30,9 @@ METRIC_MARGIN = 0.005
 CONFIDENCE = 0.95
 
 MIN_ROWS = 500
-"""Fewer never certify. The tests hold their level only where the sample has seen the tail: in the simulation of
-recipes/benchmarks/certificate.json, where one row in a hundred is much worse, 14 % of the walks passed wrongly with 300
-rows (5 % were allowed), 4 % with 1,000."""
+"""Least number of rows for a certificate. The tests hold their level only where the sample contains the tail: in the
+simulation of recipes/benchmarks/certificate.json, where one row in a hundred is much worse, 14 % of the walks passed
+wrongly with 300 rows (5 % were allowed), 4 % with 1,000."""
 
 _LIBRARIES = ("hf-lossless", "torch", "transformers", "datasets", "numpy", "scipy")
 
@@ -41,22 +41,22 @@ _Count = Annotated[int, Field(ge=0)]
 
 
 def library_versions() -> dict[str, str]:
-    """Versions of the libraries that had a hand in the numbers."""
+    """Returns the versions of the libraries that the numbers depend on."""
     return {name: metadata.version(name) for name in _LIBRARIES}
 
 
 class Provenance(Record):
-    """Where a certificate comes from.
+    """The origin of a certificate: data, theory and versions.
 
     Attributes:
-        data_fingerprint: Name of the set of certification rows (`data.splits.fingerprint`).
-        calibration_rows: Rows calibrated on; None where a finished model is judged, of which that is not known.
-        selection_rows: Rows that plans were selected on; None likewise.
-        theory: What predicted the losses.
-        seed: Of the splits and of calibration; None likewise.
+        data_fingerprint: Hash of the certification rows (`data.splits.fingerprint`).
+        calibration_rows: Number of calibration rows; None where a finished model is judged, of which it is unknown.
+        selection_rows: Number of rows that plans were selected on; None where unknown.
+        theory: Name of the theory that predicted the losses.
+        seed: Seed of the splits and of calibration; None where unknown.
         runtime: How the compressed model was computed (`storage.runtime.runtimes`); certificates of older releases do
             not say it, and were measured in floating point.
-        versions: Of the libraries, by name.
+        versions: Versions of the libraries, by name.
     """
 
     data_fingerprint: str
@@ -69,7 +69,7 @@ class Provenance(Record):
 
     @property
     def unseen(self) -> str:
-        """What is known of the certification rows' part in the model."""
+        """States whether the certification rows were unseen by calibration and selection."""
         if self.calibration_rows is None or self.selection_rows is None:
             return ", provided that none of them had a part in making the model"
         return (
@@ -79,7 +79,7 @@ class Provenance(Record):
 
 
 class Estimate(Record):
-    """A mean over the certification rows, with its two-sided interval at the certificate's confidence."""
+    """A mean over the certification rows, with its two-sided confidence interval."""
 
     value: _Number
     low: _Number
@@ -87,7 +87,7 @@ class Estimate(Record):
 
 
 class TestOutcome(Record):
-    """A test of non-inferiority (`non_inferiority.NonInferiority`, which explains the fields)."""
+    """The outcome of a test of non-inferiority (for the fields see `non_inferiority.NonInferiority`)."""
 
     __test__ = False  # else pytest takes it for a test
 
@@ -98,26 +98,26 @@ class TestOutcome(Record):
 
 
 class Evidence(Record):
-    """What was measured on the certification rows, and tested.
+    """Measurements and tests on the certification rows.
 
     Attributes:
-        num_rows: Certification rows.
-        confidence: 1 - alpha, of each bound and interval.
-        tolerance: How much of the original's mean loss the loss may rise by.
+        num_rows: Number of certification rows.
+        confidence: Confidence 1 - alpha of each bound and interval.
+        tolerance: Share of the original's mean loss by which the loss may rise.
         original_loss: Mean loss of the original.
         compressed_loss: Mean loss of the compressed model.
-        loss_change: The mean of the paired differences.
-        loss_change_error: Its standard error.
-        loss_change_bound: Its one-sided upper bound.
-        loss_test: Of E[compressed - (1 + tolerance) original] < 0.
+        loss_change: Mean of the paired differences of losses.
+        loss_change_error: Standard error of `loss_change`.
+        loss_change_bound: One-sided upper bound of the mean change.
+        loss_test: Test of E[compressed - (1 + tolerance) original] < 0.
         metric_name: The task's metric.
-        metric_margin: How far it may fall.
-        original_metric: Of the original.
-        compressed_metric: Of the compressed model.
-        metric_test: Of E[original - compressed] < margin.
+        metric_margin: How far the metric may fall.
+        original_metric: Metric of the original.
+        compressed_metric: Metric of the compressed model.
+        metric_test: Test of E[original - compressed] < margin.
         flips: Rows whose prediction changed.
-        right_to_wrong: Of these, rows whose score fell.
-        wrong_to_right: Of these, rows whose score rose.
+        right_to_wrong: Flips whose score fell.
+        wrong_to_right: Flips whose score rose.
         mean_kl: Mean divergence of the outputs from the original's, in nats; None for tasks without class scores.
     """
 
@@ -142,7 +142,7 @@ class Evidence(Record):
 
     @property
     def verdict(self) -> str:
-        """What follows from the tests."""
+        """Derives the verdict from the tests."""
         failures = []
         if self.num_rows < MIN_ROWS:
             failures.append(
@@ -172,19 +172,19 @@ class Evidence(Record):
         return f"the {self.metric_name} is not shown to have risen by more than {abs(self.metric_margin):.3g}"
 
     def _too_few(self, test: TestOutcome, excess: float) -> str:
-        """What more rows could do; nothing where there were enough, or where these show more than was allowed."""
+        """States how many rows could suffice; "" where there were enough, or where the excess is not negative."""
         if test.required_rows is None or test.required_rows <= self.num_rows or excess >= 0:
             return ""
         return f" ({self.num_rows:,} rows are too few to tell; about {test.required_rows:,} may be enough)"
 
 
 class Certificate(Record):
-    """A verdict, what it rests on, and where it comes from.
+    """A verdict with its evidence and its provenance.
 
     Attributes:
-        verdict: "certified", "loss decreased", or "not certified: " and why.
+        verdict: "certified", "loss decreased", or "not certified: " and the reason.
         evidence: Measurements and tests.
-        provenance: Data, theory, versions.
+        provenance: Data, theory and versions.
     """
 
     verdict: str
@@ -201,11 +201,11 @@ class Certificate(Record):
 
     @property
     def passed(self) -> bool:
-        """Whether held-out data cannot tell the model from the original, by more than was tolerated."""
+        """Tells whether the model passed: held-out data show it to be no worse by more than the margins."""
         return self.verdict in (CERTIFIED, LOSS_DECREASED)
 
     def paragraph(self) -> str:
-        """The certificate in a few plain sentences, for a model card."""
+        """Writes the certificate as a few plain sentences, for a model card."""
         seen, made = self.evidence, self.provenance
         sure = f"{seen.confidence:.6g}"
         divergence = (
@@ -227,7 +227,7 @@ class Certificate(Record):
     def _asked_of_loss(self) -> str:
         share = f"{abs(self.evidence.tolerance):.3g} of the original's loss"
         asked = f"a rise of {share} was tolerated" if self.evidence.tolerance > 0 else f"a fall of {share} was demanded"
-        # Not what the bound of the change says: the original's loss scatters too, and goes up and down with it.
+        # The bound of the change does not decide this: the original's loss varies too, correlated with it.
         bound = self.evidence.loss_test.bound
         outcome = f"kept with {-bound:.1g} to spare" if bound < 0 else f"perhaps missed by {bound:.1g}"
         return f"{asked}, and is {outcome}"
@@ -238,7 +238,7 @@ class Certificate(Record):
         return f"a fall of {margin:.3g} was allowed" if margin > 0 else f"a rise of {abs(margin):.3g} was demanded"
 
     def table(self) -> list[tuple[str, str, str]]:
-        """Rows for a table with the columns "", original, compressed; what is of both stands under compressed."""
+        """Makes table rows of ("", original, compressed); values of both models stand under compressed."""
         seen, made = self.evidence, self.provenance
         return [
             ("held-out loss", _with_interval(seen.original_loss), _with_interval(seen.compressed_loss)),
@@ -271,7 +271,7 @@ class Certificate(Record):
         ]
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-ready values."""
+        """Returns the certificate as JSON-ready values."""
         return self.model_dump(mode="json")
 
     @classmethod
@@ -279,7 +279,7 @@ class Certificate(Record):
         """Reads a certificate back.
 
         Args:
-            values: What `to_dict` gave, perhaps by way of a JSON file.
+            values: Values from `to_dict`, possibly through a JSON file.
 
         Raises:
             CheckpointError: A field is missing, unknown, of the wrong type or range, or the verdict does not follow

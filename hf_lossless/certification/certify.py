@@ -1,4 +1,4 @@
-"""`certify`: from the outputs of two models on the certification rows to a certificate, one straight line.
+"""`certify`: makes a certificate from the outputs of two models on the certification rows.
 
 compare -> test the loss -> test the metric -> verdict
 """
@@ -33,21 +33,21 @@ def certify(
     metric_margin: float = METRIC_MARGIN,
     confidence: float = CONFIDENCE,
 ) -> Certificate:
-    """Judges a compressed model by rows that nothing else has seen.
+    """Judges a compressed model on rows that nothing else has used.
 
     Args:
         original: The original's outputs on the certification rows.
-        compressed: The compressed model's on the same rows, in the same order.
-        provenance: Where data and plan come from.
-        metric_name: What the outputs' scores are.
+        compressed: The compressed model's outputs on the same rows, in the same order.
+        provenance: Origin of data and plan.
+        metric_name: Name of the metric in the outputs' scores.
         tolerance: Share of the original's mean loss by which the loss may rise; zero or below demands that it falls.
         metric_margin: How far the mean score may fall.
-        confidence: 1 - alpha, of both tests together.
+        confidence: Confidence 1 - alpha of both tests together.
 
     Raises:
         DataError: The outputs are not of the same rows.
         CalibrationError: The compressed model's outputs are not finite.
-        ConfigurationError: Tolerance, margin or confidence cannot be used.
+        ConfigurationError: Tolerance, margin or confidence is out of range.
     """
     check_confidence(confidence)
     comparison = compare(original, compressed)
@@ -81,7 +81,7 @@ def _numbers(values: Tensor) -> NDArray[np.float64]:
 
 
 def _short(number: float) -> float:
-    """Six digits: what follows is noise, and costs bytes. The verdict, too, is drawn from these."""
+    """Rounds to six digits: further digits are noise, and cost bytes. The verdict follows from rounded values too."""
     return float(f"{number:.6g}")
 
 

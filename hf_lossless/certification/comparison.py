@@ -1,7 +1,7 @@
-"""Two models side by side, row by row: loss, metric, flips, and how far the outputs moved.
+"""Compares two models on the same rows: loss, metric, flips, and the divergence of their outputs.
 
-The rows are the same, so differences are paired: what is hard about a row is hard for both and cancels. A loss that
-holds can hide a model that changed; hence the flips (rows whose prediction changed) and the mean divergence
+The rows are the same, so differences are paired: a row's difficulty affects both models and cancels. An equal loss can
+hide a changed model; hence the flips (rows whose prediction changed) and the mean divergence
 
     KL(original || compressed) = mean over rows of  sum_k p_k (log p_k - log q_k),    p, q = softmax of the logits
 """
@@ -19,16 +19,16 @@ from hf_lossless.errors import CalibrationError, DataError
 
 @dataclass(frozen=True, eq=False)
 class Outputs:
-    """What a model makes of the rows.
+    """A model's losses, scores, predictions and logits on some rows.
 
     Attributes:
         losses: Loss of each row [rows].
-        scores: The task's metric of each row [rows], between 0 and 1: right or wrong, exact match, F1.
-        predictions: The answer to each row: a class, a text, tokens; two that are equal are the same answer.
-        logits: What they were chosen by [rows, ..., classes]; None where the task has none of that form.
+        scores: The task's metric of each row [rows], between 0 and 1: correctness, exact match, F1.
+        predictions: The answer to each row: a class, a text, or tokens; compared by equality.
+        logits: Logits behind the predictions [rows, ..., classes]; None where the task has none of that form.
 
     Raises:
-        DataError: Lengths differ, there are fewer than two rows, or the metric is undefined or no metric.
+        DataError: Lengths differ, there are fewer than two rows, or a score is undefined or not between 0 and 1.
         CalibrationError: A loss is not finite.
     """
 
@@ -66,12 +66,16 @@ class Outputs:
 
     @property
     def num_rows(self) -> int:
-        """Rows."""
+        """Returns the number of rows."""
         return len(self.losses)
 
 
 def refuse_one_class(labels: Sequence[int], metric_name: str) -> None:
-    """Ends with an error where a metric that tells two classes apart finds only one.
+    """Raises an error where a metric that needs two classes finds only one.
+
+    Args:
+        labels: Labels of the rows.
+        metric_name: Name of the metric, for the message.
 
     Raises:
         DataError: All labels are the same.
@@ -86,19 +90,19 @@ def refuse_one_class(labels: Sequence[int], metric_name: str) -> None:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Two models on the same rows.
+    """The comparison of two models on the same rows.
 
     Attributes:
-        num_rows: Rows.
+        num_rows: Number of rows.
         original_loss: Mean loss of the original.
         compressed_loss: Mean loss of the compressed model.
-        loss_change: The second minus the first.
-        loss_change_error: Standard error of that, from paired differences.
+        loss_change: Loss of the compressed model minus that of the original.
+        loss_change_error: Standard error of `loss_change`, from paired differences.
         original_metric: Mean score of the original.
         compressed_metric: Mean score of the compressed model.
         flips: Rows whose prediction changed.
-        right_to_wrong: Of these, rows whose score fell.
-        wrong_to_right: Of these, rows whose score rose.
+        right_to_wrong: Flips whose score fell.
+        wrong_to_right: Flips whose score rose.
         mean_kl: Mean KL(original || compressed) in nats; None without logits.
     """
 
@@ -116,10 +120,14 @@ class Comparison:
 
 
 def compare(original: Outputs, compressed: Outputs) -> Comparison:
-    """The comparison of two models' outputs.
+    """Compares two models' outputs on the same rows.
+
+    Args:
+        original: Outputs of the original.
+        compressed: Outputs of the compressed model on the same rows, in the same order.
 
     Raises:
-        DataError: They are not of the same rows.
+        DataError: The outputs are not of the same rows.
         CalibrationError: The divergence is not finite.
 
     Example:

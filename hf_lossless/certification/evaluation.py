@@ -1,6 +1,6 @@
-"""Loss and metric of a model on a task's rows, and what it answers row by row.
+"""Evaluates a model on a task's labelled rows: loss, metric, and the answer to each row.
 
-Under several processes each runs its share of the batches, and all get the answers on all rows.
+With several processes each runs its share of the batches, and all get the answers to all rows.
 """
 
 import math
@@ -22,14 +22,14 @@ _BATCH_SIZE = 64
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What a model does on some rows.
+    """The loss and metrics of a model on some rows.
 
     Attributes:
         loss: Mean loss per row, in nats.
         metric_name: Name of the metric that a certificate watches.
-        metric: Its value.
-        num_examples: Rows.
-        other_metrics: What else the task tells, by name.
+        metric: Value of that metric.
+        num_examples: Number of rows.
+        other_metrics: The task's other metrics, by name.
     """
 
     loss: float
@@ -41,11 +41,11 @@ class Evaluation:
 
 @dataclass(frozen=True, eq=False)
 class Answers:
-    """What a model makes of labelled rows, in an order that depends on the rows alone.
+    """A model's answers to labelled rows, in an order that depends on the rows alone.
 
     Attributes:
-        model_name: Of its class.
-        task: What judges it.
+        model_name: Name of the model's class.
+        task: The task that judges the answers.
         rows: Loss, score and prediction of each row.
     """
 
@@ -55,7 +55,7 @@ class Answers:
 
     @property
     def outputs(self) -> Outputs:
-        """What a comparison with another model's answers takes.
+        """Returns the outputs for a comparison with another model.
 
         Raises:
             DataError: There are fewer than two rows, or the metric is undefined on them.
@@ -68,7 +68,7 @@ class Answers:
 
     @property
     def evaluation(self) -> Evaluation:
-        """Mean loss and metrics.
+        """Computes the mean loss and the metrics.
 
         Raises:
             CalibrationError: The loss is not finite.
@@ -86,13 +86,13 @@ class Answers:
 
 
 def evaluate(model: PreTrainedModel, dataset: Any, task: Task, processor: Any, split: str | None = None) -> Evaluation:
-    """Runs a model over labelled rows; one forward pass.
+    """Evaluates a model on labelled rows; one forward pass.
 
     Args:
-        model: Compressed or not; put in evaluation mode.
+        model: A model, compressed or not; put in evaluation mode.
         dataset: Rows, as `load_rows` takes them; all are used.
         task: The model's task.
-        processor: Its tokenizer or image processor.
+        processor: The task's tokenizer or image processor.
         split: The split of a DatasetDict or Hub dataset.
 
     Raises:
@@ -105,13 +105,13 @@ def evaluate(model: PreTrainedModel, dataset: Any, task: Task, processor: Any, s
 def answers(
     model: PreTrainedModel, rows: datasets.Dataset, task: Task, processor: Any, what: str = "evaluating"
 ) -> Answers:
-    """What a model makes of each of some labelled rows; one forward pass.
+    """Runs a model on labelled rows and collects its answers; one forward pass.
 
     Args:
-        model: Compressed or not; put in evaluation mode.
-        rows: The same in every process; all are used.
+        model: A model, compressed or not; put in evaluation mode.
+        rows: The rows, the same in every process; all are used.
         task: The model's task.
-        processor: Its tokenizer or image processor.
+        processor: The task's tokenizer or image processor.
         what: Name of the progress bar.
 
     Raises:
@@ -129,7 +129,7 @@ def answers(
 def _own_answers(
     model: PreTrainedModel, rows: datasets.Dataset, task: Task, processor: Any, what: str
 ) -> Iterator[RowAnswers]:
-    """The answers to this process's groups of rows."""
+    """Yields the answers to this process's groups of rows."""
     state = process_state()
     first, step = state.process_index, state.num_processes
     total = len(range(first, -(-len(rows) // _BATCH_SIZE), step))

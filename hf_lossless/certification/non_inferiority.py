@@ -1,16 +1,15 @@
-"""The two tests that a compressed model must pass: its loss and its metric are not worse by more than a margin.
+"""The two tests of a compressed model: its loss and its metric are not worse by more than a margin.
 
-Non-inferiority turns the usual test round. The hypothesis is that the model *is* worse, and only data can reject it:
-too few rows, or rows that scatter too much, leave it standing. Nothing is ever certified for lack of power.
+Non-inferiority reverses the usual test. The null hypothesis is that the model *is* worse, and only data can reject it:
+with too few rows, or rows that vary too much, it is not rejected. Nothing is ever certified for lack of power.
 
-**Loss.** The tolerance t is relative: E[l_c] <= (1 + t) E[l_o], the means over all rows that there could be. Both means
-are unknown, and "the original's mean plus t of it" taken as a known number would ignore that it scatters too. Row by
-row
+**Loss.** The tolerance t is relative: E[l_c] <= (1 + t) E[l_o], with means over the population of rows. Both means are
+unknown, and taking (1 + t) times the original's sample mean as known would ignore its sampling error. Row by row
 
     d = l_c - (1 + t) l_o,      the loss is within the tolerance exactly when  E[d] < 0
 
-so that one mean is tested, and the scatter of both is in it. The bound is that of `skewed_mean`. A tolerance of zero or
-below is allowed: the loss then has to fall, by more than -t of the original's.
+so that one mean is tested, which includes the variation of both. The bound is that of `skewed_mean`. A tolerance t <= 0
+is allowed: the loss then has to fall by more than -t of the original's.
 
 **Metric.** The mean score may fall by less than the margin. Scores that are all 0 or 1 have an exact test
 (`proportions`); others lie in [0, 1], their falls in [-1, 1], and `bounded_mean` takes 1 as the limit.
@@ -29,20 +28,20 @@ from hf_lossless.certification.skewed_mean import skewed_p_value, skewed_upper_b
 from hf_lossless.errors import ConfigurationError
 
 POWER = 0.8
-"""The chance to pass that `required_rows` aims at, for a model that is truly no worse and no better."""
+"""The probability to pass that `required_rows` aims at, for a model of no true difference."""
 
 
 @dataclass(frozen=True)
 class NonInferiority:
-    """The outcome of a test.
+    """The outcome of a test of non-inferiority.
 
     Attributes:
         method: The test's name.
-        p_value: Against the hypothesis that the model is worse by the margin or more.
+        p_value: P-value against the hypothesis that the model is worse by the margin or more.
         bound: Upper confidence bound of the tested quantity: of E[d] for the loss, of the fall for the metric.
         passed: Whether the p-value is below alpha.
-        required_rows: Rows with which a model of no true difference, and as much scatter, passes with chance `POWER`;
-            None where no number is enough, for superiority is demanded.
+        required_rows: Rows with which a model of no true difference and the same variance passes with probability
+            `POWER`; None where superiority is demanded, for which no number is enough.
     """
 
     method: str
@@ -53,26 +52,29 @@ class NonInferiority:
 
 
 def check_confidence(confidence: float) -> None:
-    """Refuses what is no confidence.
+    """Raises an error for a confidence that is not strictly between 0 and 1.
+
+    Args:
+        confidence: 1 - alpha.
 
     Raises:
-        ConfigurationError: It is not strictly between 0 and 1.
+        ConfigurationError: The confidence is out of range.
     """
     if not 0 < confidence < 1:
         raise ConfigurationError(f"confidence={confidence!r} is not between 0 and 1. Give say 0.95.")
 
 
 def loss_test(original: ArrayLike, compressed: ArrayLike, tolerance: float, confidence: float) -> NonInferiority:
-    """Whether the mean loss stays within a relative tolerance of the original's.
+    """Tests whether the mean loss stays within a relative tolerance of the original's.
 
     Args:
         original: Losses of the original [rows].
         compressed: Losses of the compressed model on the same rows [rows].
-        tolerance: How much of the original's mean loss it may rise by; 0 or below: it has to fall.
+        tolerance: Share of the original's mean loss by which it may rise; 0 or below: it has to fall.
         confidence: 1 - alpha.
 
     Raises:
-        ConfigurationError: The tolerance is not finite, or the confidence none.
+        ConfigurationError: The tolerance is not finite, or the confidence is out of range.
 
     Example:
         >>> generator = np.random.default_rng(0)
@@ -104,7 +106,7 @@ def loss_test(original: ArrayLike, compressed: ArrayLike, tolerance: float, conf
 
 
 def metric_test(original: ArrayLike, compressed: ArrayLike, margin: float, confidence: float) -> NonInferiority:
-    """Whether the mean score falls by less than a margin.
+    """Tests whether the mean score falls by less than a margin.
 
     Args:
         original: Scores of the original [rows], between 0 and 1.
@@ -113,7 +115,7 @@ def metric_test(original: ArrayLike, compressed: ArrayLike, margin: float, confi
         confidence: 1 - alpha.
 
     Raises:
-        ConfigurationError: The margin is not between -1 and 1, or the confidence none.
+        ConfigurationError: The margin is not between -1 and 1, or the confidence is out of range.
     """
     check_confidence(confidence)
     if not -1 < margin < 1:
@@ -142,29 +144,29 @@ def metric_test(original: ArrayLike, compressed: ArrayLike, margin: float, confi
 
 
 def _rule_of_three(margin: float, confidence: float) -> int:
-    """Rows of which none may show a loss of 1 before its mean is known to be below the margin: about 3 / margin."""
+    """Computes how many rows without a loss of 1 show its mean to be below the margin: about 3 / margin."""
     return math.ceil(math.log(1 - confidence) / math.log1p(-margin))
 
 
 def required_rows(
     margin: float, standard_deviation: float, worst: float, confidence: float, power: float = POWER
 ) -> int | None:
-    """How many rows the asked margin needs.
+    """Computes how many rows the given margin needs.
 
-    A model of no true difference passes with chance `power` once the margin covers both quantiles of the mean's scatter
-    and the one row more that stands for the unseen tail:
+    A model of no true difference passes with probability `power` once the margin covers both quantiles of the mean's
+    sampling error and the added row that represents the unseen tail:
 
         margin = (z_confidence + z_power) sd / sqrt(n) + worst / n
 
     Args:
-        margin: How much worse the model may be, in the units of the rest.
-        standard_deviation: Of the tested difference of a row.
+        margin: How much worse the model may be, in the units of the differences.
+        standard_deviation: Standard deviation of the tested difference of a row.
         worst: How far the added row lies above the mean; 0 for none.
         confidence: 1 - alpha.
-        power: Chance to pass.
+        power: Probability to pass.
 
     Returns:
-        Rows, or None where the margin is zero or below.
+        The number of rows; None where the margin is zero or below.
 
     Example:
         >>> required_rows(0.003, 0.02, 0.1, 0.95)
@@ -172,6 +174,7 @@ def required_rows(
     """
     if margin <= 0:
         return None
-    spread = float(stats.norm.ppf(confidence) + stats.norm.ppf(power)) * standard_deviation
-    root = (spread + math.sqrt(spread**2 + 4 * margin * worst)) / (2 * margin)  # of margin n - spread sqrt(n) - worst
+    quantiles = float(stats.norm.ppf(confidence) + stats.norm.ppf(power)) * standard_deviation
+    # the root sqrt(n) of margin n - quantiles sqrt(n) - worst
+    root = (quantiles + math.sqrt(quantiles**2 + 4 * margin * worst)) / (2 * margin)
     return max(math.ceil(root**2), 2)

@@ -1,23 +1,23 @@
-"""Exact non-inferiority test of two paired proportions: how far the share of right answers may have fallen.
+"""Exact non-inferiority test of two paired proportions: how far the share of correct answers may have fallen.
 
-Of n rows, `lost` went from right to wrong and `gained` from wrong to right, with chances p and q. The share of right
-answers falls by p - q, and the hypothesis to reject is p - q >= margin. Tango's score statistic measures the observed
-fall against its spread as the hypothesis has it, and not as the sample has it:
+Of n rows, `lost` went from right to wrong and `gained` from wrong to right, with probabilities p and q. The share of
+correct answers falls by p - q, and the hypothesis to reject is p - q >= margin. Tango's score statistic standardises
+the observed fall by its standard deviation under the hypothesis, not in the sample:
 
     z = (n margin - (lost - gained)) / sqrt(n (2 q0 + margin - margin^2))
 
-with q0 the most likely q among those with p = q + margin, the larger root of
+with q0 the maximum-likelihood q under p = q + margin, the larger root of
 
     2 n q^2 + (2 n margin - lost (1 + margin) - gained (1 - margin)) q - gained margin (1 - margin) = 0
 
-At its border the hypothesis leaves one number open, the share p + q of rows that change. The p-value is the largest
-that any share gives which is not ruled out by the rows (Berger & Boos):
+At the border of the hypothesis one parameter is free, the share p + q of rows that change. The p-value is the maximum
+over all shares in a confidence interval (Berger & Boos):
 
     P = max over p + q in its 1 - gamma Clopper-Pearson interval of P(Z >= z) + gamma,   gamma = 1e-4
 
-with P(Z >= z) summed over all outcomes, not approximated; so the level holds for any n. Taken as normal, z itself would
-pass in up to 5.6 % at some hundred rows, and Wald's textbook interval in up to 20 % where few rows change. Margin 0
-demands superiority; the test is then an unconditional sister of McNemar's.
+with P(Z >= z) summed over all outcomes, not approximated; so the level holds for any n. With a normal approximation z
+would pass in up to 5.6 % at some hundred rows, and Wald's textbook interval in up to 20 % where few rows change. Margin
+0 demands superiority; the test is then an unconditional sister of McNemar's.
 
 Sources: T. Tango, "Equivalence test and confidence interval for the difference in proportions for the paired-sample
 design", Statistics in Medicine 17, 1998. R. Berger & D. Boos, "P values maximized over a confidence set for the
@@ -31,18 +31,18 @@ from scipy import optimize, stats
 
 _GAMMA = 1e-4
 _GRID = 32
-_IMPOSSIBLE = 1e-15  # in place of chances of 0, of which scipy knows no quantiles
-_NEGLIGIBLE = 1e-9  # chance of the outcomes that are not summed; counted as rejections
+_IMPOSSIBLE = 1e-15  # in place of probabilities of 0, for which scipy has no quantiles
+_NEGLIGIBLE = 1e-9  # probability of the outcomes that are not summed; counted as rejections
 
 
 def non_inferiority_p_value(lost: int, gained: int, num_rows: int, margin: float) -> float:
-    """The p-value against "the share of right answers falls by `margin` or more".
+    """Computes the p-value against "the share of correct answers falls by `margin` or more".
 
     Args:
         lost: Rows that went from right to wrong.
         gained: Rows that went from wrong to right.
-        num_rows: All rows.
-        margin: Above -1 and below 1.
+        num_rows: Number of all rows.
+        margin: The margin, between -1 and 1.
 
     Example:
         >>> round(non_inferiority_p_value(lost=0, gained=0, num_rows=600, margin=0.005), 4)  # (1 - margin)^600 + gamma
@@ -51,7 +51,7 @@ def non_inferiority_p_value(lost: int, gained: int, num_rows: int, margin: float
     observed = float(score(lost, gained, num_rows, margin))
     changed = stats.binomtest(lost + gained, num_rows).proportion_ci(1 - _GAMMA)
     least, most = max(changed.low, abs(margin)), max(changed.high, abs(margin))
-    shares = np.linspace(np.sqrt(least), np.sqrt(most), _GRID)[:, None] ** 2  # where few change, a small step matters
+    shares = np.linspace(np.sqrt(least), np.sqrt(most), _GRID)[:, None] ** 2  # finer where few rows change
     p, q = (np.maximum((shares + sign * margin) / 2, _IMPOSSIBLE) for sign in (1, -1))
     low = stats.binom.ppf(_NEGLIGIBLE, num_rows, p.min()).astype(int)
     high = stats.binom.isf(_NEGLIGIBLE, num_rows, p.max()).astype(int)
@@ -63,7 +63,17 @@ def non_inferiority_p_value(lost: int, gained: int, num_rows: int, margin: float
 
 
 def fall_bound(lost: int, gained: int, num_rows: int, confidence: float) -> float:
-    """Upper confidence bound of the fall: the margin at which the p-value is 1 - confidence."""
+    """Computes the upper confidence bound of the fall: the margin at which the p-value is 1 - confidence.
+
+    Args:
+        lost: Rows that went from right to wrong.
+        gained: Rows that went from wrong to right.
+        num_rows: Number of all rows.
+        confidence: 1 - alpha.
+
+    Returns:
+        The bound, between -1 and 1.
+    """
     observed = (lost - gained) / num_rows
     almost_one = 1 - 1e-9
     if observed >= almost_one:
@@ -78,7 +88,19 @@ def fall_bound(lost: int, gained: int, num_rows: int, confidence: float) -> floa
 
 
 def score(lost: ArrayLike, gained: ArrayLike, num_rows: int, margin: float) -> NDArray[np.float64]:
-    """Tango's z; large where the rows speak against the hypothesis. Without a changed row and margin 0 it is 0."""
+    """Computes Tango's z; large where the rows contradict the hypothesis.
+
+    Without a changed row and with margin 0 it is 0.
+
+    Args:
+        lost: Rows that went from right to wrong.
+        gained: Rows that went from wrong to right.
+        num_rows: Number of all rows.
+        margin: The margin, between -1 and 1.
+
+    Returns:
+        z, of the broadcast shape of `lost` and `gained`.
+    """
     lost, gained = np.asarray(lost, np.float64), np.asarray(gained, np.float64)
     half_b = num_rows * margin - (lost * (1 + margin) + gained * (1 - margin)) / 2
     discriminant = half_b**2 + 2 * num_rows * gained * margin * (1 - margin)
@@ -89,9 +111,9 @@ def score(lost: ArrayLike, gained: ArrayLike, num_rows: int, margin: float) -> N
 
 
 def _gained_enough(least: float, lost: NDArray[np.int64], num_rows: int, margin: float) -> NDArray[np.int64]:
-    """For each number lost, the fewest gained with z >= least; one more than there can be where none is enough.
+    """Finds for each number lost the fewest gained with z >= least; one above the most possible where none is.
 
-    With `lost` held, z rises with the number gained, so that halving finds it.
+    For a fixed `lost`, z rises with the number gained, so that bisection finds it.
     """
     low, high = np.zeros_like(lost), num_rows - lost + 1
     while (low < high).any():

@@ -1,16 +1,16 @@
-"""Which plans to propose to the certification rows, and in what order, from what the selection rows say of them.
+"""Selects and orders the plans for the certification rows, by their outputs on the selection rows.
 
-Whatever is decided here, the certificate stays right: its rows have no part in it. What is at stake is power. A walk
-stops at its first failure, so a bad order or a plan that was hopeless ends it early.
+The choice does not affect the validity of the certificate, since its rows have no part in it; it affects power. A walk
+stops at its first failure, so a bad order or a hopeless plan ends it early.
 
-**The chance of a plan to pass.** The tests ask whether the mean of a paired quantity d lies below zero (for the loss
-d = l_c - (1 + t) l_o, for the metric the fall less its margin). On n certification rows the bound of that mean will lie
-at about m' + z s / sqrt(n) + w / n, with w how far the worst row is above the mean (see `skewed_mean`). On N selection
-rows d has the mean m and the spread s, and m' scatters around m by both samples:
+**The probability of a plan to pass.** The tests ask whether the mean of a paired quantity d lies below zero (for the
+loss d = l_c - (1 + t) l_o, for the metric the fall less its margin). On n certification rows the bound of that mean
+will lie at about m' + z s / sqrt(n) + w / n, with w the distance of the worst row above the mean (see `skewed_mean`).
+On N selection rows d has the mean m and the standard deviation s, and m' - m has the sampling error of both samples:
 
     P(pass) ~ Phi( -(m + z s / sqrt(n) + w / n) / (s sqrt(1/N + 1/n)) ),      the smaller of loss and metric
 
-Where no answer changed, the spread of the metric is not zero but unseen: half a changed row is added.
+Where no answer changed, the standard deviation of the metric is unseen rather than zero: half a changed row is added.
 """
 
 import math
@@ -25,14 +25,14 @@ from scipy import stats
 from hf_lossless.certification.comparison import Outputs
 
 LIKELY = 0.5
-"""A plan is likely to pass from this chance on."""
+"""Probability from which a plan is likely to pass."""
 
 HOPELESS = 0.05
-"""A plan with a smaller chance is not tested: a forward pass for nothing."""
+"""Probability below which a plan is not tested, to save its forward pass."""
 
 
 CLOSE = 1.02
-"""Ratios that differ by less are not worth another plan."""
+"""Factor between two ratios below which no plan is tried between them."""
 
 
 class _Chanced(Protocol):
@@ -52,12 +52,12 @@ def chance_to_pass(
     metric_margin: float,
     confidence: float,
 ) -> float:
-    """The chance that a plan passes both tests on `num_rows` certification rows; an estimate, for order only.
+    """Estimates the probability that a plan passes both tests on `num_rows` certification rows; for ordering only.
 
     Args:
         original: The original's outputs on the selection rows.
-        compressed: Those of the model under the plan.
-        num_rows: Certification rows.
+        compressed: Outputs of the model under the plan on the same rows.
+        num_rows: Number of certification rows.
         tolerance: As for `certify`.
         metric_margin: As for `certify`.
         confidence: As for `certify`.
@@ -84,18 +84,18 @@ def _chance(values: NDArray[np.float64], num_rows: int, z: float, variance: floa
 
 
 def next_ratio(chances: Mapping[float, float]) -> float | None:
-    """The ratio to be measured next: in the middle of the two neighbours where another rung gains most.
+    """Chooses the ratio to measure next: the middle of the two neighbours between which another plan gains most.
 
-    A walk that fails at the smaller of two neighbours ends at the larger, though a plan between might have passed, and
-    may not go back to it. That happens in about `chance(larger) - chance(smaller)` of the walks, and costs up to the
-    logarithm of their ratio; the product of the two is the gain. Where the chance falls nowhere (all are hopeless:
-    superiority is demanded, or rows are few) the widest gap is halved.
+    A walk that fails at the smaller of two neighbours ends at the larger, although a plan between them might have
+    passed. That happens in about `chance(larger) - chance(smaller)` of the walks, and costs up to the logarithm of
+    their ratio; the product of the two is the gain. Where the probability falls nowhere (all are hopeless: superiority
+    is demanded, or rows are few) the widest gap is halved.
 
     Args:
-        chances: Chance to pass by ratio, for two ratios or more.
+        chances: Probability to pass by ratio, for at least two ratios.
 
     Returns:
-        A ratio; None where all neighbours are `CLOSE`.
+        The ratio; None where all neighbours are `CLOSE`.
 
     Example:
         >>> round(next_ratio({2.0: 1.0, 8.0: 0.0}), 3), round(next_ratio({2.0: 1.0, 4.0: 0.3, 8.0: 0.0}), 3)
@@ -115,11 +115,12 @@ def next_ratio(chances: Mapping[float, float]) -> float | None:
 
 
 def order_of_proposals(measured: Sequence[Chanced]) -> list[Chanced]:
-    """The plans to be tested, in order.
+    """Orders the plans to be tested.
 
-    The largest that is not hopeless comes first: a lucky selection must not push a bold plan to the front. Behind it
-    stands every plan that is likely to pass; of the others, those that are not hopeless and have no smaller one behind
-    them that is likelier. Where all are hopeless, the largest alone is tested, for its verdict says why.
+    The largest plan that is not hopeless comes first, so that a lucky selection cannot put a bold plan first. After it
+    comes every plan that is likely to pass; of the others, those that are not hopeless and are followed by no smaller
+    plan with a higher probability. Where all are hopeless, only the largest is tested, since its verdict gives the
+    reason.
 
     Args:
         measured: Plans from the largest to the smallest.

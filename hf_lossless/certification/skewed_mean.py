@@ -1,10 +1,11 @@
-"""Upper confidence bound of the mean of skewed, heavy-tailed values without a limit, such as differences of losses.
+"""Upper confidence bound of the mean of skewed, heavy-tailed, unbounded values, such as differences of losses.
 
-Most rows hardly change and a few change a lot. A sample that happens to miss the few has too low a mean and too small a
-spread at once, so that Student's t, which takes the two for independent, passes too often. Two remedies, together:
+Most rows hardly change and a few change a lot. A sample that misses these few has both too low a mean and too small a
+standard deviation, so that Student's t, which takes the two to be independent, passes too often. Two remedies are
+combined:
 
-**Hall's transformation** removes the skewness from t. With n rows, mean m, spread s, skewness g and
-T = sqrt(n) (m - mu) / s
+**Hall's transformation** removes the skewness from t. With n rows, mean m, standard deviation s, skewness g and T =
+sqrt(n) (m - mu) / s
 
     h(T) = T + g T^2 / (3 sqrt n) + g^2 T^3 / (27 n) + g / (6 sqrt n)        is normal to the order 1/n
 
@@ -12,9 +13,9 @@ It is monotone, for h' = (1 + g T / (3 sqrt n))^2, and inverted in closed form:
 
     U = m - s/sqrt(n) h^-1(z_alpha),   h^-1(z) = 3 sqrt(n)/g ((1 + g/sqrt(n) (z - g/(6 sqrt n)))^(1/3) - 1)
 
-**The worst row counts twice.** The correction sees no more of the tail than the sample does. The next value is above
-the largest of n seen with chance 1/(n+1); so one row more, equal to the largest, stands for the tail not seen. (This is
-what adjusted empirical likelihood, and Gaffke's bound with a known limit, do for the same reason.)
+**The worst row counts twice.** The correction knows no more of the tail than the sample does. The next value is above
+the largest of n with probability 1/(n+1); so one more row, equal to the largest, represents the unseen tail. (Adjusted
+empirical likelihood, and Gaffke's bound with a known limit, do the same for this reason.)
 
 Wrong passes in per cent, where 5 are allowed, at the border of the hypothesis, with 300 / 1000 rows (1,500 to 2,000
 simulated samples each, standard error about 0.5; recipes/benchmarks/certificate.py makes such tables):
@@ -27,8 +28,8 @@ simulated samples each, standard error about 0.5; recipes/benchmarks/certificate
     3 % of rows worse by about 1    15.5 /  9.7     9.3 / 6.4      8.1 / 5.4     7.3 / 5.2   4.8 / 2.7
     classifier with noisy logits    10.4 /  9.8    10.2 / 8.6      9.8 / 8.2    10.0 / 8.3   3.9 / 3.3
 
-The price is about max / n of the margin. No bound without an assumption can be right for every distribution (Bahadur &
-Savage): an accident rarer than 3/n leaves no trace in one sample out of twenty, and no method can see it.
+The price is about max / n of the margin. No bound without an assumption is valid for every distribution (Bahadur &
+Savage): an event rarer than 3/n is absent from one sample in twenty, and no method can detect it.
 
 Sources: P. Hall, "On the removal of skewness by transformation", JRSS B 54, 1992. N. Johnson, "Modified t tests and
 confidence intervals for asymmetrical populations", JASA 73, 1978. X. Zhou & S. Gao, "One-sided confidence intervals for
@@ -46,7 +47,7 @@ Floats = NDArray[np.float64]
 
 
 def skewed_upper_bound(values: ArrayLike, confidence: float) -> Floats:
-    """Upper confidence bound of the mean of which `values` are a sample.
+    """Computes an upper confidence bound of the mean of which `values` are a sample.
 
     Args:
         values: Independent values [..., rows], at least two; each leading index is a sample of its own.
@@ -67,7 +68,7 @@ def skewed_upper_bound(values: ArrayLike, confidence: float) -> Floats:
 
 
 def skewed_p_value(values: ArrayLike) -> Floats:
-    """The p-value against "the mean is 0 or above": below alpha exactly where the upper bound is below 0.
+    """Computes the p-value against "the mean is 0 or above"; below alpha exactly where the bound is below 0.
 
     Args:
         values: Independent values [..., rows], at least two.
@@ -80,7 +81,7 @@ def skewed_p_value(values: ArrayLike) -> Floats:
 
 
 def _moments(values: ArrayLike) -> tuple[Floats, Floats, Floats]:
-    """Mean, its standard error, and skewness over sqrt(n), of the values with the largest counted twice."""
+    """Computes mean, standard error, and skewness over sqrt(n), of the values with the largest counted twice."""
     sample = np.asarray(values, np.float64)
     sample = np.concatenate([sample, sample.max(-1, keepdims=True)], axis=-1)
     num_rows = sample.shape[-1]
@@ -93,7 +94,15 @@ def _moments(values: ArrayLike) -> tuple[Floats, Floats, Floats]:
 
 
 def skewed_interval(values: ArrayLike, confidence: float) -> tuple[float, float]:
-    """Two-sided confidence interval of a mean: the upper bound from both sides, each at half the error."""
+    """Computes a two-sided confidence interval of a mean: the upper bound from both sides at half the error.
+
+    Args:
+        values: Independent values [rows], at least two.
+        confidence: 1 - alpha.
+
+    Returns:
+        Lower and upper end of the interval.
+    """
     one_sided = (1 + confidence) / 2
     sample = np.asarray(values, np.float64)
     return -float(skewed_upper_bound(-sample, one_sided)), float(skewed_upper_bound(sample, one_sided))

@@ -1,19 +1,19 @@
-"""The walk from the safest plan to the smallest: fixed-sequence testing.
+"""The walk from the safest plan to the smallest: fixed-sequence testing of plans on the certification rows.
 
 Plans 1, 2, .., K are tested in an order that is fixed before the certification rows are looked at (by predicted or
 selected loss, never by these rows), each at the full level alpha, until one fails. The last that passed is certified.
 
-**Why alpha need not be shared out.** Let j be the first plan in the order that is truly worse. To certify any bad plan
-the walk has to come to j and pass it, for everything behind j is tested only then. So
+**Why alpha is not divided.** Let j be the first plan in the order that is truly worse. To certify any bad plan the walk
+has to reach j and pass it, since later plans are tested only then. So
 
     P(some bad plan is certified) <= P(plan j passes) <= alpha
 
-whatever the plans behind j are, however many there are, and however their tests depend on each other. It needs no
-monotone loss: where the order is poor, the walk only stops early.
+whatever the plans after j are, however many they are, and however their tests depend on each other. The loss need not
+be monotone: a poor order only stops the walk early.
 
-**Why neither loss nor metric shares alpha.** A plan passes only if both tests do. A plan is bad if its loss *or* its
-metric is worse by the margin; whichever it is, that one test has to be wrong, with chance alpha at most. (An
-intersection-union test: the hypothesis is a union, rejected only as a whole.)
+**Why loss and metric do not share alpha.** A plan passes only if both tests do. A plan is bad if its loss *or* its
+metric is worse by the margin; to pass, that one test has to err, with probability alpha at most. (An intersection-union
+test: the hypothesis is a union, rejected only as a whole.)
 
 Sources: W. Maurer, L. Hothorn & W. Lehmacher, "Multiple comparisons in drug clinical trials and preclinical assays:
 a-priori ordered hypotheses", in Biometrie in der chemisch-pharmazeutischen Industrie 6, 1995. P. Westfall & A. Krishen,
@@ -34,14 +34,14 @@ Plan = TypeVar("Plan")
 
 @dataclass(frozen=True)
 class Walk(Generic[Plan]):
-    """How far a walk came.
+    """The result of a walk: the plan it certified, and where it stopped.
 
     Attributes:
         plan: The last plan that passed; None where the first failed.
-        certificate: Its certificate; where no plan passed, that of the first plan, which says why.
-        tested: Plans tested, the one that failed included.
-        stopped: Why the walk ended: what the failing plan's certificate says, or that it could not be judged; None
-            where every plan passed.
+        certificate: Certificate of that plan; where no plan passed, that of the first plan, with the reason.
+        tested: Number of plans tested, including the one that failed.
+        stopped: Reason why the walk ended: the verdict of the failing plan, or that it could not be judged; None where
+            every plan passed.
     """
 
     plan: Plan | None
@@ -54,10 +54,10 @@ def walk(plans: Iterable[Plan], certify_plan: Callable[[Plan], Certificate]) -> 
     """Tests plans in order and stops at the first that fails.
 
     Args:
-        plans: From the safest to the smallest, in an order that the certification rows had no part in. At least one.
-        certify_plan: Applies a plan, runs it on the certification rows, and judges it. Called once for each plan, and
-            not for those behind the first failure. A CalibrationError from it (an output that is not finite) is a
-            failure too.
+        plans: At least one plan, from the safest to the smallest, in an order that does not depend on the certification
+            rows.
+        certify_plan: Applies a plan, runs it on the certification rows, and judges it. Called once for each plan up to
+            the first failure. A CalibrationError from it (an output that is not finite) is a failure too.
 
     Raises:
         CalibrationError: The first plan cannot be judged.

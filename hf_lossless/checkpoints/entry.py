@@ -3,16 +3,25 @@
 It is another class than `LosslessCompressionConfig`, with which it shares nothing but the method's name: transformers
 refuses to load a checkpoint whose stored class is another one than the class of the argument, and that is what stops a
 model from being compressed twice.
+
+Beside it stands a demand in config.json, for those who load without this package. Transformers ignores a quantisation
+that it does not know with a line in its log, and where `ignore_mismatched_sizes=True` even the guards do not stop it
+from filling layers with random weights. But it refuses a fusion of modules that it does not know, whatever else is
+asked, before it builds a model, and it names the fusion: so the demand is the name of one.
 """
 
 from typing import Any
 
+from transformers import PreTrainedConfig
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, register_quantization_config
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from hf_lossless.certification.certificate import Certificate
 from hf_lossless.errors import CheckpointError
-from hf_lossless.storage.plan import FORMAT_VERSION, QUANT_METHOD, CompressionPlan, json_bytes
+from hf_lossless.storage.plan import FORMAT_VERSION, QUANT_METHOD, QUANT_METHODS, CompressionPlan, json_bytes
+
+DEMAND = "hf_lossless (pip install hf-lossless, and import hf_lossless before from_pretrained)"
+"""What a transformers without this package says that it does not know."""
 
 _REMEDY = "Take config.json again from where the checkpoint came from."
 
@@ -23,7 +32,7 @@ class LosslessCheckpointConfig(QuantizationConfigMixin):
     Args:
         format_version: Layout on disk.
         plan: The plan, as JSON values or read.
-        quant_method: Always "lossless".
+        quant_method: "hf_lossless"; "lossless" in older checkpoints.
         certificate: What held-out rows said of the model, as JSON values or read; None: nobody asked.
 
     How the model is computed is not part of it: transformers passes on loading arguments for its own classes only.
@@ -93,5 +102,20 @@ def _known(config_dict: dict[str, Any]) -> dict[str, Any]:
     return config_dict
 
 
-if QUANT_METHOD not in AUTO_QUANTIZATION_CONFIG_MAPPING:  # a second registration, on reload, would raise
-    register_quantization_config(QUANT_METHOD)(LosslessCheckpointConfig)
+def demand(config: PreTrainedConfig) -> None:
+    """Makes a transformers that does not know this package refuse to load a model with this config."""
+    config.fusion_config = {**(getattr(config, "fusion_config", None) or {}), DEMAND: True}
+
+
+def meet_demand(config: PreTrainedConfig) -> None:
+    """Takes the demand out of a config; fusions that a user asked for stay."""
+    fusions = {name: value for name, value in (getattr(config, "fusion_config", None) or {}).items() if name != DEMAND}
+    if fusions:
+        config.fusion_config = fusions
+    elif hasattr(config, "fusion_config"):
+        del config.fusion_config
+
+
+for _method in QUANT_METHODS:
+    if _method not in AUTO_QUANTIZATION_CONFIG_MAPPING:  # a second registration, on reload, would raise
+        register_quantization_config(_method)(LosslessCheckpointConfig)

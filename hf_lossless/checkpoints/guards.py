@@ -23,8 +23,8 @@ _REMEDY = "Take the folder again from where it came from."
 
 
 def state_dict_with_guards(model: nn.Module) -> dict[str, Tensor]:
-    """The model's tensors, and a guard for every compressed layer."""
-    return {**model.state_dict(), **{name: torch.empty(0) for name in guard_names(model)}}
+    """The model's tensors, and a guard for every compressed layer, also for those that are offloaded now."""
+    return {**model.state_dict(), **{name: torch.empty(1)[:0] for name in guard_names(model)}}
 
 
 def guard_names(model: nn.Module) -> set[str]:
@@ -38,6 +38,8 @@ def check_files(
     rename: Callable[[str], str],
     *,
     complete: bool,
+    as_saved: bool = False,
+    resized: Collection[str] = (),
     ties: Mapping[str, str] | None = None,
     unsaved: Collection[str] = (),
 ) -> None:
@@ -49,6 +51,10 @@ def check_files(
         rename: From a tensor's name on disk to its name in the model.
         complete: Whether the files must hold this very model, no tensor less and none more. False for a model that
             shares only a part with the one that was saved (another head): then only compressed layers are compared.
+        as_saved: Whether the files are known to be those that were saved, by their bytes. A tensor outside of
+            compressed layers that is missing or of another shape is then one of a model that differs (a pooler that the
+            saved one had not, a head for other labels), which is for transformers to refuse or to accept.
+        resized: Layers that are not compressed in this model, for they have another shape here.
         ties: From a tensor's name to that of the tensor it is the same as; the files hold one of them.
         unsaved: Names of tensors that the model computes anew and does not save.
 
@@ -56,8 +62,9 @@ def check_files(
         CheckpointError: A file is truncated or no safetensors file, or a tensor is missing, one too many, or of the
             wrong dtype or shape.
     """
-    expected = {name: (DTYPES[tensor.dtype], tuple(tensor.shape)) for name, tensor in model.state_dict().items()}
     guards = guard_names(model)
+    tensors = {name: tensor for name, tensor in model.state_dict().items() if name not in guards}
+    expected = {name: (DTYPES[tensor.dtype], tuple(tensor.shape)) for name, tensor in tensors.items()}
     compressed = set(compressed_layers(model))
     packed = _packed_names(model)
     found: set[str] = set()
@@ -68,14 +75,14 @@ def check_files(
             if name in guards:
                 continue
             if name not in expected:
-                if complete or _is_inside(name, compressed):
+                if (complete and not _is_inside(name, resized)) or _is_inside(name, compressed):
                     raise CheckpointError(f"{where} does not belong to this checkpoint. {_REMEDY}")
                 continue
             if name in found:
                 raise CheckpointError(f"{where} is there twice. {_REMEDY}")
             found.add(name)
             wanted_dtype, wanted_shape = expected[name]
-            if shape != wanted_shape:
+            if shape != wanted_shape and not (as_saved and not _is_inside(name, compressed)):
                 raise CheckpointError(
                     f"{where} has shape {list(shape)}, the plan needs {list(wanted_shape)}. {_REMEDY}"
                 )
@@ -87,7 +94,7 @@ def check_files(
     missing = [
         name
         for name in expected
-        if ties.get(name, name) not in there and (complete or _is_inside(name, compressed))
+        if ties.get(name, name) not in there and ((complete and not as_saved) or _is_inside(name, compressed))
         if name not in unsaved
     ]
     if missing:

@@ -1,13 +1,19 @@
 """Fits a saved plan to a transformers model: names of layers and of tensors on disk, ties, dtypes, and bytes."""
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, build_glob_alternation, rename_source_key
 
-from hf_lossless.errors import PlanError
+from hf_lossless.errors import CheckpointError, PlanError
+from hf_lossless.storage.apply import resolve
+from hf_lossless.storage.entropy.coder import choose_kernel
+from hf_lossless.storage.entropy.kernels import decode_lanes
+from hf_lossless.storage.kinds import KINDS
 from hf_lossless.storage.layers import tensor_bytes
 from hf_lossless.storage.modules.base import CompressedModule, compressed_layers
 from hf_lossless.storage.modules.coded import CodedModule
@@ -47,17 +53,90 @@ def plans_for(model: PreTrainedModel, layer_plans: dict[str, LayerPlan]) -> dict
     return found
 
 
-def plan_of(model: PreTrainedModel, saved: CompressionPlan) -> CompressionPlan:
+def resized_layers(
+    model: PreTrainedModel, layer_plans: Mapping[str, LayerPlan], saved: Mapping[str, tuple[int, ...]]
+) -> set[str]:
+    """Finds the layers that a model has in another shape than they were saved in: a head for other labels.
+
+    Args:
+        model: On meta, its layers not yet replaced.
+        layer_plans: The plan under this model's names.
+        saved: Shapes of the saved tensors, by their names on disk.
+    """
+    prefix = f"{model.base_model_prefix}."
+    found = set()
+    for name, layer_plan in layer_plans.items():
+        if layer_plan.kind == "kept":
+            continue
+        layer = resolve(model, name, layer_plan)
+        forms = (name, prefix + name, name.removeprefix(prefix))
+        own_shape = tuple(layer.matrix.shape)
+        bias = getattr(layer.module, "bias", None)
+        if bias is not None and any(saved.get(f"{form}.bias") == bias.shape for form in forms):
+            fits = True  # as many outputs: if its plan does not fit all the same, that is for `apply_plan` to say
+        elif (stated := layer_plan.coded or layer_plan.low_rank) is not None and stated.shape == own_shape:
+            fits = True
+        elif layer_plan.coded is not None:
+            fits = False
+        else:
+            if layer_plan.low_rank is not None:
+                low_rank = layer_plan.low_rank.model_copy(update={"shape": own_shape})
+                layer_plan = layer_plan.model_copy(update={"low_rank": low_rank})
+            make = KINDS[layer_plan.kind].module
+            assert make is not None
+            fits = all(
+                saved.get(f"{form}.{part}", tensor.shape) == tensor.shape
+                for part, tensor in make(layer, layer_plan).weight_tensors.items()
+                for form in forms
+            )
+        if not fits:
+            found.add(name)
+    return found
+
+
+def plan_of(
+    model: PreTrainedModel, saved: CompressionPlan, layers: dict[str, LayerPlan], *, complete: bool
+) -> CompressionPlan:
     """A saved plan as it stands in a loaded model: under the model's names, with its bytes.
 
     A model that took only a part of what was saved (AutoModel of a classifier's checkpoint) can so be saved in turn.
     Its `original_bytes` are those of that part, in the dtype it was loaded in.
+
+    Args:
+        model: The model.
+        saved: The plan as it was saved.
+        layers: The layers that the model took, under its own names.
+        complete: Whether it took all.
     """
-    layers = plans_for(model, saved.layers)
-    plan = saved.model_copy(update={"layers": layers, "activations": activations_of(layers)})
-    plan = with_present_bytes(model, plan)
-    if is_saved_class(model):
-        return plan
+    plan = _with_layers(model, saved, layers)
+    return plan if complete else _with_own_original_bytes(model, plan)
+
+
+def plan_of_part(part: PreTrainedModel, name: str, whole: CompressionPlan) -> CompressionPlan:
+    """The share that a part of a compressed model has in its plan.
+
+    Args:
+        part: The part, itself a model.
+        name: Its name in the whole.
+        whole: The whole model's plan.
+    """
+    prefix = f"{name}."
+    layers = {
+        layer.removeprefix(prefix): layer_plan.model_copy(
+            update={"tied": tuple(one.removeprefix(prefix) for one in layer_plan.tied if one.startswith(prefix))}
+        )
+        for layer, layer_plan in whole.layers.items()
+        if layer.startswith(prefix)
+    }
+    return _with_own_original_bytes(part, _with_layers(part, whole, layers))
+
+
+def _with_layers(model: PreTrainedModel, plan: CompressionPlan, layers: dict[str, LayerPlan]) -> CompressionPlan:
+    return with_present_bytes(model, plan.model_copy(update={"layers": layers, "activations": activations_of(layers)}))
+
+
+def _with_own_original_bytes(model: PreTrainedModel, plan: CompressionPlan) -> CompressionPlan:
+    """The plan with the bytes that this model, a part of the original, had in the dtypes it computes in."""
     original_bytes = plan.tensor_bytes
     for name, layer_plan in plan.layers.items():
         module = model.get_submodule(name)
@@ -66,8 +145,42 @@ def plan_of(model: PreTrainedModel, saved: CompressionPlan) -> CompressionPlan:
     return plan.model_copy(update={"original_bytes": original_bytes})
 
 
+def refuse_other_layers(model: PreTrainedModel, plan: CompressionPlan) -> None:
+    """Ends with an error where a model is no longer what its plan says, so that it could be saved but not loaded.
+
+    Raises:
+        CheckpointError: A layer of the plan was replaced (by an adapter, a merge, a resize), one is compressed that the
+            plan does not name, or one computes with the weight of a layer that is not in this model.
+    """
+    remedy = "Put the model back as it was (an adapter: unload() it) and save it then; an adapter is saved by itself."
+    compressed = compressed_layers(model)
+    for name, layer_plan in plan.layers.items():
+        try:
+            module = model.get_submodule(name)
+        except AttributeError:
+            module = None
+        if module is None or (layer_plan.kind != "kept" and name not in compressed):
+            raise CheckpointError(
+                f"this {type(model).__name__} cannot be saved: its plan compresses the layer {name!r}, which "
+                f"{'is not there any more' if module is None else f'is a {type(module).__name__} now'}. {remedy}"
+            )
+    unknown = [name for name in compressed if name not in plan.layers]
+    if unknown:
+        raise CheckpointError(
+            f"this {type(model).__name__} cannot be saved: the layer {unknown[0]!r} is compressed, but its plan does "
+            f"not name it. {remedy}"
+        )
+    homes = set(compressed.values())
+    for name, module in model.named_modules():
+        if isinstance(module, Tied) and module.home not in homes:
+            raise CheckpointError(
+                f"this {type(model).__name__} cannot be saved by itself: its layer {name!r} computes with a weight "
+                "that lies outside of it. Save the whole model, and load this part from that."
+            )
+
+
 def with_present_bytes(model: PreTrainedModel, plan: CompressionPlan) -> CompressionPlan:
-    """A plan of this model with the bytes of its tensors as they are now; a cast changes what is in floating point."""
+    """Counts the bytes of a plan's tensors as they are now; a cast changes what is in floating point."""
     layers = {}
     for name, layer_plan in plan.layers.items():
         module = model.get_submodule(name)
@@ -142,14 +255,21 @@ def name_in_model(model: PreTrainedModel) -> Callable[[str], str]:
 
 
 def decode_layers(model: PreTrainedModel) -> None:
-    """Decodes the entropy-coded layers that have been loaded.
+    """Decodes the entropy-coded layers that have been loaded, each in a thread of its own, up to torch's number.
 
-    One after the other: the coder holds Python's lock, so that threads were no faster.
+    Without numba there is one thread: numpy holds Python's lock between its calls, which are short here.
 
     Raises:
         CheckpointError: A tensor was cut or changed; the message names it.
-        ConfigurationError: The coder is not installed.
+        ConfigurationError: A layer is of version 1 of the coding, and the library that reads it is not installed.
     """
-    for name, module in compressed_layers(model).items():
-        if isinstance(module, CodedModule):
-            module.decode(name)
+    coded = {name: module for name, module in compressed_layers(model).items() if isinstance(module, CodedModule)}
+    kernel = choose_kernel(sum(math.prod(module.matrix_shape) for module in coded.values()))
+    num_threads = 1 if kernel is decode_lanes else torch.get_num_threads()
+    with ThreadPoolExecutor(num_threads) as threads:
+        decoding = [threads.submit(module.decode, name, kernel) for name, module in coded.items()]
+        try:
+            for one in decoding:
+                one.result()
+        finally:
+            threads.shutdown(cancel_futures=True)

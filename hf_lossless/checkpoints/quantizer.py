@@ -4,17 +4,19 @@ A first load calibrates and compresses after the weights are there; a reload put
 while the model is still on meta, so that the saved tensors load into them and a full-precision model never exists.
 """
 
+import copy
 import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
-from transformers import PreTrainedModel
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING, register_quantizer
 from transformers.quantizers.base import HfQuantizer
 
 from hf_lossless.certification.certificate import Certificate
-from hf_lossless.checkpoints.entry import LosslessCheckpointConfig
+from hf_lossless.checkpoints.entry import LosslessCheckpointConfig, demand, meet_demand
 from hf_lossless.checkpoints.guards import check_files, guard_names, state_dict_with_guards
 from hf_lossless.checkpoints.names import (
     compute_in_float32,
@@ -23,16 +25,20 @@ from hf_lossless.checkpoints.names import (
     is_saved_class,
     name_in_model,
     plan_of,
+    plan_of_part,
     plans_for,
+    refuse_other_layers,
+    resized_layers,
     restore_scales,
     with_present_bytes,
 )
-from hf_lossless.checkpoints.saved_folder import refuse_other_bytes, tensor_sizes
+from hf_lossless.checkpoints.saved_folder import headers, refuse_other_bytes, tensor_sizes
 from hf_lossless.errors import CheckpointError, ConfigurationError
 from hf_lossless.storage.apply import apply_plan
+from hf_lossless.storage.dense import make_dense
 from hf_lossless.storage.modules.base import compressed_layers
 from hf_lossless.storage.modules.coded import CodedModule
-from hf_lossless.storage.plan import QUANT_METHOD, CompressionPlan
+from hf_lossless.storage.plan import QUANT_METHOD, QUANT_METHODS, CompressionPlan, LayerPlan
 from hf_lossless.storage.runtime.optimize import optimize
 from hf_lossless.storage.runtime.runtimes import runtime_of_load
 
@@ -54,6 +60,8 @@ class LosslessHfQuantizer(HfQuantizer):
         super().__init__(quantization_config, **kwargs)
         self.result: CompressionResult | None = None
         self._original_bytes: int | None = None
+        self._layers: dict[str, LayerPlan] = {}
+        self._complete = True
         if not self.pre_quantized:
             from hf_lossless.config import LosslessCompressionConfig  # it loads all that compressing needs
 
@@ -77,45 +85,58 @@ class LosslessHfQuantizer(HfQuantizer):
                 "LosslessCompressionConfig(dataset=...)."
             )
 
+    def update_attn_implementation(self, config: PreTrainedConfig) -> PreTrainedConfig:
+        """Meets the demand for this package, before transformers reads of it; nothing about attention."""
+        meet_demand(config)
+        return config
+
     def _process_model_before_weight_loading(
         self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **kwargs: Any
     ) -> PreTrainedModel:
         if not self.pre_quantized:
             self._original_bytes = _bytes_on_disk(model, checkpoint_files or ())
             return model
-        saved_layers = self.quantization_config.plan.layers
-        apply_plan(model, plans_for(model, saved_layers))
+        plan = self.quantization_config.plan
+        files = checkpoint_files or []
+        # Files with the plan's bytes are those that were saved: where a model differs from them, it is another model.
+        as_saved = bool(files) and sum(tensor_sizes(files).values()) == plan.tensor_bytes
+        self._layers = plans_for(model, plan.layers)
+        saved_shapes = {name: shape for file in files if as_saved for name, _, shape in headers(file)}
+        resized = resized_layers(model, self._layers, saved_shapes) if as_saved else set()
+        self._layers = {name: layer_plan for name, layer_plan in self._layers.items() if name not in resized}
+        self._complete = is_saved_class(model) and not resized
+        apply_plan(model, self._layers)
         forget_compressed_ties(model)
         compute_in_float32(model)
         # Transformers knows a guard by the name it had when saved, which may have a prefix that this model has not.
-        saved_guards = {f"{name}.weight" for name, layer_plan in saved_layers.items() if layer_plan.kind != "kept"}
+        saved_guards = {f"{name}.weight" for name, layer_plan in plan.layers.items() if layer_plan.kind != "kept"}
         guards = {f"^{re.escape(name)}$" for name in guard_names(model) | saved_guards}
         model._keys_to_ignore_on_load_unexpected = set(model._keys_to_ignore_on_load_unexpected or ()) | guards
-        if checkpoint_files:
+        if files:
             check_files(
-                checkpoint_files,
+                files,
                 model,
                 name_in_model(model),
                 complete=is_saved_class(model),
+                as_saved=as_saved,
+                resized=resized,
                 ties=model.all_tied_weights_keys,
                 unsaved=model._keys_to_ignore_on_save or (),
             )
             if is_saved_class(model):
-                refuse_other_bytes(self.quantization_config.plan, checkpoint_files)
+                refuse_other_bytes(plan, files)
         return model
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
-        # Saved under the model's own names. The older names that some architectures keep on disk may join weights that
-        # are modules here (Nomic BERT's q, k and v), and codes of different widths cannot be joined.
-        model._weight_conversions = []  # type: ignore[assignment]  # a plain attribute
         if self.pre_quantized:
             _refuse_unloaded(model)
             restore_scales(model)
             decode_layers(model)
             saved = self.quantization_config.certificate
             # A certificate speaks of the model that was saved, and not of a part of it (AutoModel of a classifier's).
-            certificate = self.quantization_config.certificate if is_saved_class(model) else None
-            self._describe(model, plan_of(model, self.quantization_config.plan), certificate)
+            certificate = self.quantization_config.certificate if self._complete else None
+            plan = plan_of(model, self.quantization_config.plan, self._layers, complete=self._complete)
+            self.attach(model, plan, certificate)
             if compressed_layers(model):
                 optimize(model, runtime_of_load(None if saved is None else saved.provenance.runtime))
             for module in _coded_modules(model):
@@ -125,24 +146,86 @@ class LosslessHfQuantizer(HfQuantizer):
         from hf_lossless.certified_search import compress_pretrained
 
         self.result = compress_pretrained(model, self.quantization_config, original_bytes=self._original_bytes)
-        forget_compressed_ties(model)
-        self._describe(model, self.result.plan, self.result.certificate)
+        self.attach(model, self.result.plan, self.result.certificate)
         return model
+
+    @classmethod
+    def attach_result(cls, result: "CompressionResult") -> None:
+        """Attaches quantizers to the model that `compress` was given, or to the models of transformers inside it."""
+        _own_configs(result.model)
+        if not isinstance(result.model, PreTrainedModel):
+            cls._attach_to_parts(result.model, result.plan)
+            return
+        quantizer = cls(LosslessCheckpointConfig.of(result.plan, result.certificate), pre_quantized=True)
+        quantizer.attach(result.model, result.plan, result.certificate)
+        # As after a first load: it was not loaded compressed, and its result is known.
+        quantizer.result, quantizer.pre_quantized = result, False
+
+    def attach(self, model: PreTrainedModel, plan: CompressionPlan, certificate: Certificate | None) -> None:
+        """Makes a compressed model one that `save_pretrained` knows, and so each of its parts that is a model itself.
+
+        A part has a quantizer of its own, with its share in the plan and without a certificate, which speaks of the
+        whole. Often both share one config; what that says of the compression is what was saved last.
+        """
+        forget_compressed_ties(model)
+        self._attach_to_parts(model, plan)
+        self._describe(model, plan, certificate)
+
+    @classmethod
+    def _attach_to_parts(cls, model: nn.Module, plan: CompressionPlan) -> None:
+        parts = [(name, part) for name, part in model.named_modules() if name and isinstance(part, PreTrainedModel)]
+        for name, part in reversed(parts):  # of two that share a config, the outer one is described last
+            part_plan = plan_of_part(part, name, plan)
+            if part_plan.layers:
+                forget_compressed_ties(part)
+                cls(LosslessCheckpointConfig.of(part_plan), pre_quantized=True)._describe(part, part_plan, None)
 
     def _describe(self, model: PreTrainedModel, plan: CompressionPlan, certificate: Certificate | None) -> None:
         self.quantization_config = model.config.quantization_config = LosslessCheckpointConfig.of(plan, certificate)
+        demand(model.config)
+        attributes: Any = model  # transformers sets these from outside too
+        attributes.hf_quantizer = self
+        attributes.is_quantized = True
+        attributes.quantization_method = QUANT_METHOD
+        # Saved under the model's own names. The older names that some architectures keep on disk may join weights that
+        # are modules here (Nomic BERT's q, k and v), and codes of different widths cannot be joined.
+        attributes._weight_conversions = []
 
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, Tensor], dict[str, str]]:
-        """What `save_pretrained` writes: the model's tensors and the guards; the plan counts their bytes."""
+        """What `save_pretrained` writes: the model's tensors and the guards; the plan counts their bytes.
+
+        Raises:
+            CheckpointError: The model is no longer what its plan says.
+        """
+        if getattr(model, "_hf_peft_config_loaded", False):  # then only the adapter is saved
+            return dict(model.state_dict()), {}
+        plan = self.quantization_config.plan
+        refuse_other_layers(model, plan)
         forgotten = [module for module in _coded_modules(model) if not len(module.coded)]
         for module in forgotten:
             module.recode()
-        present = with_present_bytes(model, self.quantization_config.plan)
-        self._describe(model, present, self.quantization_config.certificate)
+        self._describe(model, with_present_bytes(model, plan), self.quantization_config.certificate)
         tensors = state_dict_with_guards(model)
         for module in forgotten:
             module.forget_bytes()
         return tensors, {}
+
+    def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | str | None = None) -> PreTrainedModel:
+        """Makes every layer plain again, with the compressed values; `model.dequantize()` then forgets the plan."""
+        for part in model.modules():
+            if part is not model and isinstance(part, PreTrainedModel) and hasattr(part, "hf_quantizer"):
+                self.remove_quantization_config(part)
+        make_dense(model)
+        meet_demand(model.config)
+        for_all: Any = model  # its `to` is wrapped, and typed by none
+        dense: PreTrainedModel = for_all.to(getattr(torch, dtype) if isinstance(dtype, str) else dtype)
+        return dense
+
+    def remove_quantization_config(self, model: PreTrainedModel) -> None:
+        """Takes the plan out of a model that is plain again; its weights go back under transformers' own names."""
+        super().remove_quantization_config(model)  # type: ignore[no-untyped-call]
+        if hasattr(model, "_weight_conversions"):
+            del model._weight_conversions
 
     def is_serializable(self) -> bool:
         """Yes: codes, scales, zeros and factors are plain tensors."""
@@ -161,6 +244,17 @@ class LosslessHfQuantizer(HfQuantizer):
 
 def _coded_modules(model: PreTrainedModel) -> list[CodedModule]:
     return [module for module in model.modules() if isinstance(module, CodedModule)]
+
+
+def _own_configs(model: nn.Module) -> None:
+    """Gives a model copies of its configs: others built from the same ones are not to take over its plan."""
+    copied: dict[int, Any] = {}
+    for module in model.modules():
+        config = getattr(module, "config", None)
+        if isinstance(config, PreTrainedConfig):
+            if id(config) not in copied:
+                copy.deepcopy(config, copied)  # and notes the copies of the configs inside it
+            module.config = copied[id(config)]
 
 
 def _bytes_on_disk(model: PreTrainedModel, files: Sequence[str]) -> int | None:
@@ -200,5 +294,6 @@ def _refuse_meta(model: PreTrainedModel) -> None:
             )
 
 
-if QUANT_METHOD not in AUTO_QUANTIZER_MAPPING:  # a second registration, on reload, would raise
-    register_quantizer(QUANT_METHOD)(LosslessHfQuantizer)
+for _method in QUANT_METHODS:
+    if _method not in AUTO_QUANTIZER_MAPPING:  # a second registration, on reload, would raise
+        register_quantizer(_method)(LosslessHfQuantizer)

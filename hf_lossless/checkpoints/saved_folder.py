@@ -20,7 +20,7 @@ from hf_lossless.checkpoints.entry import LosslessCheckpointConfig
 from hf_lossless.checkpoints.files import read_json
 from hf_lossless.checkpoints.record import CompressionRecord, plan_in_order, read_record_of
 from hf_lossless.errors import CheckpointError
-from hf_lossless.storage.plan import QUANT_METHOD, CompressionPlan
+from hf_lossless.storage.plan import QUANT_METHODS, CompressionPlan
 
 DTYPES = {
     torch.uint8: "U8",
@@ -70,7 +70,7 @@ class SavedFolder:
         """
         config = read_json(Path(path) / "config.json", "Give a folder written by hf_lossless.", _REMEDY)
         entry = config.get("quantization_config") if isinstance(config, Mapping) else None
-        if not isinstance(entry, Mapping) or entry.get("quant_method") != QUANT_METHOD:
+        if not isinstance(entry, Mapping) or entry.get("quant_method") not in QUANT_METHODS:
             raise CheckpointError(
                 f"{path} holds no model compressed by hf_lossless. Compress one with: hf-lossless compress"
             )

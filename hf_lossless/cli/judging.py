@@ -34,7 +34,7 @@ def evaluate(
     from hf_lossless.reports.tables import comparison_table, comparison_text
 
     models = {"model": model} if against is None else {"compressed": model, "original": against}
-    tasks = {name: task_of_model(path, task) for name, path in models.items()}  # both, before the first takes its time
+    tasks = {name: task_of_model(path, task) for name, path in models.items()}  # both before evaluating
     rows = load_rows(data, split)
     judged = {name: judge(path, rows, tasks[name], runtime) for name, path in models.items()}
     evaluations = {name: one.answers.evaluation for name, one in judged.items()}
@@ -176,7 +176,7 @@ def neighbourhood(
     refuse_quantised(model)
     loaded = load_model(chosen_task, model, dtype=torch.float32)  # the rounding of 16 bits would drown small noise
     layers = find_layers(loaded)
-    layers = theory.named_layers(layers, layer) if layer else theory.spread_layers(layers)
+    layers = theory.named_layers(layers, layer) if layer else theory.evenly_spaced_layers(layers)
     batches = calibration_batches(loaded, rows)
     with progress_bar(len(layers), "layers") as advance:
         found = theory.neighbourhood(loaded, batches, layers, seed=seed, advance=advance)

@@ -1,4 +1,4 @@
-"""The command line: the commands of this folder's files under one name, and what becomes of a caller's mistake."""
+"""The command line's entry point: registers all commands, and prints errors of the caller without a traceback."""
 
 import sys
 from importlib import metadata

@@ -1,4 +1,4 @@
-"""The models that the command line names: found, loaded and judged, with errors that say what to do."""
+"""Finds, loads and judges the models that the command line names, with errors that give a remedy."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +19,7 @@ from hf_lossless.storage.runtime.runtimes import Runtime, checked_runtime
 
 
 def task_of_model(model: str, name: str | None) -> Task:
-    """The task named, or that of the model; the model must be there and have a head for it."""
+    """Finds the task called `name`, or that of the model, whose class must have a head for it."""
     architecture = next(iter(config_of(model).architectures or ()), None)
     if name is None and architecture is None:
         raise ConfigurationError(f"the config.json of {model} names no architecture. Name the task with --task.")
@@ -33,7 +33,7 @@ def task_of_model(model: str, name: str | None) -> Task:
 
 
 def refuse_quantised(model: str) -> None:
-    """Before any weight is read; inside from_pretrained it is transformers that refuses."""
+    """Raises an error for a quantised model before its weights are read."""
     method = getattr(config_of(model), "quantization_config", None)
     if method is not None:
         name = method.get("quant_method") if isinstance(method, dict) else method.quant_method
@@ -41,7 +41,7 @@ def refuse_quantised(model: str) -> None:
 
 
 def config_of(model: str) -> PreTrainedConfig:
-    """A model's config.json."""
+    """Reads a model's config.json."""
     try:
         config: PreTrainedConfig = AutoConfig.from_pretrained(model)
         return config
@@ -56,7 +56,7 @@ def config_of(model: str) -> PreTrainedConfig:
 
 
 def load_model(task: Task, model: str, **kwargs: Any) -> PreTrainedModel:
-    """A model with the head of its task; `kwargs` are those of from_pretrained."""
+    """Loads a model with the head of its task; `kwargs` are those of from_pretrained."""
     try:
         return task.load_model(model, **kwargs)
     except SafetensorError as error:
@@ -67,7 +67,7 @@ def load_model(task: Task, model: str, **kwargs: Any) -> PreTrainedModel:
 
 @dataclass(frozen=True)
 class Judged:
-    """A model: what it answered, what predicted its plan (nothing: not compressed), bytes now and before, run time."""
+    """A model's answers, the theory behind its plan ("none": not compressed), its bytes now and originally."""
 
     answers: Answers
     theory: str

@@ -1,6 +1,6 @@
-"""Options that several commands have, and those that are lists: from their text to what the configuration takes.
+"""Options that several commands share, and the parsing of those that are lists.
 
-The command line loads what a command works with when it runs: `--help` and `--version` wait for none of it.
+Commands import what they need when they run, so that `--help` and `--version` are fast.
 """
 
 from typing import Annotated, Literal
@@ -26,7 +26,7 @@ JSON = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
 def bit_widths(text: str) -> tuple[int, ...]:
-    """What `--bits` says."""
+    """Parses the widths of `--bits`."""
     try:
         return tuple(int(part) for part in text.split(","))
     except ValueError as error:
@@ -36,7 +36,7 @@ def bit_widths(text: str) -> tuple[int, ...]:
 
 
 def activation_widths(text: str) -> tuple[int | None, ...]:
-    """What `--activation-bits` says; "none" stands for floating point."""
+    """Parses the widths of `--activation-bits`; "none" stands for floating point."""
     try:
         return tuple(None if part.strip() == "none" else int(part) for part in text.split(","))
     except ValueError as error:
@@ -46,7 +46,7 @@ def activation_widths(text: str) -> tuple[int | None, ...]:
 
 
 def ranks_by_name(texts: list[str]) -> Literal["auto"] | dict[str, tuple[int, ...]] | None:
-    """What all `--ranks` together say; None: no factors."""
+    """Parses all `--ranks` options together; None: no factors."""
     if texts == ["auto"]:
         return "auto"
     ranks: dict[str, tuple[int, ...]] = {}

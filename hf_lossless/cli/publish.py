@@ -1,4 +1,4 @@
-"""Commands that hand a compressed checkpoint on: `card`, `report`, `push`, `export`."""
+"""Commands that publish a compressed checkpoint: `card`, `report`, `push`, `export`."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -97,7 +97,7 @@ def report(
 
 
 def _refuse_other_files(out: Path) -> None:
-    """Raises CheckpointError where there is something that is no report."""
+    """Raises CheckpointError where the output file exists and is not a report."""
     from hf_lossless.reports.html import GENERATOR
 
     if out.is_dir():
@@ -116,17 +116,21 @@ def export(
             "--allow-dense", help="Keep in floating point what the format cannot carry, quantised inputs too."
         ),
     ] = False,
+    runtime: Annotated[
+        str | None,
+        typer.Option("--runtime", help="Of the format onnx: fast (the default), small or standard."),
+    ] = None,
 ) -> None:
-    """Write a compressed checkpoint in a format that transformers loads without hf_lossless."""
+    """Write a compressed checkpoint in a format that needs no hf_lossless: transformers' own, or ONNX."""
     from hf_lossless.checkpoints.exports.export import export as write_export
 
-    result = write_export(folder, out, format, allow_dense=allow_dense)
+    result = write_export(folder, out, format, allow_dense=allow_dense, runtime=runtime)
     for line in _lines(folder, out, result):
         console().print(line, soft_wrap=True, highlight=False, markup=False)
 
 
 def _lines(folder: Path, out: Path, result: "ExportResult") -> list[str]:
-    """What was done, one statement a line."""
+    """Describes an export, one statement a line."""
     from hf_lossless.checkpoints.exports.convert import largest_move
     from hf_lossless.checkpoints.exports.export import by_reason
 
@@ -137,6 +141,11 @@ def _lines(folder: Path, out: Path, result: "ExportResult") -> list[str]:
         f"{len(result.carried)} of {total} compressed layers carried{others}",
         *(f"  {why}: {', '.join(names)}" for why, names in by_reason(result.dense).items()),
     ]
+    if result.difference is not None:
+        lines.append(
+            f"run time {result.runtime}: on random inputs its outputs differ from the model's by "
+            f"{result.difference:.1e} of their size"
+        )
     if result.rounded:
         lines.append(
             f"the scales of {len(result.rounded)} layers are rounded to {result.dtype}: "
@@ -148,5 +157,6 @@ def _lines(folder: Path, out: Path, result: "ExportResult") -> list[str]:
             "and none here"
         )
     if result.certified:
-        lines.append(f"the certificate stays with {folder}, of which it speaks; judge {out} with: hf-lossless evaluate")
+        judged = "" if result.format == "onnx" else f"; judge {out} with: hf-lossless evaluate"
+        lines.append(f"the certificate stays with {folder}, of which it speaks{judged}")
     return lines

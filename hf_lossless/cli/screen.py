@@ -1,4 +1,4 @@
-"""Where commands print: a console of the screen's present width, and JSON."""
+"""Prints the output of commands: a console of the screen's current width, and JSON."""
 
 import json
 from typing import Any
@@ -7,7 +7,7 @@ from rich.console import Console
 
 
 def console() -> Console:
-    """Makes a console for standard output as it is now."""
+    """Makes a console for the current standard output."""
     return Console()
 
 

@@ -23,7 +23,7 @@ LossFunction = Callable[[nn.Module, Batch], Tensor]
 
 
 def batch_loss(model: nn.Module, batch: Batch) -> Tensor:
-    """Mean loss of a batch: the model's own where it is given labels, cross-entropy for a pair.
+    """Computes the mean loss of a batch: the model's own where it is given labels, cross-entropy for a pair.
 
     Raises:
         DataError: The batch has another form.
@@ -40,15 +40,15 @@ def batch_loss(model: nn.Module, batch: Batch) -> Tensor:
 
 
 def loss_of_outputs(model: nn.Module, outputs: Any, batch: Mapping[str, Any]) -> Tensor:
-    """Mean loss of a batch from what the model gave for it, a scalar.
+    """Reads the mean loss of a batch, a scalar, from the model's outputs, or computes it from their scores.
 
     Args:
         model: The model.
-        outputs: What it returned.
-        batch: Its keyword arguments.
+        outputs: What the model returned for the batch.
+        batch: The keyword arguments that the model was called with.
 
     Raises:
-        CalibrationError: There is no loss among the outputs, nor scores that it could be made of.
+        CalibrationError: The outputs hold no loss, nor scores to compute it from.
     """
     loss: Tensor | None = getattr(outputs, "loss", None)
     if loss is None:
@@ -75,7 +75,10 @@ def _cross_entropy(model: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
 
 
 def _loss_of_classes(outputs: Any, labels: Any) -> Tensor | None:
-    """Cross-entropy for a classifier that returns scores and no loss, as DeiT's with a teacher; None for others."""
+    """Computes the cross-entropy of a classifier that returns scores and no loss; None for other models.
+
+    DeiT with a teacher is such a classifier.
+    """
     scores = getattr(outputs, "logits", None)
     if isinstance(scores, Tensor) and scores.ndim == 2 and scores.shape[1] > 1:
         if isinstance(labels, Tensor) and labels.ndim == 1 and not labels.is_floating_point():
@@ -84,10 +87,10 @@ def _loss_of_classes(outputs: Any, labels: Any) -> Tensor | None:
 
 
 def _in_float32(loss: Tensor, outputs: Any, labels: Any) -> Tensor:
-    """A classifier's loss from its scores in float32; in bfloat16 a loss near 1 has steps of 0.004.
+    """Recomputes a classifier's half-precision loss from its scores in float32; bfloat16 has steps of 0.004 near 1.
 
-    Only where the model's loss is that cross-entropy, to within such steps. Transformers computes those of language
-    models in float32 already.
+    Only a loss that equals this cross-entropy to within such steps is replaced. Transformers already computes the
+    losses of language models in float32.
     """
     scores = getattr(outputs, "logits", None)
     half = loss.dtype in (torch.float16, torch.bfloat16)
@@ -99,7 +102,7 @@ def _in_float32(loss: Tensor, outputs: Any, labels: Any) -> Tensor:
 
 
 def num_examples(batch: Batch) -> int:
-    """Examples in a batch: the first dimension of its first tensor.
+    """Returns the number of examples in a batch: the first dimension of its first tensor.
 
     Raises:
         DataError: There is no such tensor.
@@ -113,7 +116,7 @@ def num_examples(batch: Batch) -> int:
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:
-    """The batch with its tensors on `device`."""
+    """Moves the tensors of a batch to `device`."""
     if isinstance(batch, Mapping):
         return {key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()}
     if isinstance(batch, tuple | list):
@@ -122,5 +125,5 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
 
 
 def model_device(model: nn.Module) -> torch.device:
-    """Where a model takes its inputs: the device of its first parameter."""
+    """Returns the device on which a model takes its inputs: that of its first parameter."""
     return next((parameter.device for parameter in model.parameters()), torch.device("cpu"))

@@ -1,4 +1,4 @@
-"""How calibration is spread over processes, through Accelerate.
+"""Spreads calibration over processes, through Accelerate.
 
 Every process holds the whole model and the same list of batches, takes each `num_processes`-th batch, and the sums are
 added up. Batches are dealt out by hand and not by `Accelerator.prepare`, which pads uneven shares with repeated rows
@@ -22,7 +22,7 @@ Item = TypeVar("Item")
 
 
 def process_state() -> PartialState:
-    """The state of this group of processes; alone where none was launched.
+    """Returns the state of this group of processes; a group of one where none was launched.
 
     Raises:
         CalibrationError: Accelerate sees fewer processes than torch.distributed, so shares would be counted twice.
@@ -39,13 +39,16 @@ def process_state() -> PartialState:
 
 
 def own_share(batches: list[Batch]) -> list[tuple[int, Batch]]:
-    """This process's batches, each with its index in the whole list."""
+    """Returns this process's batches, each with its index in the whole list."""
     state = process_state()
     return list(enumerate(batches))[state.process_index :: state.num_processes]
 
 
 def same_in_every_process(batches: list[Batch]) -> list[Batch]:
-    """The first process's batches in all: a shuffling loader gives each process its own, and shares would overlap."""
+    """Sends the first process's batches to all processes.
+
+    A shuffling loader gives each process batches of its own, and the shares would overlap.
+    """
     if process_state().num_processes == 1:
         return batches
     shared = [batches]
@@ -54,7 +57,7 @@ def same_in_every_process(batches: list[Batch]) -> list[Batch]:
 
 
 def gather_shares(own: list[Item]) -> list[Item]:
-    """The items of all processes in the order of the whole list, of which each had every `num_processes`-th."""
+    """Gathers the items of all processes, each of which had every `num_processes`-th, in their original order."""
     state = process_state()
     if state.num_processes == 1:
         return own
@@ -64,7 +67,7 @@ def gather_shares(own: list[Item]) -> list[Item]:
 
 @contextmanager
 def failing_together() -> Iterator[None]:
-    """An error in one process is raised in all of them: the others would wait for its sums for ever."""
+    """Raises an error of one process in all of them, which would otherwise wait for its sums for ever."""
     failure: Exception | None = None
     try:
         yield
@@ -80,7 +83,7 @@ def failing_together() -> Iterator[None]:
 
 
 def sum_over_processes(values: Tensor) -> Tensor:
-    """Sum of a tensor over all processes, the same on each."""
+    """Sums a tensor over all processes; every process gets the sum."""
     state = process_state()
     if state.num_processes == 1:
         return values
@@ -89,7 +92,10 @@ def sum_over_processes(values: Tensor) -> Tensor:
 
 
 def max_over_processes(values: Tensor) -> Tensor:
-    """Element-wise maximum over all processes: each writes its row of a table of zeros, and the table is summed."""
+    """Computes the element-wise maximum over all processes.
+
+    Each process writes its row of a table of zeros, and the table is summed.
+    """
     state = process_state()
     table = torch.zeros(state.num_processes, *values.shape, dtype=values.dtype)
     table[state.process_index] = values.clamp(min=torch.finfo(values.dtype).min)
@@ -98,7 +104,7 @@ def max_over_processes(values: Tensor) -> Tensor:
 
 @contextmanager
 def progress_bar(total: int, what: str) -> Iterator[Callable[[], object]]:
-    """A progress bar with the time left, on the main process only."""
+    """Opens a progress bar that shows the time left, on the main process only."""
     silent = {} if process_state().is_main_process else {"disable": True}  # None would override TQDM_DISABLE
     with tqdm(total=total, desc=what, **silent) as bar:
         yield bar.update

@@ -1,6 +1,6 @@
-"""From whatever a user calls a data set to a list of batches.
+"""Turns a user's data set, in any of the accepted forms, into a list of batches.
 
-The official files of SQuAD v1.1 and v2, which nest questions in paragraphs in articles, as one question a row.
+The official files of SQuAD v1.1 and v2 nest questions in paragraphs in articles; they are read as one row per question:
 
 {"data": [{"paragraphs": [{"context": .., "qas": [{"id": .., "question": .., "answers": [..]}]}]}]}
 """
@@ -29,7 +29,10 @@ from hf_lossless.errors import ConfigurationError, DataError, check_whole_number
 
 
 def one_question_a_row(rows: datasets.Dataset) -> datasets.Dataset:
-    """The questions of an official file, with the columns that SQuAD has on the Hub; other rows as they are."""
+    """Flattens an official SQuAD file into one row per question, with the Hub's columns.
+
+    A data set of another form is returned unchanged.
+    """
     if "data" not in rows.column_names:
         return rows
     articles = list(_articles(rows))
@@ -51,7 +54,7 @@ def one_question_a_row(rows: datasets.Dataset) -> datasets.Dataset:
 
 
 def _articles(rows: datasets.Dataset) -> Iterator[Any]:
-    """Datasets reads the list of articles as one row, or as a row for each article."""
+    """Yields the articles, whether datasets has read their list as one row or as a row for each article."""
     for row in rows:
         yield from row["data"] if isinstance(row["data"], list) else [row["data"]]
 
@@ -61,12 +64,12 @@ _FORMATS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parqu
 
 @dataclass(frozen=True, eq=False)
 class Rows:
-    """Which rows a model is calibrated and judged on, and how they are read.
+    """The rows a model is calibrated and judged on, and how they are read.
 
     Attributes:
         dataset: Rows, or ready batches (see `load_rows` and `ready_batches`).
         selection_dataset: Rows on which plans are compared; None: a part of `dataset`.
-        certification_dataset: Rows that the certificate rests on; None likewise.
+        certification_dataset: Rows that the certificate rests on; None: a part of `dataset` likewise.
         split: Which split of a data set that has several.
         task: Name of the task; None: by the model's class.
         processor: Tokenizer or image processor; None: the one saved with the model.
@@ -94,12 +97,12 @@ class Rows:
 
 
 def load_rows(dataset: Any, split: str | None = None) -> datasets.Dataset:
-    """A data set as a `datasets.Dataset`.
+    """Loads a data set as a `datasets.Dataset`.
 
     Args:
         dataset: A Dataset, a DatasetDict, a list of dicts, a path of a json, jsonl, csv or parquet file, of a saved
-            dataset or of a folder of images (a folder for each class, in train/, validation/ and so on or not), or a
-            Hub id.
+            dataset or of a folder of images (one folder per class, with or without train/, validation/ and so on above
+            them), or a Hub id.
         split: The split of a DatasetDict or Hub dataset; may be left out where there is only one.
 
     Raises:
@@ -129,7 +132,7 @@ def load_rows(dataset: Any, split: str | None = None) -> datasets.Dataset:
         )
     if not len(rows):
         raise _empty(dataset)
-    return rows.with_format(None)  # plain values, though tensors or arrays were asked for
+    return rows.with_format(None)  # plain values, even where the caller set a format of tensors or arrays
 
 
 def _one_split(splits: datasets.DatasetDict, split: str | None) -> datasets.Dataset:
@@ -183,7 +186,7 @@ def _load(name: str, split: str | None) -> datasets.Dataset | datasets.DatasetDi
 
 
 def _is_image_folder(path: Path) -> bool:
-    """Whether a folder holds image files, perhaps in a folder for each class, and no saved data set."""
+    """Tells whether a folder holds image files, perhaps in a folder for each class, and no saved data set."""
     if any((path / name).exists() for name in ("state.json", "dataset_dict.json")):
         return False
     return any(file.suffix.lower() in Image.registered_extensions() for file in path.rglob("*"))
@@ -201,7 +204,7 @@ def _only_our_message() -> Iterator[None]:
 
 
 def sample_rows(rows: datasets.Dataset, num_samples: int, seed: int) -> datasets.Dataset:
-    """`num_samples` rows without repetition, or all where there are not more."""
+    """Draws `num_samples` rows without repetition, or returns all where there are not more."""
     if len(rows) <= num_samples:
         return rows
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))
@@ -217,19 +220,21 @@ def make_batches(
     first: int = 0,
     step: int = 1,
 ) -> Iterator[dict[str, Tensor]]:
-    """Batches of rows of like length, which need the least padding; one at a time, for a test set may not fit memory.
+    """Makes batches of rows of similar length, which need the least padding.
+
+    Batches come one at a time, for a whole test set may not fit in memory.
 
     Args:
         rows: The rows; the same rows always make the same batches.
-        task: What encodes them.
-        processor: Its tokenizer or image processor.
-        model: What the batches are for.
+        task: The task that encodes them.
+        processor: The task's tokenizer or image processor.
+        model: The model that takes the batches.
         batch_size: Rows that are encoded together: one batch, or a few where the model sees a row in several pieces.
         first: Index of the first group of rows that is encoded.
-        step: Each how many-th group is encoded from there on: one process's share.
+        step: Every `step`-th group is encoded from `first` on: one process's share.
 
     Raises:
-        DataError: The rows do not have the task's columns, or hold what it cannot use.
+        DataError: The rows do not have the task's columns, or hold values it cannot use.
     """
     for group in row_groups(rows, task, model, batch_size, first, step):
         yield from task.batches(group, processor, model)
@@ -238,7 +243,7 @@ def make_batches(
 def row_groups(
     rows: datasets.Dataset, task: Task, model: PreTrainedModel, size: int, first: int = 0, step: int = 1
 ) -> Iterator[list[Row]]:
-    """Groups of rows of like length, with the model's own labels; each row carries its number (`ROW_NUMBER`).
+    """Groups rows of similar length, with labels as the model numbers them; each row keeps its number (`ROW_NUMBER`).
 
     Raises:
         DataError: The rows do not have the task's columns, or labels that the model does not know.
@@ -269,10 +274,10 @@ def row_groups(
 
 
 def ready_batches(dataset: Any) -> list[Batch] | None:
-    """The batches, if the data set already is an iterable of tensors and not rows; None otherwise.
+    """Returns the batches of a data set that already is an iterable of tensors; None for rows.
 
     Raises:
-        DataError: It is a DataLoader that gives nothing.
+        DataError: The data set is a DataLoader that gives no batch.
     """
     if isinstance(dataset, DataLoader):
         batches = list(dataset)
@@ -291,16 +296,16 @@ def _holds_tensors(batch: Any) -> bool:
 
 
 def with_own_targets(model: PreTrainedModel, batches: Iterable[Batch], task_name: str | None = None) -> list[Batch]:
-    """Batches without labels get the model's own predictions as labels; one forward pass over those.
+    """Adds the model's own predictions as labels to unlabelled batches, with one forward pass over these.
 
     Args:
-        model: What predicts.
-        batches: Mappings without any argument that the model takes as a label, among others that are passed on as they
-            are.
-        task_name: The model's task; None: by its class.
+        model: The model that predicts.
+        batches: Mappings that lack every argument the model takes as a label are labelled; other batches are returned
+            unchanged.
+        task_name: The model's task; None: by the model's class.
 
     Raises:
-        DataError: There are no labels, and the model's task has no predictions that could stand in for them.
+        DataError: A batch has no labels, and the task's predictions cannot stand in for them.
     """
     device = model_device(model)
     # "labels", or "start_positions" and "end_positions"
@@ -328,7 +333,7 @@ def _predicting_task(model: PreTrainedModel, name: str | None, batch: Mapping[st
 
 
 def calibration_batches(model: PreTrainedModel, rows: Rows) -> list[Batch]:
-    """Makes the calibration batches: those that are ready, or rows encoded by the model's task.
+    """Makes the calibration batches: the user's ready batches, or rows encoded by the model's task.
 
     Raises:
         DataError: The rows cannot be used.
@@ -350,5 +355,5 @@ def batches_of_rows(model: PreTrainedModel, dataset: datasets.Dataset, rows: Row
 
 
 def processor_of(model: PreTrainedModel, rows: Rows, task: Task) -> Any:
-    """Finds the tokenizer or image processor: the one given, or else the one saved with the model."""
+    """Finds the tokenizer or image processor: the one in `rows`, or else the one saved with the model."""
     return rows.processor if rows.processor is not None else task.load_processor(str(model.name_or_path))

@@ -1,4 +1,4 @@
-"""Three disjoint splits of the user's rows: calibration, selection, certification.
+"""Splits the user's rows into three disjoint sets: calibration, selection, certification.
 
 A row's split is a function of its own content, not of its place:
 
@@ -8,12 +8,12 @@ and u falls into one of three intervals as long as the shares. So two equal rows
 rows does not matter, and every process, machine and run finds the same splits. The price is that the sizes of the
 splits are the shares only on average.
 
-What is hashed is what the model sees: every column but the labels (or answers) and running numbers. Labels are left out
+The hash covers what the model sees: every column except labels (or answers) and running numbers. Labels are left out
 because the same text under two labels would otherwise be two rows, one to calibrate on and one to certify on, and the
 model would be judged on an input that it was fitted to. Running numbers are left out because they make every row
-unique. Names of columns are left out too (their alphabetical order stays), so that "text" here is "sentence" there.
-Images are hashed as pixels, whatever their file format. Near-duplicates (another blank, another JPEG quality) are other
-rows.
+unique. Names of columns are left out too (their alphabetical order stays), so that a column "text" in one data set
+equals a column "sentence" in another. Images are hashed as pixels, whatever their file format. Near-duplicates (an
+extra blank, another JPEG quality) count as different rows.
 """
 
 import hashlib
@@ -32,7 +32,8 @@ from hf_lossless.data.tasks.columns import TARGET_COLUMNS
 from hf_lossless.errors import ConfigurationError, DataError
 
 SHARES = (0.2, 0.2, 0.6)
-"""Calibration, selection, certification. Most rows go where they buy confidence: 128 are enough to calibrate on."""
+"""Shares of calibration, selection and certification. 128 rows are enough to calibrate on; more certification rows
+tighten the bound."""
 
 _RUNNING_NUMBERS = ("idx", "id", "index", "guid", "__index_level_0__")
 _DIGEST_BYTES = 16
@@ -41,12 +42,12 @@ _BATCH_SIZE = 1000
 
 @dataclass(frozen=True)
 class Splits:
-    """Rows by what they are used for; no content is in two of them.
+    """The three splits of a data set; no row's content is in two of them.
 
     Attributes:
-        calibration: Statistics and predictions of the loss are made on these.
-        selection: Plans are measured and ordered on these.
-        certification: The verdict is passed on these, which nothing else has seen.
+        calibration: Rows for the statistics and the predictions of the loss.
+        selection: Rows on which plans are measured and ordered.
+        certification: Rows for the certificate, used for nothing else.
     """
 
     calibration: datasets.Dataset
@@ -57,11 +58,11 @@ class Splits:
 def three_splits(
     rows: datasets.Dataset, seed: int, shares: Sequence[float] = SHARES, columns: Sequence[str] | None = None
 ) -> Splits:
-    """The three splits of a data set; each row goes to exactly one, in its old order.
+    """Splits a data set in three; each row goes to exactly one split, and splits keep the order of rows.
 
     Args:
         rows: All of the user's rows.
-        seed: Another seed, other splits.
+        seed: Seed of the splits.
         shares: Expected share of each split; above 0, with the sum 1.
         columns: The model's inputs; None: all but labels and running numbers.
 
@@ -80,7 +81,7 @@ def three_splits(
 
 
 def assign(digests: Sequence[bytes], seed: int, shares: Sequence[float] = SHARES) -> NDArray[np.intp]:
-    """The split of each digest: 0, 1 or 2 for calibration, selection or certification.
+    """Assigns a split to each digest: 0, 1 or 2 for calibration, selection or certification.
 
     Raises:
         ConfigurationError: The shares are no shares.
@@ -95,9 +96,9 @@ def assign(digests: Sequence[bytes], seed: int, shares: Sequence[float] = SHARES
 
 
 def fingerprint(rows: datasets.Dataset) -> str:
-    """A name for a set of rows, inputs and labels, in whatever order; equal rows count as often as they come.
+    """Computes a hash of a set of rows, inputs and labels, in any order; equal rows count as often as they come.
 
-    Here labels are part of the content: another label is another loss.
+    Labels are part of the content here, since another label gives another loss.
     """
     labels = [name for name in rows.column_names if name in TARGET_COLUMNS]
     digests = row_digests(rows, [*input_columns(rows), *labels])
@@ -105,7 +106,7 @@ def fingerprint(rows: datasets.Dataset) -> str:
 
 
 def overlap(rows: datasets.Dataset, others: datasets.Dataset, columns: Sequence[str] | None = None) -> NDArray[np.intp]:
-    """Indices of the rows whose inputs are among those of the other rows."""
+    """Finds the indices of the rows whose inputs are also inputs of the other rows."""
     seen = set(row_digests(others, columns))
     return np.flatnonzero([digest in seen for digest in row_digests(rows, columns)])
 
@@ -116,10 +117,10 @@ def refuse_overlap(
     columns: Sequence[str] | None = None,
     what: str = "calibration",
 ) -> None:
-    """Ends with an error where a certification row had a hand in the model that it is to judge.
+    """Raises an error where certification rows were also used to make the model that they judge.
 
     Raises:
-        DataError: There are such rows; the message counts them and shows one.
+        DataError: Some rows overlap; the message counts them and shows one.
     """
     shared = overlap(certification, calibration, columns)
     if len(shared):
@@ -137,10 +138,10 @@ def _shortened(value: Any, longest: int = 80) -> str:
 
 
 def input_columns(rows: datasets.Dataset) -> list[str]:
-    """The columns that are hashed by default, in alphabetical order.
+    """Finds the columns that are hashed by default, in alphabetical order.
 
     Raises:
-        DataError: There are none.
+        DataError: All columns are labels or running numbers.
     """
     columns = sorted(set(rows.column_names) - {*TARGET_COLUMNS, *_RUNNING_NUMBERS})
     if not columns:
@@ -152,11 +153,11 @@ def input_columns(rows: datasets.Dataset) -> list[str]:
 
 
 def row_digests(rows: datasets.Dataset, columns: Sequence[str] | None = None) -> list[bytes]:
-    """The digest of each row's content: 16 bytes, the same on every machine.
+    """Computes the digest of each row's content: 16 bytes, the same on every machine.
 
     Args:
         rows: Any rows; read in batches, so that they need not fit memory.
-        columns: What is hashed, in this order; None: the inputs.
+        columns: The columns to hash, in this order; None: the input columns.
 
     Raises:
         DataError: A column is missing, or holds a value that has no canonical form.
@@ -179,7 +180,7 @@ def row_digests(rows: datasets.Dataset, columns: Sequence[str] | None = None) ->
 
 
 def digest_of(values: Iterable[Any]) -> bytes:
-    """The digest of one row's values, in order.
+    """Computes the digest of one row's values, in order.
 
     Example:
         >>> digest_of(["a film", 1]) == digest_of(["a film", 1]) != digest_of(["a film", "1"])
@@ -189,7 +190,7 @@ def digest_of(values: Iterable[Any]) -> bytes:
 
 
 def _canonical(value: Any) -> bytes:
-    """A value as bytes: a letter for its kind, the length of its content, its content. Nothing else has these bytes."""
+    """Encodes a value as bytes: a letter for its kind, the length of its content, its content. The code is unique."""
     kind, content = _kind_and_content(value)
     return kind + struct.pack("<Q", len(content)) + content
 
@@ -227,13 +228,13 @@ def _kind_and_content(value: Any) -> tuple[bytes, bytes]:
 
 
 def _pixels(image: Image.Image) -> tuple[bytes, bytes]:
-    """What a model sees of an image: RGB, whatever the mode it was stored in."""
+    """Encodes the pixels of an image as a model sees them: RGB, whatever mode the image was stored in."""
     rgb = image.convert("RGB")
     return b"p", struct.pack("<2Q", *rgb.size) + rgb.tobytes()
 
 
 def _image_file(file: Mapping[str, Any]) -> tuple[bytes, bytes]:
-    """An undecoded image: its pixels, or its bytes where it cannot be decoded, which is for the task to say."""
+    """Encodes an undecoded image: its pixels, or its bytes where it cannot be decoded (the task reports that)."""
     try:
         return _pixels(datasets.Image().decode_example({"bytes": file["bytes"], "path": file["path"]}))
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):  # what Pillow raises

@@ -1,1 +1,1 @@
-"""Choosing a candidate for every layer: the knapsack, the target, the check of the loss."""
+"""Chooses a candidate for every layer: the knapsack, the target, and the check of the loss."""

@@ -9,7 +9,7 @@ Pisinger, *Knapsack Problems*, 2004, ch. 11). Write `D[i][w]` for the least loss
 
     D[i][w] = min_j  D[i-1][w - W[i][j]] + P[i][j],    D[0][0] = 0
 
-A plan is dominated when another costs no more, loses no more, and is better in one of the two. The undominated plans
+A plan is dominated when another has at most its cost and its loss, and less of one of the two. The undominated plans
 are the frontier; each answers Eq. 9 for a range of budgets C. Costs count from each group's cheapest candidate, in
 units of the greatest common divisor of them all, so that w runs over the lattice 0, 1, ..., span.
 
@@ -17,8 +17,8 @@ units of the greatest common divisor of them all, so that w runs over the lattic
 - Sparse, otherwise: D is the sorted list of its undominated states, each candidate a shifted copy of that. Exact, and
   mostly far smaller: 41 layers x 5 candidates leave a few thousand states on a lattice of a million.
 - Coarse, when that list passes 2**17 states: dense, every cost rounded up to a larger unit. The plans are feasible and
-  their costs and losses are reported as they are, but better plans may exist: for a budget C the loss is at most the
-  exact one at C - groups * unit.
+  their exact costs and losses are reported, but better plans may exist: for a budget C the loss is at most the exact
+  one at C - groups * unit.
 
 With G groups, K candidates and S lattice units or states, time is O(G K S) dense, O(G K S log K) sparse. Backtracking
 keeps, for every group, a byte for each unit reached or nine for each state (one more above 256 candidates): at most
@@ -58,7 +58,7 @@ class _Group:
 
 @dataclass(frozen=True, eq=False)
 class _Step:
-    """What was chosen in `group` by each state. A state of D is named by its cost in units."""
+    """The choice of each state in `group`. A state of D is identified by its cost in units."""
 
     group: _Group
     units: _Ints  # of each candidate, above the cheapest
@@ -74,8 +74,9 @@ class Frontier:
     """The undominated plans, from the cheapest to the one of least loss. `len()` is their number.
 
     Losses are sums of the chosen losses to within rounding: at most `groups * 2**-53` of the sum of their sizes. Of
-    plans equal in cost and loss one is kept, the same on every run: equal candidates of a group give way to the one of
-    lowest index; then the group with the widest range of costs takes the cheapest candidate it can, then the next.
+    plans equal in cost and loss one is kept, the same on every run: among equal candidates of a group the one of lowest
+    index is chosen; among equal plans the group with the widest range of costs takes the cheapest candidate it can,
+    then the next group.
 
     Attributes:
         cost_bytes: Cost of each plan, int64 `[points]`, strictly ascending.
@@ -94,25 +95,29 @@ class Frontier:
         return len(self.cost_bytes)
 
     def choices(self, point: int) -> NDArray[np.intp]:
-        """Return the candidate of each group in the plan at index `point`, int `[groups]`, by backtracking."""
+        """Returns the candidate of each group in the plan at index `point`, int `[groups]`, by backtracking.
+
+        Args:
+            point: Index of a plan, from 0 for the cheapest.
+        """
         chosen = np.empty(len(self._steps), np.intp)
         for group, candidate in _backtrack(self._steps, self._states[[point]]):
             chosen[group.index] = group.caller_index[candidate[0]]
         return chosen
 
     def within_bytes(self, max_bytes: int) -> int | None:
-        """Return the point of least loss that costs at most `max_bytes`; None when even the cheapest costs more."""
+        """Finds the point of least loss that costs at most `max_bytes`; None when even the cheapest costs more."""
         num_affordable = int(np.searchsorted(self.cost_bytes, max_bytes, side="right"))
         return num_affordable - 1 if num_affordable else None
 
     def within_loss(self, loss_budget: float) -> int | None:
-        """Return the cheapest point that loses at most `loss_budget`; None when even the least loss is more."""
+        """Finds the cheapest point that loses at most `loss_budget`; None when even the least loss is more."""
         num_too_lossy = int(np.searchsorted(-self.predicted_loss_change, -loss_budget, side="left"))
         return num_too_lossy if num_too_lossy < len(self) else None
 
 
 def frontier(costs: Sequence[Sequence[int]], losses: Sequence[Sequence[float]]) -> Frontier:
-    """Solve LLC Eq. 9, one candidate per group at the least total loss, for every budget in one run.
+    """Solves LLC Eq. 9, one candidate per group at the least total loss, for every budget in one run.
 
     Args:
         costs: Bytes of each candidate, `[groups][candidates]`, whole, from 0 to 2**48. Groups may differ in their
@@ -143,8 +148,8 @@ def frontier(costs: Sequence[Sequence[int]], losses: Sequence[Sequence[float]]) 
         steps, states, loss = table
         return Frontier(cheapest_bytes + states * unit_bytes, loss, 0, steps, states)
 
-    # Coarse: rounding up adds less than a unit per group. What costs more than the cheapest rounds to a unit or more,
-    # so state 0 is still the cheapest plan.
+    # Coarse: rounding up adds less than a unit per group. A cost above the cheapest rounds to at least one unit, so
+    # state 0 is still the cheapest plan.
     unit_bytes = -(-span_bytes // max(1, _MAX_LATTICE - len(groups)))
     steps, states, loss = _dense(groups, unit_bytes)
     cost_bytes = np.full(len(states), cheapest_bytes, np.int64)
@@ -155,7 +160,7 @@ def frontier(costs: Sequence[Sequence[int]], losses: Sequence[Sequence[float]]) 
 
 
 def _dense(groups: list[_Group], unit_bytes: int) -> _Table:
-    """Run the programme with D as an array over the lattice; costs are rounded up to units."""
+    """Runs the programme with D as an array over the lattice; costs are rounded up to units."""
     units = [-(-group.extra_bytes // unit_bytes) for group in groups]
     size = 1 + sum(int(u[-1]) for u in units)
     choice_type = np.min_scalar_type(max((len(u) - 1 for u in units), default=0))
@@ -183,7 +188,7 @@ def _dense(groups: list[_Group], unit_bytes: int) -> _Table:
 
 
 def _sparse(groups: list[_Group], unit_bytes: int) -> _Table | None:
-    """Run the programme with D as the list of its undominated states; None when there are more than the limit."""
+    """Runs the programme with D as the list of its undominated states; None when there are more than the limit."""
     states, loss = np.zeros(1, np.int64), np.zeros(1)
     steps = []
     for group in groups:
@@ -200,15 +205,15 @@ def _sparse(groups: list[_Group], unit_bytes: int) -> _Table | None:
 
 
 def _backtrack(steps: list[_Step], states: _Ints) -> Iterator[tuple[_Group, NDArray[Any]]]:
-    """Yield each group with the candidate it has in the plans that end in `states`, last group first."""
+    """Yields each group with the candidate it has in the plans that end in `states`, last group first."""
     for step in reversed(steps):
         candidate = step.choice[states if step.states is None else np.searchsorted(step.states, states)]
         yield step.group, candidate
-        states = states - step.units[candidate]  # the choice taken back
+        states = states - step.units[candidate]  # undoes the choice
 
 
 def _undominated(cost: _Ints, loss: _Floats) -> NDArray[np.intp]:
-    """Return the indices of the undominated entries by ascending cost; of equal entries the first."""
+    """Returns the indices of the undominated entries by ascending cost; of equal entries the first."""
     order = np.argsort(cost, kind="stable")  # a timsort: it merges the sorted runs of the sparse way
     least_loss = np.minimum.accumulate(loss[order])
     order = order[np.r_[True, least_loss[1:] < least_loss[:-1]]]  # loses less than all that are cheaper
@@ -216,7 +221,7 @@ def _undominated(cost: _Ints, loss: _Floats) -> NDArray[np.intp]:
 
 
 def _read_groups(costs: Sequence[Sequence[int]], losses: Sequence[Sequence[float]]) -> list[_Group]:
-    """Check the caller's rows and prune the dominated candidates of each group."""
+    """Checks the caller's rows and prunes the dominated candidates of each group."""
     if len(costs) != len(losses):
         raise ConfigurationError(f"{len(costs)} groups of costs but {len(losses)} of losses: give both for every group")
     groups = []

@@ -1,4 +1,4 @@
-"""A prediction beside what was measured on the calibration rows; these rows have had a hand in the plan."""
+"""A predicted loss change compared with its measurement on the calibration rows, which influenced the plan."""
 
 import math
 from typing import Annotated, Literal
@@ -9,23 +9,23 @@ from hf_lossless.storage.plan import CompressionPlan
 from hf_lossless.storage.records import Record
 
 NEGLIGIBLE_SHARE = 1e-3
-"""Of the loss: a rise below it is no reason to plan anew, however small the prediction was."""
+"""Share of the loss: a rise below it does not trigger a new plan, however small the prediction was."""
 
 Checked = Literal["layer", "plan", "model"]
 
 
 class LossCheck(Record):
-    """What a change of the mean loss was predicted to be, and what it was measured to be.
+    """The predicted and the measured change of the mean loss.
 
     Attributes:
         checked: "layer": one layer alone, stored as planned. "plan": all layers stored as planned. "model": the
-            finished model, whose biases and batch norms have followed the rounded weights.
+            finished model, whose biases and batch norms are corrected for the rounded weights.
         layer: Name of the layer measured alone; None for the others.
         tensor_bytes: Bytes of all tensors under the plan.
-        predicted_loss_change: What the theory predicted when the plan was made.
-        measured_loss_change: On the calibration rows; None: the loss was not finite.
-        standard_error: Of the measured change, as the mean over batches; None where there was one batch, or no finite
-            loss.
+        predicted_loss_change: Change that the theory predicted for the plan.
+        measured_loss_change: Change measured on the calibration rows; None: the loss was not finite.
+        standard_error: Standard error of the measured change, as a mean over batches; None where there was only one
+            batch, or no finite loss.
     """
 
     checked: Checked
@@ -44,13 +44,13 @@ def loss_check(
     checked: Checked = "plan",
     layer: str | None = None,
 ) -> LossCheck:
-    """The check of a plan, or of one layer of it.
+    """Makes the check of a plan, or of one layer of it.
 
     Args:
-        plan: What was measured.
-        measured: Change of the mean loss, and its standard error.
-        num_batches: Batches that the error is taken over.
-        checked: What was measured of the plan.
+        plan: The measured plan.
+        measured: Measured change of the mean loss, and its standard error.
+        num_batches: Number of batches behind the standard error.
+        checked: Which part of the plan was measured.
         layer: The layer that was measured alone.
 
     Example:

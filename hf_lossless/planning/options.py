@@ -1,12 +1,13 @@
-"""What the knapsack may choose for each layer: a candidate, its prediction, and the grid of the layer's input.
+"""The options of the knapsack for each layer: a candidate, its prediction, and the grid of the layer's input.
 
-The bytes of an entropy-coded grid are an estimate until the layer has been rounded on it, and so is what it costs. Once
-it has been, both are put right: the bytes by those found, the prediction by what the layer costs in its damped metric
-over what it was expected to cost in it. The layer's other coded grids are put right in the same
-proportion as the nearest that was rounded.
+The bytes of an entropy-coded grid are an estimate until the layer has been rounded on it, and so is its cost. Then
+both are corrected: the bytes are replaced by the measured ones, the prediction is multiplied by the ratio of the
+measured to the expected cost in the layer's damped metric. The layer's other coded grids are corrected by the same
+ratios as the nearest rounded one.
 """
 
 import math
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
@@ -19,12 +20,12 @@ from hf_lossless.theories.problem import Prediction
 from hf_lossless.theories.quantised_inputs import ActivationOption, choose_activation
 
 _LARGEST_CORRECTION = 100.0
-"""Of an estimated cost."""
+"""Largest factor by which an estimated cost is corrected."""
 
 
 @dataclass(frozen=True)
 class Option:
-    """What the knapsack may choose for a layer, the candidate that it stands for, and the static grid of its input."""
+    """One option of the knapsack for a layer: its plan, its candidate, and the static grid of its input."""
 
     plan: LayerPlan
     candidate: Candidate
@@ -32,12 +33,12 @@ class Option:
 
 
 Options = dict[str, list[Option]]
-"""By layer name."""
+"""The options of each layer, by name."""
 
 
 @dataclass(frozen=True)
 class RoundedCost:
-    """What rounding a layer on a coded grid found: its bytes, and the cost in its damped metric."""
+    """The bytes of a layer rounded on a coded grid, and its cost in the damped metric, in nats."""
 
     num_bytes: int
     cost: float
@@ -51,10 +52,20 @@ def options_of(
     *,
     may_stay_float: bool,
 ) -> list[Option]:
-    """The options of a layer; a candidate that the theory refuses is none of them.
+    """Makes the options of a layer from the candidates that the theory does not refuse.
+
+    Args:
+        layer: The layer.
+        candidates: Its candidates.
+        predictions: The theory's prediction for each candidate.
+        activations: Ways to quantise the layer's input, narrowest first.
+        may_stay_float: Whether the input may stay in floating point.
+
+    Returns:
+        One option for each usable candidate.
 
     Raises:
-        CalibrationError: There are none.
+        CalibrationError: The theory refuses all candidates.
     """
     options = []
     for candidate, prediction in zip(candidates, predictions, strict=True):
@@ -80,7 +91,7 @@ def options_of(
     if not options:
         widths = [candidate.grid.bits for candidate in candidates if candidate.grid is not None]
         why = f"at each of {widths} bits the loss is not finite, or the theory refuses"
-        if not candidates:  # of a few weights only
+        if not candidates:  # a layer of a few weights
             why = "coded it would take no fewer bytes than it takes now"
         raise CalibrationError(
             f"layer {layer.name!r} can be stored in no way: {why}. Add wider widths (16 keeps a layer), or keep this "
@@ -90,7 +101,12 @@ def options_of(
 
 
 def scaled(option: Option, factor: float) -> Option:
-    """An option with a predicted rise of so many times as much; a gain stays what it was."""
+    """Multiplies an option's predicted rise of the loss by `factor`; a predicted fall is not changed.
+
+    Args:
+        option: The option.
+        factor: Measured over predicted rise of the loss.
+    """
     change = option.plan.predicted_loss_change
     if change <= 0:
         return option
@@ -98,11 +114,11 @@ def scaled(option: Option, factor: float) -> Option:
 
 
 def with_rounded_costs(options: list[Option], found: Mapping[CodedGrid, RoundedCost]) -> list[Option]:
-    """A layer's options with the bytes and costs of the coded grids that it has been rounded on.
+    """Corrects the bytes and costs of a layer's coded options by the grids that it was rounded on.
 
     Args:
-        options: As they were predicted.
-        found: By grid; there may be none.
+        options: The options as predicted.
+        found: Bytes and cost of each grid that the layer was rounded on; may be empty.
     """
     estimated = {option.candidate.coded: option.candidate for option in options if option.candidate.coded is not None}
     rounded = {grid: one for grid, one in found.items() if grid in estimated}
@@ -111,7 +127,7 @@ def with_rounded_costs(options: list[Option], found: Mapping[CodedGrid, RoundedC
     bytes_over = {grid: one.num_bytes / estimated[grid].cost_bytes for grid, one in rounded.items()}
     cost_over = {grid: _ratio(one.cost, estimated[grid].expected_cost) for grid, one in rounded.items()}
 
-    def right(option: Option) -> Option:
+    def corrected(option: Option) -> Option:
         coded, estimate = option.candidate.coded, option.candidate.cost_bytes
         if coded is None:
             return option
@@ -120,11 +136,11 @@ def with_rounded_costs(options: list[Option], found: Mapping[CodedGrid, RoundedC
         moved = _with(option, cost_bytes=option.plan.cost_bytes - estimate + num_bytes)
         return scaled(moved, cost_over[nearest])
 
-    return [right(option) for option in options]
+    return [corrected(option) for option in options]
 
 
 def _ratio(found: float, expected: float) -> float:
-    ratio = found / max(expected, 1e-30)
+    ratio = found / max(expected, sys.float_info.min)
     return min(max(ratio, 1 / _LARGEST_CORRECTION), _LARGEST_CORRECTION)
 
 
@@ -133,5 +149,5 @@ def _with(option: Option, **changes: float) -> Option:
 
 
 def _rounded(loss_change: float) -> float:
-    """What follows is noise, and costs bytes."""
+    """Rounds a predicted change to four digits: further digits are noise, and cost bytes."""
     return float(f"{loss_change:.4g}")

@@ -1,15 +1,15 @@
-"""From predictions to the plan: the knapsack, the target, and a measurement that may send it back.
+"""Makes the plan from the predictions: runs the knapsack, measures the plan, and replans where it is off.
 
-A prediction by derivatives is stated to be right to within a factor of two, and is checked: the weights as planned are
-put into the model, and the loss is measured on the calibration rows. Where
+A prediction by derivatives is expected to hold to within a factor of two, and is checked: the planned weights are put
+into the model, and the loss is measured on the calibration rows. Where
 
     measured > 2 predicted + 2 standard errors of the measurement + a thousandth of the loss
 
-the layers that the plan spends most on are measured one by one. Where one costs more than predicted by two standard
-errors, its predictions are multiplied by measured over predicted; those of all other layers by what is left of the
-plan's measured change over what is left of its prediction, but never by less than 1. Then the knapsack runs again.
-Quantised inputs are measured with the weights, and stay as they were chosen. A loss that falls, or rises less than
-predicted, is no reason to plan anew.
+the layers with the largest predicted changes are measured one by one. Where one exceeds its prediction by two standard
+errors, its predictions are multiplied by measured over predicted; those of all other layers by the ratio of the
+remaining measured change to the remaining prediction, but never by less than 1. Then the knapsack runs again. Quantised
+inputs are measured with the weights, and their choice does not change. A loss that falls, or rises less than predicted,
+does not trigger a new plan.
 """
 
 import logging
@@ -46,29 +46,29 @@ from hf_lossless.theories.quantised_inputs import activation_options
 from hf_lossless.theories.rate_distortion import rate_distortion
 
 STATED_FACTOR = 2.0
-"""A prediction is stated to be right to within this factor."""
+"""Factor to within which a prediction is expected to hold."""
 
 REMEASURED_LAYERS = 8
-"""Layers that are measured one by one, at one forward pass each, where a plan's prediction was off."""
+"""Number of layers that are measured one by one, at one forward pass each, where a plan's prediction is off."""
 
 REPLANS = 2
-"""How often the knapsack may run again."""
+"""Largest number of further runs of the knapsack."""
 
 CHOICES_BY_ESTIMATE = 5
-"""How often entropy-coded layers are chosen by estimates."""
+"""Number of rounds in which entropy-coded layers are chosen by estimates."""
 
 _logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Planned:
-    """A plan, and the values that go with it.
+    """A plan, the stored values of its layers, and its checks.
 
     Attributes:
         plan: The plan.
-        frontier: What it was chosen from.
-        stored: What becomes of each layer, by its name; in the order of the plan.
-        checks: What was measured on the way to it: this plan, those that it took the place of, and layers alone.
+        frontier: The frontier that it was chosen from.
+        stored: The stored values of each layer by name, in the order of the plan.
+        checks: Measurements made for it: of this plan, of the plans it replaced, and of layers alone.
     """
 
     plan: CompressionPlan
@@ -77,23 +77,27 @@ class Planned:
     checks: tuple[LossCheck, ...] = ()
 
     def error(self, layer: Layer) -> Tensor:
-        """What the plan does to a layer's weight, stored less original, float32 [out, in]."""
+        """Computes the plan's weight error of a layer, stored minus original, float32 [out, in].
+
+        Args:
+            layer: A layer of the original model, with real weights.
+        """
         matrix, values = layer.matrix.detach().float(), self.stored[layer.name].values
         return torch.zeros_like(matrix) if values is None else values.dense.to(matrix.device) - matrix
 
 
 @dataclass(frozen=True)
 class Planner:
-    """What the data say of a model: what its layers may become, and what each of it is predicted to cost.
+    """The candidates of a model's layers with their predictions, from which plans for any target are made.
 
     Attributes:
         problem: The model, its data, and the candidates of its layers.
-        predictions: One for each candidate.
-        checked: Whether a plan's prediction is compared with a measurement, and the plan made anew where it was off.
+        predictions: Predictions of each layer's candidates, by layer name.
+        checked: Whether a plan's prediction is compared with a measurement, and the plan remade where it is off.
         theory: Name of the theory that made the predictions.
-        choices: What was proposed.
-        other_bytes: Bytes of the tensors that are no layer's weight.
-        original_bytes: Bytes of all the original's tensors.
+        choices: The choices behind the candidates.
+        other_bytes: Bytes of all tensors that are not a layer's weight.
+        original_bytes: Bytes of all tensors of the original.
     """
 
     problem: Problem
@@ -107,10 +111,16 @@ class Planner:
     _coded: dict[str, CodedRounding] = field(default_factory=dict, repr=False)
 
     def plan(self, target: Target) -> Planned:
-        """Makes the plan that meets a target at the least predicted loss; the model is left as it was.
+        """Makes the plan that meets a target at the least predicted loss; the model is restored.
+
+        Args:
+            target: Any target but a tolerance.
+
+        Returns:
+            The plan with its stored values and checks.
 
         Raises:
-            CalibrationError: A layer can be stored in no way, or the loss of the plan is not finite.
+            CalibrationError: No way to store a layer is left, or the loss of the plan is not finite.
             UnreachableTargetError: No plan meets the target.
         """
         options = self._options()
@@ -142,9 +152,9 @@ class Planner:
         return replace(planned, checks=tuple(checks))
 
     def bound(self) -> tuple[tuple[int, float], ...] | None:
-        """The rate-distortion bound, by ascending bytes, in the metric and on the scale of what coded grids cost.
+        """Computes the rate-distortion bound by ascending bytes, in the metric and scale of coded grids' predictions.
 
-        None where no layer can be entropy-coded.
+        The bound is None where no layer can be entropy-coded.
         """
         coded = {
             layer.kind: (candidate, prediction)
@@ -160,11 +170,11 @@ class Planner:
         factor = prediction.loss_change / max(candidate.expected_cost, 1e-300)
         dampings = {kind: one.coded.damping for kind, (one, _) in coded.items() if one.coded is not None}
         points = rate_distortion(self.problem, self.other_bytes, damping=dampings.get)
-        losses = {round(num_bytes): factor * loss for num_bytes, loss in points}  # the finer level of two that coincide
+        losses = {round(num_bytes): factor * loss for num_bytes, loss in points}  # the finer of two equal sizes
         return tuple(sorted(losses.items()))
 
     def _options(self) -> Options:
-        """What the knapsack may choose from; which input goes with which weight is decided here, once for all plans."""
+        """Makes the options of all layers, and decides once for all plans which input grid goes with which weight."""
         layers, calibration = self.problem.layers, self.problem.calibration
         activations = for_each_layer(
             lambda layer: activation_options(calibration.layers[layer.name], self.choices.activation_widths), layers
@@ -181,10 +191,10 @@ class Planner:
         }
 
     def _plan(self, options: Options, target: Target) -> Planned:
-        """The best plan whose layers have been rounded, so that bytes are those on disk.
+        """Makes the best plan whose layers have all been rounded, so that bytes are those on disk.
 
-        Entropy-coded layers are chosen by estimates, rounded, and chosen again with what was found, until no chosen
-        layer is left that has not been rounded. In the last round there is no other choice.
+        Entropy-coded layers are chosen by estimates, rounded, and chosen again by their measured bytes and costs, until
+        every chosen layer has been rounded. In the last round only rounded layers can be chosen.
         """
         for last in (*[False] * CHOICES_BY_ESTIMATE, True):
             present = {name: with_rounded_costs(group, self._found[name]) for name, group in options.items()}
@@ -214,7 +224,7 @@ class Planner:
         return Planned(plan, frontier, stored)
 
     def _round(self, grids: dict[str, CodedGrid]) -> None:
-        """Rounds the layers that are not held on these grids, and notes what was found; others are let go."""
+        """Rounds layers on these grids unless that is done, records bytes and costs, and frees other rounded layers."""
         held = {name: one for name, one in self._coded.items() if grids.get(name) == one.grid}
         missing = {name: grid for name, grid in grids.items() if name not in held}
         rounded = round_coded(self.problem.layers, missing, self.problem.calibration)
@@ -224,7 +234,7 @@ class Planner:
         self._coded.update(held | rounded)
 
     def _rounded_of(self, name: str, group: list[Option]) -> list[Option]:
-        """The options of a layer that are no estimate; all, where there are only estimates."""
+        """Returns the options of a layer that are not estimates; all options where all are estimates."""
         known = [one for one in group if one.plan.coded is None or one.plan.coded in self._found[name]]
         return known or group
 
@@ -249,23 +259,24 @@ class Planner:
         try:
             return choose_plan(frontier, plan_at, target, self.choices.bits), frontier
         except UnreachableTargetError as error:
-            if not self.problem.unreached:
+            kept = [*self.problem.unreached, *self.problem.underflown]
+            if not kept:
                 raise
             raise UnreachableTargetError(
-                f"{error} On the calibration rows the gradient of the loss is zero for {self.problem.unreached[0]!r} "
-                f"and {len(self.problem.unreached) - 1} other layer(s), which are kept for it: calibrate on other "
-                "rows, or load a float16 model in another dtype, for small gradients vanish in float16."
+                f"{error} On the calibration rows the gradient of the loss is zero, or underflows to zero, for "
+                f"{kept[0]!r} and {len(kept) - 1} other layer(s), which are kept for it: calibrate on other rows, or "
+                "load the model in a wider dtype, for small gradients vanish, in float16 those below 6e-8."
             ) from error
 
     def _as_stated(self, planned: Planned, measured: LossChange) -> bool:
-        """Whether the loss rises by no more than the prediction states."""
+        """Tells whether the loss rises by no more than the prediction states."""
         predicted = planned.plan.predicted_loss_change
         _logger.info("predicted change of the loss %.3g, measured %.3g +- %.2g", predicted, *measured)
         floor = NEGLIGIBLE_SHARE * abs(self.problem.calibration.loss)
         return measured.mean <= STATED_FACTOR * max(predicted, 0.0) + 2 * measured.standard_error + floor
 
     def _measured(self, planned: Planned, layers: Iterable[Layer]) -> LossChange:
-        """The change of the loss on the calibration rows with these layers as planned; one forward pass."""
+        """Measures the loss change on the calibration rows with these layers as planned; one forward pass."""
         with ExitStack() as stack:
             for layer in layers:
                 layer_plan = planned.plan.layers[layer.name]
@@ -279,7 +290,7 @@ class Planner:
             )
 
     def _one_by_one(self, planned: Planned) -> dict[str, LossChange]:
-        """What the layers that the plan spends most on cost by themselves; one forward pass each."""
+        """Measures the layers with the largest predicted changes alone; one forward pass each."""
         spent = {name: layer.predicted_loss_change for name, layer in planned.plan.layers.items()}
         paid = [layer for layer in self.problem.layers if spent[layer.name] > 0]
         worst = sorted(paid, key=lambda layer: spent[layer.name], reverse=True)[:REMEASURED_LAYERS]
@@ -287,13 +298,13 @@ class Planner:
 
 
 def _corrected(options: Options, plan: CompressionPlan, measured: LossChange, alone: dict[str, LossChange]) -> Options:
-    """Options that cost what a plan was measured to cost: some layers by themselves, and what is left of the whole."""
+    """Corrects options by a plan's measurement: some layers by their own, the others by the remaining change."""
     spent = {name: layer.predicted_loss_change for name, layer in plan.layers.items()}
     worse = {
         name: one.mean for name, one in alone.items() if not one.mean <= spent[name] + 2 * one.standard_error
     }  # NaN is worse
     factors = {name: _factor(mean, spent[name]) for name, mean in worse.items()}
-    others = 1.0  # where some layers by themselves account for a loss that is not finite
+    others = 1.0  # where single layers cause a loss that is not finite
     if all(map(math.isfinite, worse.values())):
         left = sum(change for name, change in spent.items() if name not in factors)
         others = _factor(measured.mean - sum(worse.values()), left) if left > 0 else 1.0
@@ -302,11 +313,11 @@ def _corrected(options: Options, plan: CompressionPlan, measured: LossChange, al
 
 
 def _factor(measured: float, predicted: float) -> float:
-    """Measured over predicted, at least 1; a million where the loss is not finite."""
+    """Returns measured over predicted, at least 1; a million where the loss is not finite."""
     return max(1.0, measured / predicted) if math.isfinite(measured) else 1e6
 
 
 def _rounding_of(rounded: QuantisedInput, values: Tensor) -> Tensor:
-    """What an input's grid adds to it."""
+    """Computes the error of an input's grid."""
     change: Tensor = rounded(values) - values
     return change

@@ -1,4 +1,4 @@
-"""`Target`: what a plan has to reach, and which plan of the frontier reaches it."""
+"""`Target`: the goal of a plan, and the choice of the plan on the frontier that meets it."""
 
 import math
 from collections.abc import Callable, Iterable
@@ -15,14 +15,14 @@ _EXAMPLES = {"ratio": "ratio=6", "max_bytes": "max_bytes=1_000_000", "loss_budge
 
 @dataclass(frozen=True)
 class Target:
-    """What a plan has to reach: exactly one of a tolerance, a ratio, a number of bytes, a loss budget.
+    """The goal of a plan: exactly one of a tolerance, a ratio, a number of bytes, a loss budget.
 
     Attributes:
-        tolerance: Share of the original's loss by which the loss may rise, to be certified; the default is 0.01.
-        ratio: Bytes of the original over those of the checkpoint, at least.
-        max_bytes: Bytes of tensors and plan, at most.
-        loss_budget: Predicted rise of the loss, at most, in nats.
-        confidence: Of the certificate.
+        tolerance: Share of the original's loss by which the loss may rise, with a certificate; the default is 0.01.
+        ratio: Least ratio of the original's bytes to the checkpoint's.
+        max_bytes: Most bytes of tensors and plan.
+        loss_budget: Largest predicted rise of the loss, in nats.
+        confidence: Confidence of the certificate.
         metric_margin: How far the task's metric may fall, for the certificate.
 
     Raises:
@@ -53,7 +53,7 @@ class Target:
         self._check_certificate()
         for name in _EXAMPLES.keys() & given.keys():
             value = given[name]
-            # A budget of 0 is what "lossless" says.
+            # A loss budget of 0 is allowed: no predicted rise.
             if not _is_finite(value) or value < 0 or (value == 0 and name != "loss_budget"):
                 least = "of at least 0" if name == "loss_budget" else "above 0"
                 raise ConfigurationError(
@@ -86,12 +86,12 @@ def choose_plan(
 
     Args:
         frontier: Cost and predicted loss of the plans; costs are those of the layers' tensors.
-        plan_at: The plan at a point of the frontier.
-        target: No tolerance, which the loss of held-out rows decides.
-        bits: The widths that there were to choose from, for errors.
+        plan_at: Makes the plan at a point of the frontier.
+        target: Any target but a tolerance, which is decided by the loss of held-out rows.
+        bits: The widths among the choices, for messages.
 
     Raises:
-        UnreachableTargetError: There is none; the message says what the nearest plan reaches.
+        UnreachableTargetError: No plan meets the target; the message says what the nearest plan reaches.
     """
     if target.loss_budget is not None:
         point = frontier.within_loss(target.loss_budget)
@@ -106,8 +106,8 @@ def choose_plan(
     smallest = plan_at(0)
     original_bytes = smallest.original_bytes
     max_bytes = target.max_bytes if target.max_bytes is not None else int(original_bytes / (target.ratio or 1))
-    # A plan's own text counts too, and differs from plan to plan: from the best plan whose tensors alone would fit,
-    # step down to the first that fits with its text.
+    # The JSON of a plan counts too, and differs between plans: from the best plan whose tensors alone fit, step down
+    # to the first that fits with its JSON.
     point = frontier.within_bytes(max_bytes - smallest.other_bytes)
     least_bytes = checkpoint_bytes(smallest)
     for candidate in () if point is None else range(point, -1, -1):

@@ -1,1 +1,1 @@
-"""What people read of a compressed model: tables, pictures, the report, the model card, and the Hub."""
+"""Everything people read about a compressed model: tables, pictures, the report, the model card, and the Hub."""

@@ -1,8 +1,8 @@
-"""The report: all that a saved folder says of itself, for a browser, in one file that needs nothing else.
+"""Renders the report of a saved folder as one self-contained HTML page.
 
-Pictures are images inside the file, style and script too. Names and texts come from files that anyone may have edited:
-jinja2 escapes them all, and the page's own content security policy allows no script but the one whose digest it names,
-and no request at all.
+Pictures, style and script are inside the file. Names and texts come from files that anyone may have edited: jinja2
+escapes them all, and the page's content security policy allows only the script with the given digest, and no request at
+all.
 """
 
 import base64
@@ -30,12 +30,12 @@ from hf_lossless.storage.kinds import KINDS
 from hf_lossless.storage.plan import CompressionPlan
 
 GENERATOR = "hf-lossless report"
-"""What a report calls its maker, by which it is known again."""
+"""The report's generator tag, by which an older report is recognised."""
 
 
 @dataclass(frozen=True)
 class _Picture:
-    """An image, what it says to those who do not see it, and what is written below it."""
+    """An image as a data URI, its alternative text and its caption."""
 
     uri: str
     alt: str
@@ -44,7 +44,7 @@ class _Picture:
 
 @dataclass(frozen=True)
 class _Verdict:
-    """How the certificate came out: "good", "bad" or "none"; in a few words; and in full."""
+    """The outcome of the certificate: its tone ("good", "bad" or "none"), a headline, and full texts."""
 
     tone: str
     headline: str
@@ -52,13 +52,13 @@ class _Verdict:
 
 
 def html_report(folder: str | os.PathLike[str]) -> str:
-    """A saved folder as one HTML page that needs no other file, no script from elsewhere and no network.
+    """Renders a saved folder as one HTML page that needs no other file, no script from elsewhere and no network.
 
-    Size and verdict, pictures, a table of the layers, what was not checked, and where it all comes from. What the
-    folder does not hold (a certificate, compression.json) is said to be missing.
+    The page has size and verdict, pictures, a table of the layers, what was not checked, and the provenance. It says so
+    where the folder has no certificate or no compression.json.
 
     Args:
-        folder: Written by `hf-lossless compress`, or by `save_pretrained` of a compressed model.
+        folder: A folder written by `hf-lossless compress`, or by `save_pretrained` of a compressed model.
 
     Raises:
         CheckpointError: The folder holds no compressed model, or contradicts itself.
@@ -102,7 +102,7 @@ def _resource(name: str) -> str:
 
 
 def _text(value: Any) -> str:
-    """What a config.json says, whatever it says."""
+    """Formats any value of a config.json as text."""
     if value is None:
         return "unknown"
     return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
@@ -157,7 +157,7 @@ def _pictures(plan: CompressionPlan, record: CompressionRecord | None) -> Iterat
 
 
 def _summary(plan: CompressionPlan) -> list[str]:
-    """How many layers of which kind, and the bytes in them."""
+    """Summarises how many layers are of each kind, and their bytes."""
     texts = []
     for kind, what in KINDS.items():
         found = [layer for layer in plan.layers.values() if layer.kind == kind]
@@ -169,7 +169,7 @@ def _summary(plan: CompressionPlan) -> list[str]:
 def _provenance(
     config: LosslessCheckpointConfig, record: CompressionRecord | None, about: Mapping[str, Any]
 ) -> list[tuple[str, str]]:
-    """What is known of where the model comes from, line by line."""
+    """Lists what is known of the model's origin, as pairs of heading and text."""
     lines = [
         ("theory", config.plan.theory),
         ("architecture", _text(about.get("architectures"))),

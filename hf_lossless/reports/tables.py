@@ -1,4 +1,4 @@
-"""What a person sees in a terminal: tables, sentences, JSON."""
+"""Makes the terminal output of commands: tables, sentences, JSON values."""
 
 from collections.abc import Callable
 from statistics import median
@@ -18,20 +18,21 @@ from hf_lossless.storage.plan import KEPT_BITS, CompressionPlan, LayerPlan, LowR
 from hf_lossless.theories.neighbourhood import Neighbourhood
 
 SAVES_TIME = 0.85
-"""Two products cost more than one of as many multiplications: in recipes/benchmarks/low_rank.json factors took less
-time than the dense layer at 75 % of its multiplications, and more at 99 %."""
+"""Share of the dense layer's multiplications below which factors save time. Two products cost more than one with as
+many multiplications: in recipes/benchmarks/low_rank.json factors took less time than the dense layer at 75 % of its
+multiplications, and more at 99 %."""
 
 
 def inspection(config: LosslessCheckpointConfig) -> dict[str, Any]:
-    """A compressed checkpoint as JSON values: its layers, its size, its ratio.
+    """Converts a compressed checkpoint to JSON values: its layers, its size, its ratio.
 
     Returns:
         "layers": for each layer kind, bits (16 stands for floating point), group_size (None: the whole row), rank
-        (None: not factorised), factor_bits (of L and of R), multiplications (over those of the dense layer; None for a
-        lookup, which has none), saves_time (whether they are below `SAVES_TIME`), activation (bits and range of its
-        quantised input; None: in floating point), cost_bytes, predicted_loss_change, regime (LoD's verdict, with its
-        signal-to-noise ratio and the bounds on a wrong sign); and "size_bytes", "original_bytes", "ratio", "theory",
-        "activations", "activation_noise", "predicted_loss_change", "certificate" (None: none was asked for).
+        (None: not factorised), factor_bits (of L and of R), multiplications (as a share of the dense layer's; None for
+        a lookup, which has none), saves_time (whether that share is below `SAVES_TIME`), activation (bits and range of
+        its quantised input; None: in floating point), cost_bytes, predicted_loss_change, regime (LoD's verdict, with
+        its signal-to-noise ratio and the bounds on a wrong sign); and "size_bytes", "original_bytes", "ratio",
+        "theory", "activations", "activation_noise", "predicted_loss_change", "certificate" (None: not requested).
     """
     plan = config.plan
     return {
@@ -78,12 +79,12 @@ def _regime(regime: Regime) -> dict[str, Any]:
 
 
 def plan_table(plan: CompressionPlan) -> Table:
-    """The plan, one line a layer; "predicted" is the predicted change of the loss.
+    """Makes a table of the plan, one line a layer; "predicted" is the predicted change of the loss.
 
-    Where layers are factorised, "rank" is theirs with the widths of L and R (16: floating point), and "work" the
-    multiplications over those of the dense layer: below about 85 % a low rank also saves time. Where inputs are
-    quantised, "input" is their width and whether the range is static or dynamic. Where LoD predicted,
-    "regime" says whether statistics or a measurement decided.
+    Where layers are factorised, "rank" is their rank with the widths of L and R (16: floating point), and "work" the
+    multiplications as a share of the dense layer's: below about 85 % a low rank also saves time. Where inputs are
+    quantised, "input" is their width and whether the range is static or dynamic. Where LoD predicted, "regime" says
+    whether statistics or a measurement decided.
     """
     table = Table(title=f"plan ({plan.theory}; activations: {plan.activations})")
     table.add_column("layer", overflow="fold")
@@ -98,9 +99,9 @@ def plan_table(plan: CompressionPlan) -> Table:
 
 
 def layer_columns(plan: CompressionPlan) -> dict[str, Callable[[LayerPlan], str]]:
-    """The columns of a table of this plan's layers, by heading: what stands in a layer's cell.
+    """Returns the columns of a table of this plan's layers: headings, and functions from a layer to its cell.
 
-    Columns in which no layer has anything to say are left out.
+    Columns that are empty for all layers are left out.
     """
     columns: dict[str, Callable[[LayerPlan], str]] = {"bits": _width, "group": _group}
     if any(layer.low_rank is not None for layer in plan.layers.values()):
@@ -140,11 +141,11 @@ def _rank(layer: LayerPlan) -> str:
 
 
 def comparison_table(rows: dict[str, tuple[Evaluation, int]], original_bytes: int) -> Table:
-    """Models side by side.
+    """Makes a table that compares models.
 
     Args:
         rows: Evaluation and bytes of each model by its name.
-        original_bytes: What ratios are taken of.
+        original_bytes: Bytes of the original, for the ratios.
     """
     table = Table()
     first = next(iter(rows.values()))[0]
@@ -163,7 +164,7 @@ def comparison_table(rows: dict[str, tuple[Evaluation, int]], original_bytes: in
 
 
 def comparison_text(compared: Comparison) -> str:
-    """What two models' answers have to do with each other, in one sentence."""
+    """Describes the comparison of two models' answers in one sentence."""
     divergence = "" if compared.mean_kl is None else f"; mean KL divergence {compared.mean_kl:.2g}"
     return (
         f"change of the loss {compared.loss_change:+.4f} ± {compared.loss_change_error:.2g}; {compared.flips:,} "
@@ -173,7 +174,7 @@ def comparison_text(compared: Comparison) -> str:
 
 
 def certificate_table(certificate: Certificate) -> Table:
-    """All that a certificate says, line by line."""
+    """Makes a table of a certificate, line by line."""
     table = Table(title="certificate")
     for heading in ("", "original", "compressed"):
         table.add_column(heading, overflow="fold")
@@ -183,7 +184,7 @@ def certificate_table(certificate: Certificate) -> Table:
 
 
 def certificate_texts(result: CompressionResult) -> list[str]:
-    """What a compression says of its certificate: the paragraph, and why no smaller plan is certified."""
+    """Lists the certificate's paragraph, and why no smaller plan is certified; empty without a certificate."""
     if result.certificate is None:
         return []
     not_smaller = [] if result.not_smaller is None else [f"Not smaller: {result.not_smaller}."]
@@ -191,10 +192,10 @@ def certificate_texts(result: CompressionResult) -> list[str]:
 
 
 def gap_tables(found: Neighbourhood) -> list[Table]:
-    """U by noise size, the largest first, for weights and for activations, in nats.
+    """Makes tables of U by noise size, the largest first, for weights and for activations, in nats.
 
-    "change" is the measured |dL|, U1 the gap to the first order alone, U2 to both; each the median over layers, and
-    beside U the largest of a layer.
+    "change" is the measured |dL|, U1 the gap to the first order alone, U2 the gap to both orders; each is the median
+    over layers, followed by the largest value of U.
     """
     tables = []
     for kind, responses in responses_by_kind(found).items():
@@ -214,7 +215,7 @@ def gap_tables(found: Neighbourhood) -> list[Table]:
 
 
 def layer_table(found: Neighbourhood) -> Table:
-    """Up to which noise each order explains every smaller one, layer by layer, beside the rms of what carries it."""
+    """Makes a table of the largest noise that each order explains, layer by layer, with the tensor's rms."""
     table = Table(title="largest noise that each order explains; <: not even the smallest")
     table.add_column("layer", overflow="fold")
     for heading in ("noise in", "rms", "first", "and second"):

@@ -1,4 +1,4 @@
-"""Says what was not checked of a compressed checkpoint, for reports and model cards."""
+"""Lists what was not checked of a compressed checkpoint, for reports and model cards."""
 
 from hf_lossless.certification.certificate import Certificate
 from hf_lossless.checkpoints.entry import LosslessCheckpointConfig
@@ -11,8 +11,8 @@ def limitations(config: LosslessCheckpointConfig, record: CompressionRecord | No
     """Lists what was not checked of a compressed checkpoint, in whole sentences.
 
     Args:
-        config: What the checkpoint says of itself.
-        record: How it came about; None: not known.
+        config: The checkpoint's entry in config.json.
+        record: The record of its compression; None: not known.
 
     Example:
         >>> from hf_lossless import CompressionPlan
@@ -36,7 +36,7 @@ def limitations(config: LosslessCheckpointConfig, record: CompressionRecord | No
 
 
 def _of_checksums(plan: CompressionPlan) -> str:
-    """Which of the values vouch for themselves."""
+    """Describes which layers have a checksum."""
     checked = [layer for layer in plan.layers.values() if KINDS[layer.kind].checksum]
     if not checked:
         return "there is no checksum."

@@ -153,7 +153,10 @@ def tensor_bytes(model: nn.Module) -> int:
     """Bytes of all tensors that a checkpoint of the model holds; shared ones once."""
     unsaved = getattr(model, "_keys_to_ignore_on_save", None) or ()
     storages = {
-        (tensor.untyped_storage().data_ptr(), tensor.storage_offset(), tensor.shape): tensor.nbytes
+        # What is offloaded has no memory now.
+        name if tensor.is_meta else (tensor.untyped_storage().data_ptr(), tensor.storage_offset(), tensor.shape): (
+            tensor.nbytes
+        )
         for name, tensor in model.state_dict().items()
         if isinstance(tensor, Tensor) and tensor.numel() and name not in unsaved
     }

@@ -15,12 +15,16 @@ from pydantic import Field, model_validator
 from hf_lossless.errors import PlanError
 from hf_lossless.storage.records import Record, read_record
 
-QUANT_METHOD = "lossless"
-"""What transformers knows this package's checkpoints by."""
+QUANT_METHOD = "hf_lossless"
+"""What transformers knows this package's checkpoints by: what has to be imported."""
 
-FORMAT_VERSION = 5
+QUANT_METHODS = (QUANT_METHOD, "lossless")
+"""And what it knew older ones by."""
+
+FORMAT_VERSION = 6
 """Version of the layout on disk; raised when an older release could not read a newer folder. 2 has low-rank factors, 3
-quantised activations, 4 a certificate, 5 entropy-coded layers; older folders are without.
+quantised activations, 4 a certificate, 5 entropy-coded layers, 6 such layers in streams with lanes; older folders are
+without.
 """
 
 STORAGES = ("fixed", "entropy")

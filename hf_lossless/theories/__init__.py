@@ -1,6 +1,6 @@
-"""What predicts the change of the loss for every way to store a layer: a file for each theory, and `THEORIES`.
+"""The theories that predict the loss change of every way to store a layer, one file each, listed in `THEORIES`.
 
-This file loads none of them, nor torch, so that a configuration or a command line can name them at no cost.
+This file imports neither the theories nor torch, so that configuration and command line can name them at no cost.
 """
 
 from collections.abc import Callable
@@ -16,19 +16,19 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Theory:
-    """A theory: where it is, what it needs to know of the layers, and what it can put a price on.
+    """A theory: its module, the statistics it needs, and the kinds of candidates it can predict.
 
     Attributes:
-        module: Its file in this folder, which has `predict(problem)`.
-        truncation: How it cuts a matrix to a rank.
+        module: Its module in this package, which defines `predict(problem)`.
+        truncation: How matrices are truncated to a rank for it.
         gradients: Whether it needs the mean gradient of every weight.
-        gradients_for_ranks: Whether it needs that where there are ranks to choose from.
+        gradients_for_ranks: Whether it needs these gradients where ranks are among the choices.
         curvature: Whether it needs the Kronecker factors of every layer.
         by_derivatives: Whether it predicts from derivatives alone; a plan's loss is then measured, and a layer that no
             gradient reaches is kept.
-        coded: Whether it can say what entropy-coded grids cost.
-        quantised_inputs: Whether it can say what quantised inputs cost.
-        options: Settings of the configuration that it alone has.
+        coded: Whether it can predict entropy-coded grids.
+        quantised_inputs: Whether it can predict quantised inputs.
+        options: Settings of the configuration that apply to this theory only.
     """
 
     module: str
@@ -43,7 +43,7 @@ class Theory:
 
     @property
     def predict(self) -> "Callable[[Problem], dict[str, list[Prediction]]]":
-        """Predicts the loss change of every candidate, by layer."""
+        """Returns the function that predicts the loss change of every candidate, by layer."""
         found: Callable[[Problem], dict[str, list[Prediction]]] = import_module(f"{__name__}.{self.module}").predict
         return found
 

@@ -1,4 +1,4 @@
-"""CET: compression error theory, the sharp directions of each layer's Hessian.
+"""CET, compression error theory: predictions from the sharp directions of each layer's Hessian.
 
 "A General Error-Theoretical Analysis Framework for Constructing Compression Strategies", Zhang et al., ICML 2025, arXiv
 2502.15802: Eq. 5 to 11 and step 1 of Algorithm 1; the other steps are in recipes/benchmarks/cet_allocation.py.
@@ -9,24 +9,25 @@ Notation: for one layer, w its weight [n], H the Hessian [n, n] of the mean loss
     y = P' d,  d' H d = sum_k lambda_k y_k^2        (Eq. 10; P: eigenvectors of H, "canonical transformation")
     R^n = V_long + V_short                          (Eq. 11; short axes of the ellipsoid: sharp directions)
 
-Where the text contradicts itself, or says too little:
+How contradictions and gaps of the text are resolved:
 
 * Step 4 picks "the m smallest eigenvalues". Sections 3.2 and 3.3 constrain the short axes of the ellipsoid, which are
-  its largest eigenvalues; so do we, by absolute value, so that negative ones are among them (next point).
-* "Positive definite": every lambda_k > 0 is a cost. "Indefinite": a negative lambda_k is a direction of descent,
-  which is the long axis of a hyperbolic paraboloid; y_k may be large there, and lowers the prediction.
-* 200 eigenpairs are asked of at most 100 iterations. One start gives one pair for an iteration at most.
+  those of the largest eigenvalues; so do we, by absolute value, so that negative eigenvalues are included (next point).
+* "Positive definite": every lambda_k > 0 is a cost. "Indefinite": a negative lambda_k is a direction of descent, the
+  long axis of a hyperbolic paraboloid; a large y_k lowers the prediction there.
+* 200 eigenpairs are computed with at most 100 iterations, but one start gives at most one pair for each iteration.
 
-The paper solves for a free d and reads widths off it (`cet_allocation`). The knapsack asks the opposite: how bad is the
-d of this candidate? `predict` answers with Eq. 8 on the computed eigenpairs, and the mean curvature of what they leave:
+The paper solves for a free d and derives widths from it (`cet_allocation`). The knapsack needs the converse: the cost
+of a given candidate's d. `predict` evaluates Eq. 8 on the computed eigenpairs, with the mean curvature of the remaining
+directions:
 
     Delta f = 1/2 sum_(k<=m) lambda_k (v_k' d)^2 + 1/2 rest (||d||^2 - sum_(k<=m) (v_k' d)^2)
     rest = max(0, tr(Q H Q) / (n - m)),  Q = 1 - V V'                              (Hutchinson, in the complement)
 
-With all n pairs that is Eq. 8 exactly. With few, the rest matters: an error of rounding has about m/n of its length in
-m directions of n. The rest is never negative: what was not resolved is not promised as a gain.
+With all n pairs this is Eq. 8 exactly. With few, the rest matters: a rounding error has about m/n of its squared length
+in m of n directions. The rest is never negative, so that unresolved directions never count as a gain.
 
-Everything is of one layer's own block of H: errors of different layers count as unrelated.
+All of this is for one layer's diagonal block of H: errors of different layers are taken to be uncorrelated.
 """
 
 import logging
@@ -38,10 +39,11 @@ from torch import Tensor
 
 from hf_lossless.calibration.hessian import HessianProducts, hessian, random_signs, sub_sample
 from hf_lossless.calibration.perturbation import seeded_number
+from hf_lossless.calibration.units import unit_of
 from hf_lossless.candidates.grids import Candidate
 from hf_lossless.storage.layers import Layer
 from hf_lossless.theories.lanczos import Eigenpairs, lanczos
-from hf_lossless.theories.noise_limits import refuse_beyond
+from hf_lossless.theories.noise_limits import refuse_beyond, refuse_flat
 from hf_lossless.theories.problem import Prediction, Problem, layers_with_a_choice, predictions_of_kept
 
 _logger = logging.getLogger(__name__)
@@ -49,14 +51,14 @@ _logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class CurvatureSettings:
-    """How much is spent on each layer.
+    """Limits on the computation for each layer.
 
     Attributes:
         num_eigenpairs: m, the sharp directions (the paper: 200).
         max_iterations: Lanczos iterations, each one Hessian-vector product (the paper: 100).
         starts: Random starts of Lanczos.
         tolerance: Residual, relative to the largest eigenvalue, at which a pair has converged.
-        trace_probes: Further products for the mean curvature of what the eigenpairs leave; 0: it counts as flat.
+        trace_probes: Further products for the mean curvature of the remaining directions; 0: these count as flat.
         max_rows: Rows of calibration data; their graphs are in memory together.
     """
 
@@ -70,16 +72,16 @@ class CurvatureSettings:
 
 @dataclass(frozen=True)
 class LayerCurvature:
-    """What was found of one layer's Hessian.
+    """The eigenpairs of one layer's Hessian, and the mean curvature of the other directions.
 
     Attributes:
         eigenpairs: The sharp directions, within `support`.
-        support: Indices into the flattened matrix [out * in] outside which H is zero (tokens that did not occur,
-            taps that see only padding); None: all.
-        num_weights: n, of the whole layer.
+        support: Indices into the flattened matrix [out * in] outside which H is zero (tokens that did not occur, kernel
+            taps on padding only); None: all indices.
+        num_weights: n, the number of weights of the layer.
         rest: Mean curvature of the other directions of the support, at least 0.
-        rest_error: Its standard error.
-        num_products: Hessian-vector products spent, all told.
+        rest_error: Standard error of `rest`.
+        num_products: Hessian-vector products used in total.
     """
 
     eigenpairs: Eigenpairs
@@ -90,24 +92,24 @@ class LayerCurvature:
     num_products: int
 
     def restricted(self, error: Tensor) -> Tensor:
-        """An error [out, in] as a vector of the support's coordinates."""
+        """Returns an error [out, in] as a vector of the support's coordinates."""
         flat = error.flatten()
         return flat if self.support is None else flat[self.support]
 
 
 @dataclass(frozen=True)
 class LayerSpectrum:
-    """A report on one layer, and what `cet_allocation` needs of it.
+    """A report on one layer's spectrum, for logs and for `cet_allocation`.
 
     Attributes:
-        values: lambda_k.
-        residuals: Of the eigenpairs.
+        values: Eigenvalues lambda_k.
+        residuals: Residuals of the eigenpairs.
         num_weights: n.
-        status: Of Lanczos, in words.
-        converged: Whether every pair asked for was found to the tolerance, or nothing more is there.
+        status: Status of Lanczos, in words.
+        converged: Whether every pair was found to the tolerance, or the spectrum has no more pairs.
         rest: Mean curvature of the other directions.
-        rest_error: Its standard error.
-        num_products: Hessian-vector products spent.
+        rest_error: Standard error of `rest`.
+        num_products: Hessian-vector products used.
     """
 
     values: tuple[float, ...]
@@ -121,22 +123,27 @@ class LayerSpectrum:
 
     @property
     def definite(self) -> bool:
-        """Whether no direction of descent was found (the ellipsoid); else the hyperbolic paraboloid."""
+        """Tells whether no direction of descent was found (ellipsoid, else hyperbolic paraboloid)."""
         return all(value >= -residual for value, residual in zip(self.values, self.residuals, strict=True))
 
 
 def canonical(vectors: Tensor, error: Tensor) -> Tensor:
-    """`y = P' d` (Eq. 10): the error [n] in the coordinates of the eigenvectors [n, m], float64 [m]."""
+    """Computes `y = P' d` (Eq. 10): the error [n] in the coordinates of the eigenvectors [n, m], float64 [m].
+
+    Args:
+        vectors: Eigenvectors [n, m].
+        error: d [n].
+    """
     return (error.to(vectors) @ vectors).double().cpu()
 
 
 def quadratic_change(values: Tensor, coordinates: Tensor, squared_error: float, rest: float) -> float:
-    """Eq. 8 with the mean curvature of what the eigenpairs leave.
+    """Computes Eq. 8 on the eigenpairs, with the mean curvature of the other directions.
 
     Args:
         values: lambda [m], nats per squared unit of weight.
         coordinates: y [m].
-        squared_error: ||d||^2, of the same d.
+        squared_error: ||d||^2 of the same d.
         rest: Mean curvature of the other directions.
 
     Returns:
@@ -152,34 +159,36 @@ def quadratic_change(values: Tensor, coordinates: Tensor, squared_error: float, 
 
 
 def curvature_of(product: HessianProducts, layer: Layer, settings: CurvatureSettings, seed: int = 0) -> LayerCurvature:
-    """Eigenpairs of one layer's block of the Hessian, and the mean curvature of the rest (Algorithm 1, step 1).
+    """Computes the eigenpairs of one layer's Hessian block and the rest's mean curvature (Algorithm 1, step 1).
 
     Args:
-        product: Opened for this layer.
+        product: Hessian products, opened for this layer.
         layer: The layer.
-        settings: How much to spend.
-        seed: Of the random vectors.
+        settings: Limits on the computation.
+        seed: Seed of the random vectors.
 
     Returns:
-        Costs 1 + max_iterations + trace_probes products at most.
+        The curvature, at a cost of at most 1 + max_iterations + trace_probes products.
     """
     before = product.num_products
     shape, num_weights = layer.matrix.shape, layer.matrix.numel()
     generator = torch.Generator().manual_seed(seed)
     like = layer.matrix.detach()
-    # A random vector meets every row of H that is not zero: where its image is exactly zero, so is H.
+    # A random vector is orthogonal to no nonzero row of H: where its image is exactly zero, so is H's row.
     image = product({layer.name: random_signs(shape, generator).to(like)})[layer.name].flatten()
+    if unit_of(image) not in (0.0, 1.0):  # in float32 the squares could underflow or overflow
+        image = image.double()
     nonzero = image.nonzero().flatten()
     size = len(nonzero)
     support = nonzero if size < num_weights else None
 
     def within(vector: Tensor) -> Tensor:
         """H [size, size] times a vector of the support's coordinates."""
-        whole = vector
+        full_vector = vector
         if support is not None:
-            whole = torch.zeros(num_weights, dtype=vector.dtype, device=vector.device)
-            whole[support] = vector
-        result = product({layer.name: whole.view(shape)})[layer.name].flatten()
+            full_vector = torch.zeros(num_weights, dtype=vector.dtype, device=vector.device)
+            full_vector[support] = vector
+        result = product({layer.name: full_vector.view(shape)})[layer.name].flatten()
         return result if support is None else result[support]
 
     eigenpairs = lanczos(
@@ -212,7 +221,12 @@ def curvature_of(product: HessianProducts, layer: Layer, settings: CurvatureSett
 
 
 def predicted_loss_change(curvature: LayerCurvature, error: Tensor) -> float:
-    """`quadratic_change` of a candidate's error [out, in]."""
+    """Predicts the loss change of a candidate's error [out, in] by `quadratic_change`.
+
+    Args:
+        curvature: Eigenpairs of the layer's Hessian.
+        error: d [out, in].
+    """
     within = curvature.restricted(error)
     return quadratic_change(
         curvature.eigenpairs.values,
@@ -223,10 +237,13 @@ def predicted_loss_change(curvature: LayerCurvature, error: Tensor) -> float:
 
 
 def predict(problem: Problem) -> dict[str, list[Prediction]]:
-    """Predicted loss change of every candidate, by layer; 0 for keeping a layer.
+    """Predicts the loss change of every candidate, by layer; 0 for keeping a layer.
+
+    Args:
+        problem: Model, data, statistics and candidates.
 
     Returns:
-        As many predictions as there are candidates, the same in every process. See `examine` for the cost.
+        One prediction for each candidate, the same in every process. See `examine` for the cost.
 
     Raises:
         CalibrationError: The loss has no second derivative, or it is not finite.
@@ -238,15 +255,19 @@ def predict(problem: Problem) -> dict[str, list[Prediction]]:
 def examine(
     problem: Problem, settings: CurvatureSettings | None = None
 ) -> tuple[dict[str, list[Prediction]], dict[str, LayerSpectrum]]:
-    """The predictions, and how well each layer's spectrum is known.
+    """Predicts the loss change of every candidate, and reports how well each layer's spectrum is known.
 
     Costs one forward-backward pass over `max_rows` rows, and for each layer `1 + max_iterations + trace_probes`
-    products at most, each half such a pass on average. Eigenvectors, [n, m], are dropped as soon as a layer's
-    candidates are judged.
+    products at most, each half such a pass on average. Eigenvectors, [n, m], are freed when a layer's candidates are
+    predicted.
+
+    Args:
+        problem: Model, data, statistics and candidates.
+        settings: Limits on the computation; None: the defaults.
 
     Returns:
-        Predictions by layer, infinity for noise beyond the second order (see `boundary`), and reports by layer for
-        those that have a choice.
+        Predictions by layer, infinity for noise beyond the second order and where every second derivative is zero (see
+        `noise_limits`), and reports by layer for those that have a choice.
 
     Raises:
         CalibrationError: The loss has no second derivative, or it is not finite.
@@ -273,7 +294,8 @@ def examine(
         settings.tolerance,
         sum(not spectrum.definite for spectrum in spectra.values()),
     )
-    return predictions | predictions_of_kept(problem), spectra
+    flat = [name for name, spectrum in spectra.items() if not spectrum.values]
+    return refuse_flat(problem, predictions, flat) | predictions_of_kept(problem), spectra
 
 
 def _judge(curvature: LayerCurvature, candidate: Candidate, layer: Layer) -> Prediction:

@@ -1,17 +1,16 @@
-"""What entropy-coded grids cost, judged on other rows than those that shaped them.
+"""Predicts the cost of entropy-coded grids, judged on other rows than those that shaped them.
 
-Steps and feedback follow the metric of the calibration rows, and what they save in its weak directions other rows ask
-back. How much that is, is found as for `fitted_rounding` and `truncation`: a layer's grid is made for one half of the
-calibration batches and judged by the curvature of the other, both ways round. Over the costs in the layers' damped
-metrics it is one factor,
+Steps and feedback follow the metric of the calibration rows, and errors in its weak directions cost more on other rows.
+This is measured by cross-fitting (`cross_fit`): a layer's grid is made for one half of the calibration batches and
+judged by the curvature of the other half, for both orders. The result is one factor over the costs in the layers'
+damped metrics,
 
     kappa = sum_layers cost_judged / sum_layers cost_damped,
 
-with each layer at the step that comes nearest to `REFERENCE_BITS`, and every candidate is predicted to cost kappa
-times what it does in its damped metric. So the costs of layers stand to each other as reverse water-filling has it, and
-nearly the same number c is chosen for all. Taking each layer at its own word instead, be it the other half's or its
-undamped metric's, gave MiniLM at a ratio of 12 a divergence of 0.018 on other rows, where one c for all layers gave
-0.010.
+with each layer at the step nearest to `REFERENCE_BITS`. The prediction of every candidate is kappa times its cost in
+its damped metric. So the ratios of the layers' costs are those of reverse water-filling, and nearly the same number c
+is chosen for all layers. A factor for each layer, from the other half or from its undamped metric, gave MiniLM at a
+ratio of 12 a divergence of 0.018 on other rows, where one c for all layers gave 0.010.
 """
 
 import torch
@@ -24,17 +23,18 @@ from hf_lossless.candidates.parallel import for_each_layer
 from hf_lossless.candidates.shaped import Judge, Sample, try_step
 from hf_lossless.storage.layers import Layer
 from hf_lossless.storage.plan import CodedGrid
+from hf_lossless.theories.cross_fit import folds
 from hf_lossless.theories.problem import Problem
 
 REFERENCE_BITS = 2.5
-"""Bits of a weight at which layers are judged."""
+"""Bits per weight at which layers are judged."""
 
 
 def coded_changes(problem: Problem) -> dict[str, dict[CodedGrid, float]]:
-    """The predicted change of the loss for every entropy-coded grid, by layer.
+    """Predicts the change of the loss for every entropy-coded grid, by layer.
 
     Args:
-        problem: With curvature in its statistics.
+        problem: The problem, with curvature in its statistics.
     """
     coded = {
         layer.name: [candidate for candidate in problem.candidates[layer.name] if candidate.coded is not None]
@@ -63,16 +63,16 @@ def _reference(layer: Layer, candidates: list[Candidate]) -> Candidate:
 def _damped_and_judged(
     layer: Layer, candidate: Candidate, statistics: LayerStatistics, seed: int
 ) -> tuple[float, float]:
-    """What a candidate costs in its damped metric, and by other rows; the same where there are none."""
+    """Computes a candidate's cost in its damped metric and on other rows; without halves the former for both."""
     grid = candidate.coded
     assert grid is not None
     if statistics.halves is None or not all(half.scale > 0 for half in statistics.halves):
         return candidate.expected_cost, candidate.expected_cost
-    even, odd = statistics.halves
-    return candidate.expected_cost, (_judged(layer, grid, even, odd, seed) + _judged(layer, grid, odd, even, seed)) / 2
+    judged = [_judged(layer, grid, fit, judge, seed) for fit, judge in folds(statistics)]
+    return candidate.expected_cost, sum(judged) / len(judged)
 
 
 def _judged(layer: Layer, grid: CodedGrid, fit: KroneckerFactors, judge: KroneckerFactors, seed: int) -> float:
-    sides = InverseRoots.of(fit, grid.damping)
-    sample = Sample.of(layer.matrix, sides, torch.Generator().manual_seed(seed))
-    return Judge.of(judge, sample, sides).cost(grid.step, try_step(grid.step, sample, sides))
+    roots = InverseRoots.of(fit, grid.damping)
+    sample = Sample.of(layer.matrix, roots, torch.Generator().manual_seed(seed))
+    return Judge.of(judge, sample, roots).cost(grid.step, try_step(grid.step, sample, roots))

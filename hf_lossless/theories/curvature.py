@@ -3,19 +3,20 @@
     dL ~ 1/2 scale tr(R d C d')
 
 with R and C the second moments of the layer's output gradients and inputs, all from the one calibration pass (see
-`calibration.curvature`, which also says how much memory they take at most). No forward pass is needed for a candidate,
-so that many can be compared. What is fitted to the data is judged on other rows: codes, see `fitted_rounding` and
-`coded_rounding`, and ranks, see `truncation`.
+`calibration.curvature`, which also says how much memory they take at most). No candidate needs a forward pass, so that
+many can be compared. Values fitted to the data are judged on other rows: codes (see `fitted_rounding` and
+`coded_rounding`) and ranks (see `rank_changes`).
 
-The curvature is the empirical Fisher matrix: it orders layers and candidates well, but its size is too small on rows
-that the model knows by heart (see `calibration.curvature`), and so are then the predictions. That is why a plan's loss
-is measured, and the plan made anew where it rises by more than stated (see `planning`).
+The curvature is the empirical Fisher matrix: it orders layers and candidates well, but it is too small on rows that the
+model has memorised (see `calibration.curvature`), and so are the predictions. Therefore a plan's loss is measured, and
+the plan is remade where the loss rises by more than predicted (see `planning`).
 
-The first-order term `<g, d>` of the mean gradient g is left out. A trained model's true gradient is near zero, that of
-some calibration rows is their sampling noise, and a knapsack that may choose among thousands of errors finds those that
-the noise calls good: with the term, the plans that keep 80 % of the parameters of resnet-fashion-mnist in low-rank
-factors raised the loss of 1,500 other rows by 0.27, without it by less than 0.0001 (calibrated on 128 rows; counting
-only what exceeds two standard errors of `<g, d>` gave 0.04 and less). LLC and LoD, which are first-order, keep it.
+The first-order term `<g, d>` of the mean gradient g is left out. A trained model's true gradient is near zero, so that
+g is mostly the sampling noise of the calibration rows, and a knapsack that chooses among thousands of errors selects
+those that this noise favours: with the term, the plans that keep 80 % of the parameters of resnet-fashion-mnist in
+low-rank factors raised the loss of 1,500 other rows by 0.27, without it by less than 0.0001 (calibrated on 128 rows;
+counting only what exceeds two standard errors of `<g, d>` gave 0.04 and less). LLC and LoD, which are first-order, keep
+it.
 """
 
 from torch import Tensor
@@ -27,16 +28,16 @@ from hf_lossless.candidates.uniform import on_grid
 from hf_lossless.storage.layers import Layer
 from hf_lossless.storage.plan import CodedGrid, Grid
 from hf_lossless.theories.coded_rounding import coded_changes
-from hf_lossless.theories.cross_fit import CrossFit, rounding_change
 from hf_lossless.theories.fitted_rounding import feedback_changes
 from hf_lossless.theories.problem import Prediction, Problem
+from hf_lossless.theories.rank_changes import RankChanges, rounding_change
 
 
 def predict(problem: Problem) -> dict[str, list[Prediction]]:
-    """Predicted loss change of every candidate, by layer; 0 for keeping a layer. Several layers at a time.
+    """Predicts the loss change of every candidate, by layer; 0 for keeping a layer. Several layers at a time.
 
     Args:
-        problem: With curvature in its statistics. Model and data are not used.
+        problem: The problem, with curvature in its statistics. Its model and batches are not used.
     """
     by_feedback = feedback_changes(problem)
     of_coded = coded_changes(problem)
@@ -52,9 +53,10 @@ def _changes(
     statistics = problem.calibration.layers[layer.name]
     assert statistics.curvature is not None
     candidates = problem.candidates[layer.name]
-    cross_fit = CrossFit(statistics)
+    ranks = RankChanges(statistics)
     changes_of_rank = {
-        base: cross_fit.changes(_left_by(layer, base), largest) for base, largest in _largest_ranks(candidates).items()
+        base: ranks.changes(_factored_matrix(layer, base), largest)
+        for base, largest in _largest_ranks(candidates).items()
     }
     changes = []
     for candidate in candidates:
@@ -74,7 +76,7 @@ def _changes(
 
 
 def _largest_ranks(candidates: list[Candidate]) -> dict[Grid | None, int]:
-    """The largest rank of the factors beside each grid, and of those without one."""
+    """Finds the largest rank of the factors beside each grid, and of factors without a grid."""
     largest: dict[Grid | None, int] = {}
     for candidate in candidates:
         if candidate.low_rank is not None:
@@ -82,6 +84,6 @@ def _largest_ranks(candidates: list[Candidate]) -> dict[Grid | None, int]:
     return largest
 
 
-def _left_by(layer: Layer, base: Grid | None) -> Tensor:
-    """What the factors are to stand for: the matrix, or what a grid leaves of it."""
+def _factored_matrix(layer: Layer, base: Grid | None) -> Tensor:
+    """Returns the matrix that the factors approximate: the layer's own, or a grid's remainder."""
     return layer.matrix if base is None else layer.matrix.detach().float() - on_grid(layer.matrix, base)

@@ -5,13 +5,13 @@ Notation: layer l has n_l weights, H_ll is its block of the Hessian of the mean 
     Omega = sum_l  tr(H_ll) / n_l * ||d_l||^2        (HAWQ-V2, section 3.2: the "average Hessian trace")
     predicted loss change of a candidate = 1/2 tr(H_ll) / n_l * ||d||^2
 
-HAWQ-V2 has no 1/2: there Omega only ranks configurations. With it the figure is the loss change that is expected of
-an error of that length in a random direction, at a minimum of the loss, and can be compared with other theories'.
+HAWQ-V2 has no 1/2, since there Omega only ranks configurations. With it the prediction is the expected loss change of
+an error of that length in a random direction, at a minimum of the loss, and is comparable with other theories'.
 
 The trace is Hutchinson's estimate on about 32 rows of the calibration data, layer by layer: one product could serve all
-layers, but on the ViT of 6 layers 32 such probes leave a median error of 1.2 times the trace and every second one
-negative, where the 3 probes for each layer that cost as much leave 0.5. A trace may be negative where the model is no
-minimum of the loss on these rows; HAWQ assumes that it is one, and such a layer counts as insensitive: its trace is
+layers, but on a ViT of 6 layers 32 such probes have a median error of 1.2 times the trace and half of the estimates are
+negative, while the 3 probes for each layer that cost as much have 0.5. A trace may be negative where the model is not
+at a minimum of the loss on these rows; HAWQ assumes that it is, and such a layer counts as insensitive: its trace is
 taken as 0, never as a gain.
 """
 
@@ -25,7 +25,7 @@ from hf_lossless.calibration.hessian import TraceEstimate, block_traces, hessian
 from hf_lossless.calibration.perturbation import seeded_number
 from hf_lossless.candidates.grids import Candidate
 from hf_lossless.storage.layers import Layer
-from hf_lossless.theories.noise_limits import refuse_beyond
+from hf_lossless.theories.noise_limits import refuse_beyond, refuse_flat
 from hf_lossless.theories.problem import Prediction, Problem, layers_with_a_choice, predictions_of_kept
 
 MAX_ROWS = 32
@@ -36,12 +36,12 @@ _logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class TraceSettings:
-    """How the traces are estimated.
+    """Accuracy and cost of the trace estimates.
 
     Attributes:
-        tolerance: Standard error at which a layer's trace is good enough, relative to it.
-        min_probes: Probes at least.
-        max_probes: Probes at most; what has not met the tolerance by then is used as it is.
+        tolerance: Standard error, relative to a layer's trace, at which its estimation stops.
+        min_probes: Least number of probes.
+        max_probes: Largest number of probes; the estimate is used then even if it misses the tolerance.
         max_rows: Rows of calibration data.
     """
 
@@ -52,7 +52,7 @@ class TraceSettings:
 
 
 def predicted_loss_change(trace: float, num_weights: int, squared_error: float) -> float:
-    """1/2 max(tr H, 0) / n ||d||^2.
+    """Computes the predicted loss change `1/2 max(tr H, 0) / n ||d||^2`.
 
     Args:
         trace: tr H_ll, nats per squared unit of weight.
@@ -69,11 +69,14 @@ def predicted_loss_change(trace: float, num_weights: int, squared_error: float) 
 
 
 def predict(problem: Problem) -> dict[str, list[Prediction]]:
-    """Predicted loss change of every candidate, by layer; 0 for keeping a layer.
+    """Predicts the loss change of every candidate, by layer; 0 for keeping a layer.
+
+    Args:
+        problem: Model, data, statistics and candidates.
 
     Returns:
         As many predictions as there are candidates, the same in every process; infinity for noise beyond the second
-        order (see `boundary`). Costs one forward-backward pass over
+        order and where every second derivative is zero (see `noise_limits`). Costs one forward-backward pass over
         `TraceSettings.max_rows` rows, and for each layer and probe half of one on average.
 
     Raises:
@@ -81,7 +84,7 @@ def predict(problem: Problem) -> dict[str, list[Prediction]]:
     """
     predictions: dict[str, list[Prediction]] = {}
     traces: dict[str, TraceEstimate] = {}
-    with closing(_each_trace(problem, TraceSettings())) as found:  # an error below puts the model's flags back
+    with closing(_each_trace(problem, TraceSettings())) as found:  # restores the model's flags also after an error
         for layer, estimate in found:
             traces[layer.name] = estimate
             predictions[layer.name] = []
@@ -90,11 +93,19 @@ def predict(problem: Problem) -> dict[str, list[Prediction]]:
                 problem.advance()
             predictions[layer.name] = refuse_beyond(layer, problem.candidates[layer.name], predictions[layer.name])
     _log(traces)
-    return predictions | predictions_of_kept(problem)
+    flat = [name for name, estimate in traces.items() if estimate.trace == 0 == estimate.standard_error]
+    return refuse_flat(problem, predictions, flat) | predictions_of_kept(problem)
 
 
 def estimate_traces(problem: Problem, settings: TraceSettings | None = None) -> dict[str, TraceEstimate]:
-    """The trace tr H_ll of every layer that could be stored otherwise than kept, with standard errors.
+    """Estimates the trace tr H_ll, with standard error, of every layer with a candidate beside keeping it.
+
+    Args:
+        problem: Model, data and candidates.
+        settings: Accuracy and cost of the estimates; None: the defaults.
+
+    Returns:
+        Estimates by layer name.
 
     Raises:
         CalibrationError: The loss has no second derivative, or it is not finite.

@@ -1,17 +1,17 @@
-"""The ends of a symmetric matrix's spectrum from products alone: Lanczos with full reorthogonalisation.
+"""Eigenpairs at the ends of a symmetric matrix's spectrum from products alone: Lanczos, fully reorthogonalised.
 
 CET Algorithm 1, step 1: from a random vector, products with H build an orthonormal basis V of a Krylov space,
 `T = V' H V` is tridiagonal, and the eigenpairs (theta, s) of the small T give those of H: theta and V s. With several
-random starts T is banded, one band for each start (Ruhe's band Lanczos); a single start would see an eigenvalue that
-occurs twice only once.
+random starts T is banded, one band for each start (Ruhe's band Lanczos); a single start would find a double eigenvalue
+only once.
 
     H V = V T + R,   residual of a pair:  || H V s - theta V s || = || R s ||                (exact, no product spent)
 
-Why not a kept library. ARPACK (`scipy.sparse.linalg.eigsh`) counts restarts, not products, and it is products that
-cost here; when they run out it throws away every pair that has not converged, though a Ritz value is the true
-curvature along its vector however far the vector still is from an eigenvector; it cannot give all pairs of a small
-matrix and fails on a zero one. `torch.lobpcg` takes a matrix, not a product, and finds one end only. The price is the
-forty lines below; the tests hold them against both a dense solver and ARPACK.
+Maintained libraries do not fit. ARPACK (`scipy.sparse.linalg.eigsh`) limits restarts, not products, which are the cost
+here; at its limit it drops every pair that has not converged, although a Ritz value is the true curvature along its
+vector even far from an eigenvector; it cannot compute all pairs of a small matrix and fails on a zero matrix.
+`torch.lobpcg` takes a matrix, not a product, and finds one end only. The tests compare this implementation with a dense
+solver and with ARPACK.
 """
 
 from collections.abc import Callable
@@ -25,25 +25,25 @@ Status = Literal["converged", "breakdown", "not converged"]
 Which = Literal["largest", "magnitude"]
 
 MAX_ITERATIONS = 100
-"""Products at most (CET section 4.1)."""
+"""Largest number of products (CET section 4.1)."""
 
 MAX_EIGENPAIRS = 200
-"""Pairs asked for (CET section 4.2); 100 products give 100 at most."""
+"""Number of pairs wanted (CET section 4.2); 100 products give at most 100."""
 
 
 @dataclass(frozen=True)
 class Eigenpairs:
-    """What was found of a symmetric matrix H [n, n].
+    """Approximate eigenpairs of a symmetric matrix H [n, n].
 
     Attributes:
-        values: [m], float64 on the CPU, in the order asked for.
-        vectors: [n, m], orthonormal.
-        residuals: [m] of ||H v - value v||; each value lies within its residual of an eigenvalue of H.
-        num_products: Products spent.
-        status: "converged": every pair asked for has reached the tolerance, or the whole space is spanned.
-            "breakdown": the starts' Krylov space is closed under H: the pairs are exact, though fewer than asked.
-            "not converged": the products were spent before.
-        scale: Largest |value| seen, what the tolerance is relative to.
+        values: Eigenvalues [m], float64 on the CPU, in the requested order.
+        vectors: Eigenvectors [n, m], orthonormal.
+        residuals: Residuals ||H v - value v|| [m]; each value lies within its residual of an eigenvalue of H.
+        num_products: Number of products.
+        status: "converged": every requested pair has reached the tolerance, or the basis spans the full space.
+            "breakdown": the starts' Krylov space is closed under H: the pairs are exact, but fewer than requested. "not
+            converged": the limit of products was reached first.
+        scale: Largest |value|, to which the tolerance is relative.
     """
 
     values: Tensor
@@ -55,11 +55,11 @@ class Eigenpairs:
 
     @property
     def largest_residual(self) -> float:
-        """Largest residual relative to `scale`; 0 where there is nothing to find."""
+        """Returns the largest residual relative to `scale`; 0 where there are no pairs or H is zero."""
         return self.residuals.max().item() / self.scale if self.scale and len(self.residuals) else 0.0
 
     def describe(self) -> str:
-        """The status in words, with the remedy where there is one."""
+        """Describes the status in words, with the remedy where there is one."""
         if self.status == "converged":
             return f"converged: {len(self.values)} eigenpairs after {self.num_products} products"
         if self.status == "breakdown":
@@ -85,18 +85,18 @@ def lanczos(
     seed: int = 0,
     like: Tensor | None = None,
 ) -> Eigenpairs:
-    """Eigenpairs of a symmetric matrix of which only products are known.
+    """Computes eigenpairs of a symmetric matrix that is given by its products.
 
     Args:
-        product: v [n] -> H v [n].
+        product: Computes H v [n] for v [n].
         dimension: n.
-        count: Pairs asked for; as many as the products allow are given.
-        which: "largest" first, or by "magnitude", negative ones among them.
-        max_iterations: Products at most; convergence is believed after 2 count of them. The basis takes
+        count: Number of pairs; fewer are returned where the products do not suffice.
+        which: "largest" eigenvalues first, or by "magnitude", including negative ones.
+        max_iterations: Largest number of products; convergence is tested after 2 count of them. The basis takes
             (max_iterations + starts) n numbers.
-        starts: Random starting vectors; eigenvalues that occur up to so often are found as often.
+        starts: Number of random starting vectors; eigenvalues of up to this multiplicity are found with it.
         tolerance: Residual at which a pair has converged, relative to the largest |value|.
-        seed: Of the starts, drawn on the CPU.
+        seed: Seed of the starts, which are drawn on the CPU.
         like: A tensor of the dtype and device to compute in; None: float32 on the CPU.
 
     Example:
@@ -136,7 +136,7 @@ def lanczos(
         values, coordinates, residuals = _ritz_pairs(couplings, num_products, size)
         wanted = _order(values, which)[:count]
         reached = residuals[wanted] <= tolerance * values.abs().max()
-        # As many products again: the first so many pairs of all may be steady before the leading ones have come up.
+        # Twice the count: the first pairs may be stable before the leading ones have appeared.
         if (num_products >= 2 * count and bool(reached.all())) or num_products == dimension:
             status = "converged"
             break
@@ -150,7 +150,10 @@ def lanczos(
 
 
 def _orthogonalise(vector: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
-    """What of a vector [n] lies outside the basis [k, n], and its coordinates [k] in it. Twice is enough (Kahan)."""
+    """Computes the part of a vector [n] outside of the basis [k, n], and its coordinates [k] in it.
+
+    Orthogonalising twice is enough (Kahan).
+    """
     overlaps = basis @ vector
     rest = vector - overlaps @ basis
     correction = basis @ rest
@@ -158,7 +161,10 @@ def _orthogonalise(vector: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _ritz_pairs(couplings: Tensor, num_products: int, size: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Eigenvalues [p] of T, their coordinates [p, p] and residuals [p], from p products and `size` basis vectors."""
+    """Computes eigenvalues [p] of T, their coordinates [p, p] and residuals [p].
+
+    T comes from p products and `size` basis vectors.
+    """
     projected = couplings[:num_products, :num_products]
     values, coordinates = torch.linalg.eigh((projected + projected.T) / 2)
     return values, coordinates, (couplings[num_products:size, :num_products] @ coordinates).norm(dim=0)

@@ -1,4 +1,4 @@
-"""LLC: a first-order prediction from measured slopes ("Compression for Better", Algorithm 1).
+"""LLC: first-order predictions from measured slopes ("Compression for Better", Algorithm 1).
 
 Notation, for layer i and width j: f is the mean loss over the calibration data, M the model, e the quantisation noise
 of the layer's input, d that of its weight, `scale` the step of the quantisation grid.
@@ -9,19 +9,19 @@ of the layer's input, d that of its weight, `scale` the step of the quantisation
               + fluc / scale_weight * ||d|| / sqrt(size(d))      where fluc >= error_max (line 20)
 
 f_input and f_weight are measured with the noise `+-scale * |random|`, random ~ N(0, 1): "positive" or "negative"
-(lines 10-15), the side that opposes the mean gradient E[p] (Eq. 7). The text of the algorithm prints the same
-expression for both sides; the words around Eq. 7 make clear that they differ in sign.
+(lines 10-15), whichever sign opposes the mean gradient E[p] (Eq. 7). The algorithm prints the same expression for both;
+the text around Eq. 7 makes clear that they differ in sign.
 
 Under this theory activations stay in floating point at run time, so that e = 0 and so is the first term of P.
-`activation_noise` counts it nevertheless, as the paper does for models whose inputs are quantised to the width of the
-weight; the plan then says so. Noise that never happens misleads the choice among widths, so it is not counted unless
-asked.
+With `activation_noise` it is counted nevertheless, as in the paper, whose models quantise inputs to the width of the
+weight; the plan then records it. Noise that does not occur at run time misleads the choice of widths, so that it is not
+counted by default.
 
-Widths whose noise is beyond the second order are refused, see `boundary`. Candidates with factors are judged by
+Widths whose noise is beyond the second order are refused, see `noise_limits`. Candidates with factors are predicted by
 Algorithm 2, see `llc_decomposition`.
 
-The paper's P is never negative, though its aim is a loss that falls: the absolute values of lines 8 and 9 make it an
-estimate of how far the loss may move either way, and as such it is used here.
+The paper's P is never negative, although the paper aims at a falling loss: with the absolute values of lines 8 and 9 it
+estimates how far the loss may move in either direction, and is used as such here.
 """
 
 import math
@@ -57,15 +57,15 @@ def predicted_loss_change(
     weight_step: float,
     weight_noise: float,
 ) -> float:
-    """P[i][j] of LLC Algorithm 1, lines 16 to 21.
+    """Computes P[i][j] of LLC Algorithm 1, lines 16 to 21.
 
     Args:
         input_change: f_input - f, the measured change of the loss when the input carries noise of one step.
         input_step: scale_input; 0 where the layer has no real-valued input.
-        input_noise: ||e|| / sqrt(size(e)).
-        weight_change: f_weight - f.
+        input_noise: ||e|| / sqrt(size(e)) of the input's quantisation error.
+        weight_change: f_weight - f, the measured change when the weight carries noise of one step.
         weight_step: scale_weight; 0 for a layer that is kept.
-        weight_noise: ||d|| / sqrt(size(d)).
+        weight_noise: ||d|| / sqrt(size(d)) of the weight error.
 
     Returns:
         The prediction; infinity where a measured loss is not finite.
@@ -86,11 +86,14 @@ def predicted_loss_change(
 
 
 def predict(problem: Problem) -> dict[str, list[Prediction]]:
-    """Predicted loss change of every candidate, by layer; 0 for keeping a layer.
+    """Predicts the loss change of every candidate, by layer; 0 for keeping a layer.
+
+    Args:
+        problem: Model, data, statistics and candidates; with gradients where there are candidates with factors.
 
     Returns:
-        As many predictions as there are candidates, the same in every process. Costs one forward pass for each layer
-        and width, one more with `activation_noise`, and those of Algorithm 2 for candidates with factors.
+        One prediction for each candidate, the same in every process. They cost one forward pass for each layer and
+        width, one more with `activation_noise`, and those of Algorithm 2 for candidates with factors.
     """
     predictions: dict[str, list[Prediction]] = {}
     for position, layer in enumerate(problem.layers):
@@ -103,10 +106,10 @@ def predict(problem: Problem) -> dict[str, list[Prediction]]:
 
 
 def _predict_widths(problem: Problem, position: int, layer: Layer, candidates: list[Candidate]) -> list[Prediction]:
-    """Algorithm 1 for one layer."""
+    """Runs Algorithm 1 for one layer."""
     statistics = problem.calibration.layers[layer.name]
     noises = [_activation_noise(statistics, candidate, problem.activation_noise) for candidate in candidates]
-    seed = seeded_number(problem.seed, position)  # the same |random| at every width: only the steps differ
+    seed = seeded_number(problem.seed, position)  # the same |random| at every width, so that only the steps differ
     shares = []
     for candidate, noise in zip(candidates, noises, strict=True):
         shares.append(
@@ -146,7 +149,7 @@ def _loss_under_input_noise(
     noise: ActivationNoise,
     seed: int,
 ) -> float:
-    """This process's share of f_input; 0 where no noise is counted."""
+    """Measures this process's share of f_input; 0 where no noise is counted."""
     if not noise.step or statistics.inputs is None:
         return 0.0
     sign = _opposing_sign(statistics.inputs.gradient)
@@ -171,7 +174,7 @@ def _loss_under_weight_noise(
     candidate: Candidate,
     seed: int,
 ) -> float:
-    """This process's share of f_weight; 0 for a layer that is kept."""
+    """Measures this process's share of f_weight; 0 for a layer that is kept."""
     if candidate.grid is None or candidate.scales is None:
         return 0.0
     matrix = layer.matrix
@@ -183,8 +186,8 @@ def _loss_under_weight_noise(
 
 
 def _opposing_sign(gradient: Moments) -> float:
-    """The sign of the noise that opposes E[p] (Eq. 7); negative where E[p] is nothing but rounding.
+    """Returns the sign of the noise that opposes E[p] (Eq. 7); negative where E[p] is only rounding error.
 
-    Before a layer norm or a softmax the mean is zero by construction, and its computed sign is that of the last bit.
+    Before a layer norm or a softmax the mean is zero by construction, and its computed sign is arbitrary.
     """
     return 1.0 if gradient.mean < -1e-6 * math.sqrt(gradient.variance) else -1.0

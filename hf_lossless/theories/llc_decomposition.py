@@ -6,23 +6,23 @@ For a layer with weight W, a candidate W + d of low rank, the mean gradient dl/d
     subject to || W - L R ||_F <= gamma, element by element                              (10a)
                0 < rank < N M / (N + M)                                                  (10b, see `candidates.ranks`)
 
-Algorithm 2 goes through the ranks from the smallest up, keeps those inside the neighbourhood (line 9) whose error
-points down the gradient (line 10), records their loss (line 11), and stops early (lines 12-14).
+Algorithm 2 tries the ranks from the smallest up, keeps those inside the neighbourhood (line 9) whose error points down
+the gradient (line 10), records their loss (line 11), and stops early (lines 12-14).
 
-What the paper leaves open, and how it is read here:
+How gaps of the paper are filled here:
 
 - gamma. Eq. 10a bounds a norm "for all i, j", so that its scale is that of single weights: the root mean square
   `||d||_F / sqrt(NM)` is compared. Section 3 gives 8e-3 as the noise of weights up to which first-order terms lead,
-  and LLC uses nothing but first-order terms.
+  and LLC uses first-order terms only.
 - Early stopping. The algorithm stops where the error goes to zero, the text where "a candidate decomposition meets the
   loss threshold with a sufficiently low loss". We stop at a measured change below `error_max` of Algorithm 1 (1e-4),
-  which holds where the error goes to zero as well. Factors may be stored in several widths; each is a search of its
-  own.
-- The loss (line 11) is measured on the calibration data. Beside widths, whose predictions are sums of absolute values
-  (see `llc`), a rank would win by noise alone if its measured change counted with its sign; so the absolute value is
-  taken here too. The sign has had its say in line 10.
-- Line 10 looks at the error of the rank alone, before the factors are rounded to a grid: rounding has a first-order
-  change of random sign. So has an error that is nothing but the rounding of arithmetic, and passes.
+  which holds where the error goes to zero as well. Factors may be stored in several widths; each width has a search of
+  its own.
+- The loss (line 11) is measured on the calibration data. The predictions of widths are sums of absolute values (see
+  `llc`), so that a rank would win by noise alone if its measured change kept its sign; so the absolute value is taken
+  here too. The sign is used in line 10.
+- Line 10 uses the error of the rank alone, before the factors are rounded to a grid, since rounding has a first-order
+  change of random sign. An error that consists of arithmetic rounding only passes for the same reason.
 """
 
 import math
@@ -37,18 +37,22 @@ from hf_lossless.theories.noise_limits import ERROR_MAX, FIRST_ORDER, rms
 from hf_lossless.theories.problem import Prediction, Problem, measured_change
 
 GAMMA = FIRST_ORDER
-"""Radius of the neighbourhood (LLC section 3, Fig. 1), root mean square."""
+"""Radius of the neighbourhood as a root mean square (LLC section 3, Fig. 1)."""
 
 LOSS_THRESHOLD = ERROR_MAX
-"""A change of the loss that is as good as none: the search stops."""
+"""Change of the loss at which the search stops."""
 
 _ROUNDINGS = 8.0
-"""A product of factors, computed in float32, is off by so many of its relative precisions at most; a weight in half
-precision is off by one of its own."""
+"""Rounding error of a float32 product of factors, in relative precisions of float32, at most; a weight in half
+precision has an error of one of its own relative precision."""
 
 
 def within_neighbourhood(error: Tensor, gamma: float = GAMMA) -> bool:
-    """Eq. 10a: `||d||_F / sqrt(NM) <= gamma`.
+    """Tests Eq. 10a: `||d||_F / sqrt(NM) <= gamma`.
+
+    Args:
+        error: d [out, in].
+        gamma: Largest root mean square.
 
     Example:
         >>> within_neighbourhood(torch.full((2, 2), 0.004)), within_neighbourhood(torch.full((2, 2), 0.02))
@@ -58,7 +62,7 @@ def within_neighbourhood(error: Tensor, gamma: float = GAMMA) -> bool:
 
 
 def points_down(error: Tensor, gradient: Tensor, matrix: Tensor) -> bool:
-    """Line 10 of Algorithm 2: `<dl/dw, d> < 0`, or an error of rounding only.
+    """Tests line 10 of Algorithm 2: `<dl/dw, d> < 0`, or an error of arithmetic rounding only.
 
     Args:
         error: d [out, in] of the rank.
@@ -73,18 +77,18 @@ def points_down(error: Tensor, gradient: Tensor, matrix: Tensor) -> bool:
 def predict_layer(
     problem: Problem, layer: Layer, candidates: list[Candidate], gamma: float = GAMMA
 ) -> list[Prediction]:
-    """Algorithm 2 for one layer.
+    """Runs Algorithm 2 for one layer.
 
     Args:
-        problem: Model, data, statistics with gradients.
+        problem: The problem, with gradients in its statistics.
         layer: The layer.
-        candidates: Those with factors, from the smallest rank up.
+        candidates: The candidates with factors, smallest rank first.
         gamma: Radius of the neighbourhood.
 
     Returns:
-        For each candidate the absolute measured change of the loss; infinity for those outside the neighbourhood, those
-        that point up the gradient, and those of higher rank than the one at which the search stopped. One forward pass
-        for each that is measured.
+        For each candidate the absolute measured change of the loss; infinity for candidates outside the neighbourhood,
+        those whose error points up the gradient, and those of a higher rank than the one at which the search stopped.
+        Each measured candidate costs one forward pass.
     """
     gradient = problem.calibration.layers[layer.name].gradient
     assert gradient is not None
@@ -105,13 +109,13 @@ def predict_layer(
 
 
 def _widths(candidate: Candidate) -> tuple[int | None, ...]:
-    """Widths of L and R."""
+    """Returns the widths of L and R."""
     assert candidate.low_rank is not None
     return tuple(None if grid is None else grid.bits for grid in (candidate.low_rank.left, candidate.low_rank.right))
 
 
 def _of_rank(candidate: Candidate, layer: Layer) -> Tensor:
-    """The error before the factors go to their grids."""
+    """Computes the error before the factors are rounded to their grids."""
     assert candidate.low_rank is not None
     exact = candidate.low_rank.model_copy(update={"left": None, "right": None})
     return replace(candidate, low_rank=exact).error(layer.matrix)

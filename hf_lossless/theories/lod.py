@@ -1,4 +1,4 @@
-"""LoD: the first-order sign where statistics decide it, a measurement where they do not (LoD, appendix A.2).
+"""LoD: the first-order prediction where statistics decide its sign, else a measurement (LoD, appendix A.2).
 
 For a layer with mean gradient p = dl/dw and a candidate's error e, both seen as k independent draws, the first-order
 change X = <p, e> has (A.2.2)
@@ -7,15 +7,15 @@ change X = <p, e> has (A.2.2)
     SNR  = sqrt(k) |E[p] E[e]| / sqrt(V),
     P(X >= 0) <= V / (k E[p]^2 E[e]^2) = 1 / SNR^2   (Chebyshev),   ~ Phi(-SNR)   (central limit),   for E[X] < 0.
 
-Where the Chebyshev bound is small, the analytic regime holds and the candidate is taken at its first-order word, the
-inner product `<p, e>` itself. Where the bound says nothing (unbiased rounding has E[e] ~ 0), "a small empirical
-forward-check on calibration data" decides. Which of the two it was goes into the plan.
+Where the Chebyshev bound is small, the analytic regime holds and the prediction is the first-order term `<p, e>`
+itself. Where the bound proves nothing (unbiased rounding has E[e] ~ 0), "a small empirical forward-check on calibration
+data" decides. The plan records which of the two applied.
 
-A candidate that leaves the neighbourhood is refused, as 2 bits for layer 4 in Table 1: one whose loss change is above
-the tolerance tau = 1e-2 (nats). Candidates of low rank must also stay within tau element by element (A.2.1, see
-`candidates.descent`). Where every candidate of a layer is refused the one with the least change is left: the text calls
-this best effort. The paper's example in A.2.2 has E[p] E[e] > 0 although it bounds P(X >= 0), which only makes sense
-for a negative mean; the formulas above are used with that sign.
+A candidate outside of the neighbourhood, with a loss change above the tolerance tau = 1e-2 (nats), is refused, as 2
+bits for layer 4 in Table 1. Candidates of low rank must also stay within tau element by element (A.2.1, see
+`candidates.descent`). Where every candidate of a layer would be refused, the one with the least change remains: the
+text calls this best effort. The paper's example in A.2.2 has E[p] E[e] > 0 although it bounds P(X >= 0), which only
+makes sense for a negative mean; the formulas above are used with that sign.
 
 Changes keep their sign: LoD's claim is that the loss may fall.
 """
@@ -32,17 +32,17 @@ from hf_lossless.theories.llc_decomposition import within_neighbourhood
 from hf_lossless.theories.problem import Prediction, Problem, measured_change
 
 LOSS_TOLERANCE = 1e-2
-"""tau as a change of the mean loss, in nats: more leaves the neighbourhood."""
+"""tau as the largest change of the mean loss inside the neighbourhood, in nats."""
 
 SURE = 0.05
 """Largest Chebyshev bound at which the first-order sign counts as decided."""
 
 _LARGEST_SNR = 1e9
-"""Stands for infinity: a plan is JSON."""
+"""Written in place of infinity, since a plan is JSON."""
 
 
 def regime_test(gradient: Tensor, error: Tensor) -> Regime:
-    """Measures E[p], E[e], Var(p), Var(e) over all weights, and whether Chebyshev's bound decides <p, e>'s sign.
+    """Computes the SNR over all weights, and whether Chebyshev's bound decides the sign of <p, e>.
 
     Args:
         gradient: p [out, in].
@@ -61,19 +61,19 @@ def regime_test(gradient: Tensor, error: Tensor) -> Regime:
     variance = variance_p * variance_e + variance_p * mean_e**2 + variance_e * mean_p**2
     signal = abs(mean_p * mean_e)
     snr = math.sqrt(p.numel()) * signal / math.sqrt(variance) if variance else signal and math.inf
-    snr = float(f"{min(snr, _LARGEST_SNR):.3g}")  # what follows is noise, and costs bytes
+    snr = float(f"{min(snr, _LARGEST_SNR):.3g}")  # more digits are noise, and cost bytes
     return Regime(snr=snr, verdict="analytic" if snr**2 * SURE >= 1 else "measured")
 
 
 def predict(problem: Problem) -> dict[str, list[Prediction]]:
-    """Predicted loss change of every candidate with its regime, by layer; 0 for keeping a layer.
+    """Predicts the loss change of every candidate with its regime, by layer; 0 for keeping a layer.
 
     Args:
-        problem: With gradients in its statistics.
+        problem: The problem, with gradients in its statistics.
 
     Returns:
-        Signed changes; infinity for candidates outside the neighbourhood. One forward pass for every candidate that the
-        statistics do not decide.
+        Signed changes; infinity for candidates outside the neighbourhood. Every candidate that the statistics do not
+        decide costs one forward pass.
     """
     predictions = {}
     for layer in problem.layers:
@@ -101,7 +101,7 @@ def _predict(problem: Problem, layer: Layer, candidate: Candidate) -> Prediction
 
 
 def _neighbourhood(found: list[Prediction]) -> list[Prediction]:
-    """Refuses what leaves the neighbourhood; the least change stays where that would be everything."""
+    """Refuses predictions outside of the neighbourhood, except the least change where that would be all."""
     inside = [one if one.loss_change <= LOSS_TOLERANCE else Prediction(math.inf) for one in found]
     if any(one.usable for one in inside):
         return inside

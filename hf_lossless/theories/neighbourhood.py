@@ -7,24 +7,25 @@ For layer i, noise d = s r in its weight or e = s r in its input, and the mean l
     second = 1/2 d' H d                    or  1/2 e' H e
     U1 = |dL - first|        U2 = |dL - first - second|                        (LLC Eq. 5 and 6, CET Eq. 7)
 
-LLC prints `dL - first + 1/2 d'Hd + O(.)` between the bars; that both terms are subtracted is what its words say: "the
-gap U(x) between theory and practice". Fig. 1 and Table 1 of LLC and Fig. 2 of CET show U.
+LLC prints `dL - first + 1/2 d'Hd + O(.)` between the bars; both terms are subtracted here, as its text says: "the gap
+U(x) between theory and practice". Fig. 1 and Table 1 of LLC and Fig. 2 of CET show U.
 
 An order *explains* a noise size when its U is at most `max(RELATIVE_TOLERANCE |dL|, ABSOLUTE_TOLERANCE)`: the change is
-known to within half of itself, or it does not matter, for LLC (section 5.1) counts no noise that moves the loss by less
-than 1e-4. The neighbourhood of an order ends at the largest size up to which it explains every one that was tried.
+known to within half of itself, or it does not matter, since LLC (section 5.1) ignores noise that changes the loss by
+less than 1e-4. The neighbourhood of an order ends at the largest size up to which it explains every tried size.
 
 Choices where the papers are silent or differ:
 
-- r ~ N(0, 1) for every number, as the `random` of LLC Algorithm 1, of either sign: noise of one sign, as its rounding
-  has, would move the mean of an activation, and that alone would be seen. One draw for each layer serves every size,
-  so that U over s shows the orders and not the draws: U1 rises as s^2, U2 as s^3.
-- s is absolute, as in the papers; it means more where numbers are small. Each layer's rms is reported beside it.
-- Both terms are exact and of all rows (see `calibration.directional`), one layer at a time: no cross terms.
-- A kink is no part of either term, so that in a network of ReLUs U2 keeps what its kinks contribute, and is hardly
-  less than U1 where they do most. Where inputs tie exactly, as the blank background of images under a max pool, noise
-  starts on a kink: there both U rise as s from the smallest size on.
-- U is of the mean loss, where LLC writes it for a sample x_i.
+- r ~ N(0, 1) for every number, as the `random` of LLC Algorithm 1, with either sign: noise of one sign, as in its
+  rounding, would shift the mean of an activation, and this effect would dominate. One draw for each layer serves every
+  size, so that U over s shows the orders and not the draws: U1 rises as s^2, U2 as s^3.
+- s is absolute, as in the papers; its effect is larger where numbers are small, so that each layer's rms is reported
+  beside it.
+- Both terms are exact, over all rows (see `calibration.directional`), for one layer at a time: no cross terms.
+- Neither term includes kinks, so that in a network of ReLUs U2 contains their contribution, and is hardly less than U1
+  where that dominates. Where inputs are exactly equal, as the blank background of images under a max pool, noise starts
+  on a kink: there both U rise as s from the smallest size on.
+- U is computed for the mean loss, while LLC writes it for a sample x_i.
 
 In float32 the mean loss itself is known to about 1e-7; U below that is rounding.
 """
@@ -55,18 +56,18 @@ SIZES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 8e-2, 1e-1)
 """Noise sizes: those of LLC Table 1, and others between them."""
 
 RELATIVE_TOLERANCE = 0.5
-"""An order explains a change of the loss that it gives to within this share..."""
+"""Largest relative gap at which an order explains a change of the loss..."""
 
 ABSOLUTE_TOLERANCE = 1e-4
-"""...or, in nats, to within this: the error_max of LLC section 5.1."""
+"""...and largest absolute gap, in nats: the error_max of LLC section 5.1."""
 
 MAX_LAYERS = 8
-"""Layers that are looked at where none are named."""
+"""Number of layers that are measured where none are named."""
 
 
 @dataclass(frozen=True)
 class NoiseGap:
-    """Measurement and prediction at one noise size; all changes in nats.
+    """Measured and predicted loss change at one noise size; all changes in nats.
 
     Attributes:
         size: s, the standard deviation of the noise.
@@ -87,17 +88,17 @@ class NoiseGap:
 
     @property
     def first_order_gap(self) -> float:
-        """U1 = |dL - first|."""
+        """Returns U1 = |dL - first|."""
         return abs(self.measured - self.first)
 
     @property
     def second_order_gap(self) -> float:
-        """U2 = |dL - first - second|."""
+        """Returns U2 = |dL - first - second|."""
         return abs(self.measured - self.first - self.second)
 
     @property
     def tolerance(self) -> float:
-        """The U up to which the change counts as explained; 0 where it is infinite."""
+        """Returns the U up to which the change counts as explained; 0 where it is infinite."""
         if not math.isfinite(self.measured):
             return 0.0
         return max(RELATIVE_TOLERANCE * abs(self.measured), ABSOLUTE_TOLERANCE)
@@ -105,11 +106,11 @@ class NoiseGap:
 
 @dataclass(frozen=True)
 class NoiseResponse:
-    """What the loss does under growing noise in one tensor.
+    """The response of the loss to growing noise in one tensor.
 
     Attributes:
-        rms: Root mean square of the tensor's own numbers, to compare absolute noise sizes with.
-        gaps: One for each noise size, ascending.
+        rms: Root mean square of the tensor's own values, as a reference for absolute noise sizes.
+        gaps: Gaps at each noise size, ascending.
     """
 
     rms: float
@@ -117,12 +118,12 @@ class NoiseResponse:
 
     @property
     def first_order_until(self) -> float | None:
-        """The largest size up to which the first order alone explains every one; None where not even the smallest."""
+        """Returns the largest size up to which the first order explains every size; None where it explains none."""
         return self._until(lambda gap: gap.first_order_gap)
 
     @property
     def second_order_until(self) -> float | None:
-        """The same of both orders together."""
+        """Returns the largest size up to which both orders together explain every size; None where none."""
         return self._until(lambda gap: gap.second_order_gap)
 
     def _until(self, gap_of: Callable[[NoiseGap], float]) -> float | None:
@@ -136,12 +137,12 @@ class NoiseResponse:
 
 @dataclass(frozen=True)
 class LayerNeighbourhood:
-    """One layer's answers.
+    """The noise responses of one layer's weight and input.
 
     Attributes:
         name: The layer's name.
-        weight: Under noise in its weight (Eq. 5).
-        inputs: Under noise in its input (Eq. 6); None where that is no real numbers (embeddings) or it never ran.
+        weight: Response to noise in its weight (Eq. 5).
+        inputs: Response to noise in its input (Eq. 6); None for integer inputs (embeddings) and layers that never ran.
     """
 
     name: str
@@ -151,12 +152,12 @@ class LayerNeighbourhood:
 
 @dataclass(frozen=True)
 class Neighbourhood:
-    """The result of `neighbourhood`.
+    """The noise responses of several layers, as `neighbourhood` measures them.
 
     Attributes:
-        layers: In the order of the model.
+        layers: The layers' responses, in the order of the model.
         loss: f(M), the mean loss without noise, in nats.
-        num_examples: Rows it is a mean over.
+        num_examples: Number of rows in that mean.
         seed: Seed of the noise.
     """
 
@@ -166,7 +167,7 @@ class Neighbourhood:
     seed: int
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON values, with U1, U2 and where each order ends; what is infinite becomes None.
+        """Converts to JSON values, with U1, U2 and the ends of the orders; infinity becomes None.
 
         Returns:
             "loss", "num_examples", "seed", "relative_tolerance", "absolute_tolerance" and "layers": by name, "weight"
@@ -189,7 +190,11 @@ class Neighbourhood:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "Neighbourhood":
-        """What `to_dict` was called on."""
+        """Restores a neighbourhood from the values of `to_dict`.
+
+        Args:
+            values: Values from `to_dict`, possibly through a JSON file.
+        """
         layers = tuple(
             LayerNeighbourhood(
                 name,
@@ -211,24 +216,24 @@ def neighbourhood(
     seed: int = 0,
     advance: Callable[[], object] = lambda: None,
 ) -> Neighbourhood:
-    """U of LLC Eq. 5 and 6 for each layer and noise size.
+    """Measures U of LLC Eq. 5 and 6 for each layer and noise size.
 
     Args:
-        model: In evaluation mode, its weights in float32 or float64; as before afterwards.
+        model: The model, in evaluation mode, with weights in float32 or float64; unchanged afterwards.
         batches: All batches, the same list in every process; each process takes its share.
-        layers: Layers of the model, say of `spread_layers` or `named_layers`.
+        layers: Layers of the model, for example from `evenly_spaced_layers` or `named_layers`.
         loss: Mean loss of a batch.
         sizes: Noise sizes s, positive.
-        seed: Of the noise. A layer's noise depends on its name, not on which others are asked for.
+        seed: Seed of the noise. A layer's noise depends on its name, not on the other layers.
         advance: Called after every layer, for a progress bar.
 
     Returns:
-        The same in every process. For each layer it costs `2 (len(sizes) + 1)` forward passes over the batches, and two
-        times the backward passes of a first and a second derivative, through the layers above; and one forward-backward
-        pass and one forward pass for all together.
+        The responses, the same in every process. For each layer this costs `2 (len(sizes) + 1)` forward passes over the
+        batches, and two times the backward passes of a first and a second derivative, through the layers above; and one
+        forward-backward pass and one forward pass for all together.
 
     Raises:
-        ConfigurationError: There are no layers, a size cannot be used, or a weight is of 16 bits.
+        ConfigurationError: There are no layers, a size is not positive and finite, or a weight has 16 bits.
         CalibrationError: The loss is not finite, or has no second derivative; the message names the operation.
 
     Example:
@@ -262,10 +267,14 @@ def neighbourhood(
 
 
 def named_layers(layers: Sequence[Layer], patterns: Sequence[str]) -> list[Layer]:
-    """The layers that any of the patterns names (see `layers.matches`), in the order of the model.
+    """Finds the layers that any of the patterns matches (see `layers.matches`), in the order of the model.
+
+    Args:
+        layers: Layers of the model.
+        patterns: Full names, last parts, parents' names or glob patterns.
 
     Raises:
-        ConfigurationError: A pattern names none.
+        ConfigurationError: A pattern matches no layer.
     """
     chosen = set()
     for pattern in patterns:
@@ -281,11 +290,15 @@ def named_layers(layers: Sequence[Layer], patterns: Sequence[str]) -> list[Layer
     return [layer for layer in layers if layer.name in chosen]
 
 
-def spread_layers(layers: Sequence[Layer], count: int = MAX_LAYERS) -> list[Layer]:
-    """`count` layers evenly spread over the model, the first and the last among them; all where there are not more.
+def evenly_spaced_layers(layers: Sequence[Layer], count: int = MAX_LAYERS) -> list[Layer]:
+    """Chooses `count` evenly spaced layers, including the first and the last; all where there are not more.
+
+    Args:
+        layers: Layers of the model.
+        count: The most layers to choose, at least 2.
 
     Example:
-        >>> spread_layers("abcdefghij", 4)
+        >>> evenly_spaced_layers("abcdefghij", 4)
         ['a', 'd', 'g', 'j']
     """
     if len(layers) <= count:
@@ -302,7 +315,7 @@ def _gaps(
     sizes: list[float],
     start: float,
 ) -> tuple[NoiseGap, ...]:
-    """Measurement and prediction along one direction, at every size."""
+    """Measures and predicts the loss change along one direction, at every size."""
     slope, curvature = directional_derivatives(model, batches, loss, direction)
     if not (math.isfinite(slope) and math.isfinite(curvature)):
         raise CalibrationError(

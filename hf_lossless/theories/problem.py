@@ -1,4 +1,4 @@
-"""What a theory is asked, and what it answers.
+"""The input and the output of a theory: `Problem` and `Prediction`.
 
 A theory is a function `predict(problem) -> {layer name: one Prediction for each of the layer's candidates}`.
 """
@@ -19,16 +19,16 @@ from hf_lossless.storage.plan import Regime
 
 @dataclass(frozen=True)
 class Problem:
-    """A model, the data it is judged on, and the ways in which its layers might be stored.
+    """A model, its calibration data and statistics, and the candidates of its layers.
 
     Attributes:
-        model: In evaluation mode; a theory leaves it as it was.
+        model: The model, in evaluation mode; a theory restores it.
         batches: All calibration batches, the same in every process.
         loss: Mean loss of a batch.
         layers: The layers.
-        calibration: Their statistics, and the loss f(M) of the model as it is.
+        calibration: Statistics of the layers, and the loss f(M) of the original model.
         candidates: Candidates by layer name.
-        seed: Seed of whatever is random.
+        seed: Seed of all random numbers.
         activation_noise: Whether the input of a layer counts as quantised to the width of its weight.
         advance: Called once for every candidate, for a progress bar.
     """
@@ -45,7 +45,16 @@ class Problem:
 
     @property
     def unreached(self) -> list[str]:
-        """Names of the layers that no gradient reaches on the calibration rows, and that can only be kept."""
+        """Lists the names of the layers that no gradient reaches on the calibration rows, and that can only be kept."""
+        return [name for name in self._without_derivatives if not self.calibration.layers[name].underflows]
+
+    @property
+    def underflown(self) -> list[str]:
+        """Lists the names of the layers whose derivatives underflow their dtype, and that can only be kept."""
+        return [name for name in self._without_derivatives if self.calibration.layers[name].underflows]
+
+    @property
+    def _without_derivatives(self) -> list[str]:
         return [
             layer.name
             for layer in self.layers
@@ -56,7 +65,7 @@ class Problem:
 
 @dataclass(frozen=True)
 class Prediction:
-    """A theory's word on one candidate.
+    """A theory's prediction for one candidate.
 
     Attributes:
         loss_change: Predicted change of the mean loss; infinity where the theory refuses the candidate.
@@ -68,12 +77,19 @@ class Prediction:
 
     @property
     def usable(self) -> bool:
-        """Whether the knapsack may choose the candidate."""
+        """Tells whether the knapsack may choose the candidate."""
         return math.isfinite(self.loss_change)
 
 
 def predictions_of_kept(problem: Problem) -> dict[str, list[Prediction]]:
-    """Zeros for the layers that can only be kept."""
+    """Predicts 0 for the layers that can only be kept.
+
+    Args:
+        problem: The problem, of which layers and candidates are used.
+
+    Returns:
+        Predictions by layer name, for these layers only.
+    """
     chosen = {layer.name for layer in layers_with_a_choice(problem)}
     predictions = {}
     for layer in problem.layers:
@@ -85,7 +101,7 @@ def predictions_of_kept(problem: Problem) -> dict[str, list[Prediction]]:
 
 
 def layers_with_a_choice(problem: Problem) -> list[Layer]:
-    """The layers that have a candidate beside keeping them."""
+    """Finds the layers that have a candidate beside keeping them."""
 
     def is_change(candidate: Candidate) -> bool:
         return candidate.kind != "kept"
@@ -94,10 +110,10 @@ def layers_with_a_choice(problem: Problem) -> list[Layer]:
 
 
 def measured_change(problem: Problem, layer: Layer, error: Tensor) -> float:
-    """f(M with W + d in this layer) - f(M) over the calibration data; one forward pass.
+    """Measures f(M with W + d in this layer) - f(M) over the calibration data; one forward pass.
 
     Args:
-        problem: Model and data.
+        problem: The problem, of which model, batches and loss are used.
         layer: The layer.
         error: d [out, in].
 

@@ -1,17 +1,17 @@
-"""What a quantised input does to the loss, by the second order, and which width a layer's input is given.
+"""Predicts the loss change of quantised inputs to second order, and chooses the width of a layer's input.
 
     dL  ~  1/2 sum_i S_i e_i^2
 
 with S the curvature of the loss in the layer's input, gathered by the calibration pass (see `calibration.activations`)
-and e the error of the grid. It asks for no Kronecker product: W and the sharing of an input by the patches of a
+and e the error of the grid. No Kronecker product is needed, since W and the sharing of an input by the patches of a
 convolution are in the gradient already. Its rank correlation with the divergence that one layer's quantised input
-causes on other rows was 0.90 to 0.98 over the layers of MiniLM and of a ViT, at 8, 6 and 4 bits. Its size, as that of
-all empirical Fisher matrices, is a matter of the labels: divergences were 0.3 and 1.4 times what was predicted.
+causes on other rows was 0.90 to 0.98 over the layers of MiniLM and of a ViT, at 8, 6 and 4 bits. Its size depends on
+the labels, as that of all empirical Fisher matrices: divergences were 0.3 and 1.4 times the predictions.
 
-Bytes hardly depend on how wide activations are, so that a knapsack over bytes would leave them all in floating point.
-So the rule: with each way to store a weight goes the narrowest input that is predicted to cost no more than the
-weight's own error does. A plan is thus predicted to cost at most twice what its weights cost. Of one width the static
-grid is taken where it meets the rule, for that is what integer hardware does without looking at the values first.
+Bytes hardly depend on the width of activations, so that a knapsack over bytes would leave them all in floating point.
+Instead, each way to store a weight gets the narrowest input whose predicted cost is at most that of the weight's own
+error. So a plan's predicted cost is at most twice that of its weights. Among grids of one width the static one is
+preferred where it meets this rule, since integer hardware can apply it without a pass over the values.
 """
 
 from collections.abc import Iterable, Sequence
@@ -32,7 +32,7 @@ class ActivationOption:
     Attributes:
         grid: Width and kind of range.
         loss_change: Predicted change of the mean loss, in nats.
-        static: Where the levels lie, for a static range.
+        static: Scale and zero point, for a static range.
     """
 
     grid: ActivationGrid
@@ -41,11 +41,11 @@ class ActivationOption:
 
 
 def predicted_loss_change(sensitivity: Tensor, squared_error: Tensor) -> float:
-    """`1/2 sum_i S_i e_i^2`.
+    """Computes the predicted loss change `1/2 sum_i S_i e_i^2`.
 
     Args:
-        sensitivity: S, summed over the values of each bin, or of each value.
-        squared_error: Mean e^2 of each bin, or that of each value.
+        sensitivity: S of each value, or summed over the values of each bin.
+        squared_error: e^2 of each value, or its mean over each bin.
 
     Example:
         >>> import torch
@@ -56,11 +56,12 @@ def predicted_loss_change(sensitivity: Tensor, squared_error: Tensor) -> float:
 
 
 def activation_options(statistics: LayerStatistics, widths: Iterable[int]) -> list[ActivationOption]:
-    """A static and a dynamic grid of each width, the narrowest first, in each width the static one first.
+    """Makes a static and a dynamic grid of each width, narrowest first, the static one before the dynamic one.
 
     Args:
-        statistics: Of the layer. One that was never reached, or without real-valued inputs of its own, has no options.
-        widths: Bits.
+        statistics: Statistics of the layer. A layer that was never reached, or has no real-valued input of its own, has
+            no options.
+        widths: Widths in bits.
     """
     inputs, activations = statistics.inputs, statistics.activations
     if inputs is None or activations is None:
@@ -77,13 +78,13 @@ def activation_options(statistics: LayerStatistics, widths: Iterable[int]) -> li
 def choose_activation(
     options: Sequence[ActivationOption], weight_change: float, *, may_stay_float: bool
 ) -> ActivationOption | None:
-    """The input that goes with a weight: the first option that costs no more than the weight does.
+    """Chooses the input grid for a weight: the first option that costs no more than the weight does.
 
     Args:
-        options: As `activation_options` gives them.
+        options: The options, in the order of `activation_options`.
         weight_change: Predicted change of the loss by the weight's own error.
-        may_stay_float: Whether the input may stay in floating point, as it does where no option is good enough. Where
-            it may not, the widest grid is taken, the better one of its two.
+        may_stay_float: Whether the input stays in floating point where no option fits. If not, the better of the two
+            grids of the largest width is chosen.
 
     Returns:
         The option; None for floating point.

@@ -1,25 +1,25 @@
-"""The rate-distortion bound of the quadratic model: how few bytes a predicted loss can take.
+"""The rate-distortion bound of the quadratic model: the least bytes for a predicted loss.
 
 In the eigenbases of R (eigenvalues gamma_k) and C (lambda_i) the second-order term `1/2 scale tr(R d C d')` of a layer
-is a sum over components that do not mix. Forgetting the component (k, i) of W altogether costs
+is a sum over independent components. Setting the component (k, i) of W to zero costs
 
     s_ki = 1/2 scale gamma_k lambda_i sigma^2                  nats, with sigma^2 the layer's mean square weight
 
 and at the water level theta, one for the whole model, reverse water-filling (Shannon; Cover & Thomas 2006, Thm 10.3.3)
-leaves the loss D and takes the bits
+gives the loss D and the bits
 
     D(theta) = sum min(theta, s_ki),      rate(theta) = sum max(0, 1/2 log2(s_ki / theta)).
 
-In which sense it is a bound: no code, of whatever length and complexity, stores weights that are independent and
-normal, of variance sigma^2 in every direction, in fewer bits at that loss. Normal weights are the hardest of their
-variance, so for the real ones the limit is at most this, and a plan may lie below it where a layer's weights have heavy
-tails or lie in few directions. The decoder is taken to know the eigenbases for nothing.
+It is a bound in this sense: no code, of any length and complexity, stores independent normal weights of variance
+sigma^2 in every direction in fewer bits at that loss. Normal weights need the most bits for their variance, so that the
+limit for real weights is at most this, and a plan may lie below it where a layer's weights have heavy tails or lie in
+few directions. The bytes of the eigenbases are not counted.
 
-The curvature is that of the calibration rows. Undamped, a direction that they do not excite takes no bits: the bound is
-that of the loss which the rows that a plan was fitted to say of it; a prediction made on other rows, and the held-out
-loss, ask for more. Damped as shaped grids are, it is the bound of what their rounding minimises, and says how much is
-lost between that metric and the bytes: at high rate, whole numbers coded at their entropy take 1/2 log2(pi e / 6), or
-0.25 bits, more than the bound for every weight (Gish & Pierce 1968).
+The curvature is that of the calibration rows. Undamped, a direction without variance on these rows takes no bits: the
+bound is for the loss on the rows that a plan was fitted to, and predictions on other rows and the held-out loss need
+more bits. Damped as for shaped grids, it is the bound for the objective of their rounding, and shows the loss between
+that objective and the bytes: at high rate, whole numbers coded at their entropy take 1/2 log2(pi e / 6), or 0.25 bits,
+more than the bound for every weight (Gish & Pierce 1968).
 """
 
 from collections.abc import Callable, Sequence
@@ -35,18 +35,18 @@ from hf_lossless.storage.plan import Damping
 from hf_lossless.theories.problem import Problem
 
 _FINEST_BITS = 10
-"""Bits of a layer's mean component at the finest of the usual levels, on average over layers."""
+"""Bits of a layer's mean component at the finest default level, on average over layers."""
 
 _LEVELS_PER_BIT = 4
 
 
 @dataclass(frozen=True)
 class Signals:
-    """What it costs to forget each component of a layer, `s_ki = rows_k columns_i`, in float64.
+    """The cost of zeroing each component of a layer, `s_ki = rows_k columns_i`, in float64.
 
     Attributes:
-        rows: 1/2 scale sigma^2 gamma_k, [out].
-        columns: lambda_i, [in], rising.
+        rows: Factors 1/2 scale sigma^2 gamma_k, [out].
+        columns: Factors lambda_i, [in], ascending.
     """
 
     rows: Tensor
@@ -54,7 +54,13 @@ class Signals:
 
     @classmethod
     def of(cls, matrix: Tensor, curvature: KroneckerFactors, damping: Damping | None = None) -> "Signals":
-        """Those of a layer's matrix [out, in]."""
+        """Computes the signals of a layer's matrix [out, in].
+
+        Args:
+            matrix: W [out, in].
+            curvature: Kronecker factors of the layer.
+            damping: Shares of the mean diagonals that are added to the factors; None: undamped.
+        """
         mean_square = matrix.detach().square().mean(dtype=torch.float64).item()
         row_share, column_share = (0.0, 0.0) if damping is None else (damping.rows, damping.columns)
         rows = _damped(eigenvalues(curvature.rows), row_share) * (0.5 * curvature.scale * mean_square)
@@ -62,17 +68,17 @@ class Signals:
 
     @property
     def largest(self) -> float:
-        """Of all components."""
+        """Returns the largest s_ki."""
         return (self.rows.max() * self.columns.max()).item()
 
     def at_levels(self, thetas: Tensor) -> tuple[Tensor, Tensor]:
-        """Bits and loss at each water level, both [levels].
+        """Computes bits and loss at each water level, both [levels].
 
-        Columns are sorted, so that of each row those above the water are the last few: with sums over the first
-        columns the whole takes out log(in) steps a level, where there are out in components.
+        Columns are sorted, so that the components above the water level are the last ones of each row: with cumulative
+        sums a level takes out log(in) steps for its out in components.
 
         Args:
-            thetas: [levels], float64, positive.
+            thetas: Water levels [levels], float64, positive.
         """
         columns = self.columns
         rows = self.rows[self.rows > 0]
@@ -80,7 +86,9 @@ class Signals:
         sums, log_sums = (torch.cat([one.new_zeros(1), one.cumsum(0)]) for one in (columns, logs))
         bits, losses = [], []
         for theta in thetas:
-            first = torch.searchsorted(columns, theta / rows, right=True)  # of each row the first above the water
+            first = torch.searchsorted(
+                columns, theta / rows, right=True
+            )  # the first column above the water level, for each row
             above = len(columns) - first
             bits.append(0.5 * ((rows / theta).log2() * above + log_sums[-1] - log_sums[first]).sum())
             losses.append((theta * above + rows * sums[first]).sum())
@@ -93,18 +101,18 @@ def rate_distortion(
     thetas: Sequence[float] | None = None,
     damping: Callable[[LayerKind], Damping | None] = lambda kind: None,
 ) -> list[tuple[float, float]]:
-    """The bound for a whole model: pairs of bytes and predicted rise of the mean loss, in nats.
+    """Computes the bound for a model: pairs of bytes and predicted rise of the mean loss, in nats.
 
     Args:
-        problem: With curvature in its statistics.
-        other_bytes: Bytes of the tensors that are no layer's weight; they are counted as they are.
-        thetas: Water levels, in nats for each component; None: a quarter of a bit apart, from the coarsest, where no
-            weight is left.
-        damping: Of the curvature of layers of a kind; None: it is not damped.
+        problem: The problem, with curvature in its statistics.
+        other_bytes: Bytes of all other tensors than layers' weights; they are added unchanged.
+        thetas: Water levels, in nats for each component; None: a quarter of a bit apart, from the coarsest, where all
+            weights are zero.
+        damping: Damping of the curvature for a kind of layer; None: undamped.
 
     Returns:
-        `(other_bytes + rate / 8, D)` for each level, in their order. A layer that no gradient reaches is counted as it
-        is, and costs nothing.
+        `(other_bytes + rate / 8, D)` for each level, in their order. A layer that no gradient reaches is counted with
+        its original bytes and no loss.
 
     Example:
         For a white spectrum it is D = out in s 4^(-bits per weight).
@@ -131,7 +139,14 @@ def rate_distortion(
 
 
 def eigenvalues(factor: Tensor) -> Tensor:
-    """Eigenvalues of a factor [n, n], or of a diagonal one [n]; float64, what is rounding error is 0."""
+    """Computes the eigenvalues of a factor [n, n], or of a diagonal one [n]; float64, rounding errors set to 0.
+
+    Args:
+        factor: Positive semi-definite factor [n, n], or its diagonal [n].
+
+    Returns:
+        The eigenvalues [n], float64.
+    """
     if factor.ndim == 1:
         return factor.double().clamp(min=0)
     found = torch.linalg.eigvalsh(factor.double().cpu())
@@ -140,18 +155,18 @@ def eigenvalues(factor: Tensor) -> Tensor:
 
 
 def _damped(values: Tensor, share: float) -> Tensor:
-    """Eigenvalues of a factor to which `share` of its mean diagonal is added."""
+    """Adds `share` of the mean diagonal of a factor to its eigenvalues."""
     return values + share * values.mean()
 
 
 def _curvature_of(layer: Layer, statistics: LayerStatistics) -> KroneckerFactors | None:
-    """None where the loss does not see the layer."""
+    """Returns the curvature of a layer; None where the loss does not depend on it."""
     assert statistics.curvature is not None, f"no curvature of {layer.name}"
     return statistics.curvature if statistics.has_derivatives else None
 
 
 def _usual_levels(signals: list[Signals]) -> list[float]:
-    """From the strongest component of all down to where a layer's mean component takes `_FINEST_BITS`."""
+    """Lists levels from the strongest component down to where a layer's mean component takes `_FINEST_BITS`."""
     largest = max(one.largest for one in signals)
     mean = sum((one.rows.mean() * one.columns.mean()).item() for one in signals) / len(signals)
     levels = [largest]

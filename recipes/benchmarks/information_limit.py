@@ -15,7 +15,7 @@ resnet-fashion-mnist most taps of the last convolutions see padding only, and co
    nearest to 13x.
 3. **loading**: that plan, minilm-sst2 only: time and memory of from_pretrained beside the original's.
 4. **effects**: single choices, each varied alone at equal bytes with one c for all layers (see limit_parts/effects.py),
-   on fewer test rows: feedback from both sides, rate-aware rounding, damping, calibration rows, the labels of the
+   on fewer test rows: feedback from both roots, rate-aware rounding, damping, calibration rows, the labels of the
    Fisher matrix, damping of embeddings.
 
 What is run replaces what the present JSON says of it; all else stays. The summary goes into recipes/README.md too.

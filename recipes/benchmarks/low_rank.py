@@ -45,10 +45,11 @@ import hf_lossless
 from hf_lossless import LosslessCompressionConfig
 from hf_lossless.calibration.curvature import KroneckerFactors, second_order_change
 from hf_lossless.calibration.statistics import Calibration, calibrate
+from hf_lossless.candidates.damping import RANKS
 from hf_lossless.candidates.descent import aligned_factors, largest_errors
 from hf_lossless.candidates.factored import propose_factored
 from hf_lossless.candidates.grids import Candidate
-from hf_lossless.candidates.low_rank import DAMPING, Factorisation, Factors, Whitening, factorise
+from hf_lossless.candidates.low_rank import Factorisation, Factors, Whitening, factorise
 from hf_lossless.candidates.parallel import for_each_layer
 from hf_lossless.candidates.ranks import largest_rank, ranks_to_try
 from hf_lossless.candidates.stored import stored_layer
@@ -91,9 +92,7 @@ class Bench:
         """Those layers that some rank makes smaller."""
         return {layer.name: layer.matrix for layer in self.layers if largest_rank(*layer.matrix.shape)}
 
-    def factorisations(
-        self, metrics: dict[str, KroneckerFactors], damping: float = DAMPING
-    ) -> dict[str, Factorisation]:
+    def factorisations(self, metrics: dict[str, KroneckerFactors], damping: float = RANKS) -> dict[str, Factorisation]:
         """Their SVDs, in the metrics where there are any."""
 
         def of_layer(layer: Layer) -> Factorisation:

@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from tiny_models import TINY_MODELS
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -19,8 +20,8 @@ from hf_lossless.calibration.curvature import (
 )
 from hf_lossless.calibration.statistics import calibrate
 from hf_lossless.data.batches import batch_loss
+from hf_lossless.errors import CalibrationError
 from hf_lossless.storage.layers import Layer, find_layers, modules_of
-from tests.tiny_models import TINY_MODELS
 
 Use = tuple[str, Tensor, Tensor]  # kind of module, input and output gradient of one call for one row
 
@@ -439,18 +440,115 @@ def test_other_dtypes(dtype):
         close(curvature.columns, wanted.columns, rtol=0.05)
 
 
-@pytest.mark.parametrize("size", [1e-12, 1e6], ids=["tiny", "huge"])
-def test_sizes_that_squares_in_float32_could_lose(size):
-    """Gradients of 1e-12 or 1e6, and as large inputs."""
-    model, batch = nn.Sequential(nn.Linear(6, 3)).eval(), classified(8)
-    plain = calibrate(model, [batch], find_layers(model), batch_loss, curvature=True).layers["0"].curvature
-    scaled = (
-        calibrate(model, [batch], find_layers(model), lambda m, b: batch_loss(m, b) * size, curvature=True)
-        .layers["0"]
-        .curvature
-    )
-    assert scaled.scale == pytest.approx(plain.scale * size**2, rel=1e-4)
-    close(scaled.rows, plain.rows)
+class Unit(nn.Module):
+    """One layer of each kind, whose inputs and gradients are multiplied by powers of two; its outputs stay the same."""
+
+    def __init__(self, inputs: int) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.factor = 2.0**inputs
+        self.conv = nn.Conv2d(2, 4, 3, bias=False)
+        self.grouped = nn.Conv2d(4, 6, 2, groups=2, bias=False)
+        self.linear = nn.Linear(6, 5, bias=False)
+        self.embedding = nn.Embedding(5, 5)
+        self.head = nn.Linear(5, 5, bias=False)
+        self.head.weight = self.embedding.weight
+
+    def forward(self, images):
+        for layer in (self.conv, self.grouped):
+            images = torch.tanh(layer(images * self.factor) / self.factor)
+        hidden = torch.tanh(self.linear(images.mean((2, 3)) * self.factor) / self.factor)
+        hidden = hidden + self.embedding(torch.arange(len(images)) % 3) * self.factor / self.factor
+        return self.head(hidden * self.factor) / self.factor
+
+
+def factors_of(inputs: int = 0, loss: int = 0, first_loss: int | None = None) -> dict:
+    """Statistics by layer, of two batches of a model with factors of two to these powers."""
+    model = Unit(inputs).eval()
+    generator = torch.Generator().manual_seed(0)
+    batches = [(torch.randn(4, 2, 5, 5, generator=generator), torch.arange(4) % 5) for _ in range(2)]
+    powers = iter([loss if first_loss is None else first_loss, loss])
+    layers = find_layers(model)
+    return calibrate(model, batches, layers, lambda m, b: batch_loss(m, b) * 2.0 ** next(powers), curvature=True).layers
+
+
+def assert_same_factors(found: KroneckerFactors, expected: KroneckerFactors) -> None:
+    assert torch.equal(found.rows, expected.rows) and torch.equal(found.columns, expected.columns)
+
+
+@pytest.mark.parametrize("power", [-80, -60, -34, -20, 20, 34, 60, 90], ids="2^{}".format)
+def test_sizes_that_squares_in_float32_would_lose(power):
+    """Of gradients of 1e-25 to 1e27, and of inputs: the same factors to the bit, and the scale that belongs to them."""
+    plain = factors_of()
+    for name, statistics in factors_of(loss=power).items():
+        assert_same_factors(statistics.curvature, plain[name].curvature)
+        assert statistics.curvature.scale == plain[name].curvature.scale * 4.0**power
+    for name, statistics in factors_of(inputs=power).items():  # gradients are as much smaller as inputs are larger
+        assert_same_factors(statistics.curvature, plain[name].curvature)
+        assert statistics.curvature.scale == plain[name].curvature.scale
+        if statistics.curvature.mean_input is not None:
+            assert torch.equal(statistics.curvature.mean_input / 2.0**power, plain[name].curvature.mean_input)
+
+
+@pytest.mark.parametrize(("first", "then"), [(-90, 0), (0, -90), (-90, -60), (90, 0), (0, 90), (-60, 60)], ids=str)
+def test_batches_of_different_sizes(first, then):
+    """Each half has its own factors; in the whole the larger gradients decide on the rows, inputs are as before."""
+    plain, found = factors_of(), factors_of(first_loss=first, loss=then)
+    larger = int(then > first)
+    for name, statistics in found.items():
+        for index, power in enumerate((first, then)):
+            assert_same_factors(statistics.halves[index], plain[name].halves[index])
+            assert statistics.halves[index].scale == plain[name].halves[index].scale * 4.0**power
+        assert statistics.curvature.is_finite
+        if name in ("conv", "linear"):
+            assert torch.equal(statistics.curvature.rows, plain[name].halves[larger].rows)
+            assert torch.equal(statistics.curvature.columns, plain[name].curvature.columns)
+            # Half of the rows have the larger gradients, and so have half of the positions.
+            assert statistics.curvature.scale == pytest.approx(statistics.halves[larger].scale / 2, rel=0.6)
+
+
+@pytest.mark.parametrize("power", [-126, -135, 100], ids="2^{}".format)
+def test_at_the_ends_of_float32_the_factors_are_positive_definite(power):
+    for statistics in factors_of(loss=power).values():
+        factors = statistics.curvature.damped(0.03)
+        assert factors.is_finite
+        for factor in (factors.rows, factors.columns):
+            assert (factor > 0).all() if factor.ndim == 1 else torch.linalg.eigvalsh(factor.double())[0] > 0.02
+
+
+def test_a_group_that_sees_next_to_nothing_beside_others():
+    """Its inputs' squares are no numbers of float32 in the unit of the others; nothing else goes wrong for it."""
+    model = nn.Sequential(nn.Conv2d(4, 4, 2, groups=2, bias=False), nn.Flatten(), nn.Linear(16, 3)).eval()
+    images = torch.randn(8, 4, 3, 3, generator=torch.Generator().manual_seed(0))
+    for small in (0.0, 1e-20, 1e-30):
+        batch = images * torch.tensor([1.0, 1.0, small, small]).view(4, 1, 1), torch.arange(8) % 3
+        found = calibrate(model, [batch], find_layers(model), batch_loss, curvature=True).layers["0"].curvature
+        assert found.is_finite and found.scale > 0
+        assert found.rows[:2].mean().item() == pytest.approx(2, rel=1e-5) and not found.rows[2:].gt(1e-30).any()
+        assert found.columns.diagonal().mean().item() == pytest.approx(1, rel=1e-5)
+
+
+def test_what_leaves_float32_is_named():
+    """Only a model in float64 has such gradients where its loss is finite."""
+    model = network().double()
+    inputs, targets = classified(8)
+    message = r"second moments of layer '0' overflow: .* too large for float32 \(3e38\)"
+    with pytest.raises(CalibrationError, match=message):
+        calibrate(
+            model,
+            [(inputs.double(), targets)],
+            find_layers(model),
+            lambda m, b: F.cross_entropy(m(b[0]), b[1]) * 1e60,
+            curvature=True,
+        )
+
+
+@pytest.mark.parametrize("power", [-100, -40, 40, 60], ids="2^{}".format)
+def test_tiny_and_huge_errors(power):
+    factors = KroneckerFactors(some_metric(4, False), some_metric(5, False, 1), 0.3)
+    error = torch.randn(4, 5, generator=torch.Generator().manual_seed(3))
+    change = second_order_change(error, factors)
+    assert second_order_change(error * 2.0**power, factors) == pytest.approx(change * 4.0**power, rel=1e-6)
 
 
 def test_sums_of_processes_are_added(monkeypatch):

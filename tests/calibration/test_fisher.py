@@ -1,4 +1,4 @@
-"""The curvature of drawn labels: the Fisher matrix of the model's own predictions."""
+"""The Fisher matrix of a model's own predictions: itself for few classes, by drawn labels for many."""
 
 import dataclasses
 
@@ -6,17 +6,18 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from hf_lossless.calibration.model_labels import DRAWS, drawn_batches, with_fisher
+from hf_lossless.calibration.fisher import fisher_batches, fisher_roots, with_fisher
+from hf_lossless.calibration.model_labels import DRAWS
 from hf_lossless.calibration.statistics import Calibration, calibrate
 from hf_lossless.data.batches import batch_loss
 from hf_lossless.storage.layers import find_layers
 
-FEATURES, CLASSES = 4, 3
+FEATURES, FEW, MANY = 4, 3, 7
 
 
-def softmax_model() -> nn.Linear:
+def softmax_model(classes: int = MANY) -> nn.Linear:
     torch.manual_seed(0)
-    return nn.Linear(FEATURES, CLASSES).eval()
+    return nn.Linear(FEATURES, classes).eval()
 
 
 def batches_of(*sizes: int) -> list[tuple[Tensor, Tensor]]:
@@ -25,8 +26,8 @@ def batches_of(*sizes: int) -> list[tuple[Tensor, Tensor]]:
     return [(torch.randn(rows, FEATURES, generator=generator), torch.zeros(rows, dtype=torch.long)) for rows in sizes]
 
 
-def prepared(*sizes: int) -> tuple[nn.Module, list, list, Calibration]:
-    model, batches = nn.Sequential(softmax_model()).eval(), batches_of(*sizes)
+def prepared(*sizes: int, classes: int = MANY) -> tuple[nn.Module, list, list, Calibration]:
+    model, batches = nn.Sequential(softmax_model(classes)).eval(), batches_of(*sizes)
     layers = find_layers(model)
     return model, batches, layers, calibrate(model, batches, layers, batch_loss, curvature=True)
 
@@ -34,7 +35,7 @@ def prepared(*sizes: int) -> tuple[nn.Module, list, list, Calibration]:
 @pytest.mark.parametrize("num_batches", [1, 2, 3])
 def test_halves_are_those_of_the_data(num_batches):
     model, batches = softmax_model(), batches_of(*range(2, 2 + num_batches))
-    drawn = drawn_batches(model, batches, seed=0)
+    drawn = fisher_batches(model, batches, seed=0)
     assert drawn.halves == [index % 2 for index in range(num_batches) for _ in range(DRAWS)]
     assert [len(targets) for _, targets in drawn.batches] == [len(x) for x, _ in batches for _ in range(DRAWS)]
     for index, (inputs, _) in enumerate(drawn.batches):
@@ -43,7 +44,7 @@ def test_halves_are_those_of_the_data(num_batches):
 
 def test_draws_follow_the_seed_and_the_batch():
     [batch] = batches_of(40)
-    first, again, other = (drawn_batches(softmax_model(), [batch, batch], seed) for seed in (1, 1, 2))
+    first, again, other = (fisher_batches(softmax_model(), [batch, batch], seed) for seed in (1, 1, 2))
     labels = [torch.stack([targets for _, targets in one.batches]) for one in (first, again, other)]
     assert torch.equal(labels[0], labels[1]) and not torch.equal(labels[0], labels[2])
     assert len({tuple(one.tolist()) for one in labels[0]}) == 2 * DRAWS  # though both batches are the same
@@ -54,13 +55,47 @@ def fisher_by_hand(model: nn.Module, batches: list) -> tuple[Tensor, Tensor, Ten
     inputs = torch.cat([x for x, _ in batches]).double()
     probabilities = model.double()(inputs).softmax(-1).detach()
     model.float()
-    gradients = probabilities[:, None] - torch.eye(CLASSES, dtype=torch.float64)  # row, label, class
+    gradients = probabilities[:, None] - torch.eye(probabilities.shape[1], dtype=torch.float64)  # row, label, class
     products = gradients[..., :, None] * gradients[..., None, :]
     of_rows = torch.einsum("nyij, ny -> nij", products, probabilities)
     closed = torch.diag_embed(probabilities) - probabilities[:, :, None] * probabilities[:, None]
     torch.testing.assert_close(of_rows, closed)
     variances = torch.einsum("nyij, ny -> nij", products.square(), probabilities) - closed.square()
     return closed.mean(0), variances.mean(0), inputs.T @ inputs / len(inputs)
+
+
+@pytest.mark.parametrize("classes", [2, 3, 5, 40])
+@pytest.mark.parametrize("sharpness", [0.0, 1.0, 30.0], ids=["even", "usual", "certain"])
+def test_roots_are_those_of_the_fisher_matrix(classes: int, sharpness: float):
+    probabilities = (sharpness * torch.randn(9, classes, generator=torch.Generator().manual_seed(0)).double()).softmax(
+        1
+    )
+    roots = fisher_roots(probabilities)
+    assert roots.shape == (9, classes, classes - 1) and roots.isfinite().all()
+    expected = torch.diag_embed(probabilities) - probabilities[:, :, None] * probabilities[:, None]
+    torch.testing.assert_close(roots @ roots.mT, expected, rtol=0, atol=1e-15)
+
+
+@pytest.mark.parametrize("classes", [2, FEW, 5])
+@pytest.mark.parametrize("half", [None, 0, 1], ids=["all", "even", "odd"])
+def test_of_few_classes_it_is_the_fisher_matrix_itself(half: int | None, classes: int):
+    model, batches, layers, calibration = prepared(20, 16, 9, classes=classes)
+    expected, _, columns = fisher_by_hand(model, batches if half is None else batches[half::2])
+    made = fisher_batches(model, batches, seed=0)
+    assert made.is_exact and len(made.batches) == (classes - 1) * len(batches)
+    [statistics] = with_fisher(calibration, model, made, layers).layers.values()
+    one = statistics.curvature if half is None else statistics.halves[half]
+    found = one.scale * one.rows.double() / columns.diagonal().mean()
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-7)
+    torch.testing.assert_close(one.columns.double(), columns / columns.diagonal().mean(), rtol=1e-4, atol=1e-5)
+
+
+def test_rows_of_which_some_are_left_out_are_drawn():
+    model, [batch] = softmax_model(FEW), batches_of(8)
+    assert fisher_batches(model, [batch], seed=0).is_exact
+    labels = batch[1].clone()
+    labels[3] = -100
+    assert not fisher_batches(model, [batch, (batch[0], labels)], seed=0).is_exact
 
 
 @pytest.mark.parametrize("half", [None, 0, 1], ids=["all", "even", "odd"])
@@ -75,7 +110,7 @@ def test_the_mean_over_draws_is_the_fisher_matrix(half):
 
     found = []
     for seed in range(seeds):
-        one = factors(with_fisher(calibration, model, drawn_batches(model, batches, seed), layers))
+        one = factors(with_fisher(calibration, model, fisher_batches(model, batches, seed), layers))
         # scale R (x) C is a product, and C has a mean diagonal of one
         found.append(one.scale * one.rows.double() / columns.diagonal().mean())
         torch.testing.assert_close(one.columns.double(), columns / columns.diagonal().mean(), rtol=1e-4, atol=1e-5)
@@ -90,7 +125,7 @@ def test_the_mean_over_draws_is_the_fisher_matrix(half):
 def test_all_but_the_curvature_is_that_of_the_data():
     model, batches, layers, calibration = prepared(6, 5, 4)
     advanced = []
-    drawn = drawn_batches(model, batches, seed=0)
+    drawn = fisher_batches(model, batches, seed=0)
     found = with_fisher(calibration, model, drawn, layers, lambda: advanced.append(1))
     assert len(advanced) == len(drawn.batches)
     before, after = calibration.layers["0"], found.layers["0"]
@@ -104,7 +139,7 @@ def test_the_model_is_left_as_it_was():
     model[0].bias.requires_grad_(False)
     model[0].weight.grad = torch.full_like(model[0].weight, 7.0)
     state = {name: value.clone() for name, value in model.state_dict().items()}
-    with_fisher(calibration, model, drawn_batches(model, batches, seed=0), layers)
+    with_fisher(calibration, model, fisher_batches(model, batches, seed=0), layers)
     assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
     assert model[0].weight.requires_grad and not model[0].bias.requires_grad
     assert (model[0].weight.grad == 7).all() and model[0].bias.grad is None
@@ -115,5 +150,5 @@ def test_the_model_is_left_as_it_was():
 def test_none_where_one_batch_cannot_be_drawn():
     good, bad = batches_of(3, 4)
     model = softmax_model()
-    assert drawn_batches(model, [good, good], seed=0) is not None
-    assert drawn_batches(model, [good, (bad[0], torch.zeros(4, CLASSES))], seed=0) is None
+    assert fisher_batches(model, [good, good], seed=0) is not None
+    assert fisher_batches(model, [good, (bad[0], torch.zeros(4, MANY))], seed=0) is None

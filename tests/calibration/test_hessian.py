@@ -1,12 +1,6 @@
 """Hessian-vector products against the dense Hessian; in one process and in two."""
 
-import doctest
-import json
 import math
-import os
-import subprocess
-import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -16,8 +10,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.func import functional_call
 from transformers.pytorch_utils import Conv1D
+from two_processes import in_two_processes
 
-from hf_lossless.calibration import hessian as module
 from hf_lossless.calibration.hessian import block_traces, hessian, sub_sample
 from hf_lossless.data.batches import batch_loss, num_examples
 from hf_lossless.errors import CalibrationError
@@ -96,11 +90,6 @@ def random_vectors(layers: list[Layer], seed: int = 1) -> dict[str, Tensor]:
     return {
         layer.name: torch.randn(layer.matrix.shape, generator=generator, dtype=layer.weight.dtype) for layer in layers
     }
-
-
-def test_docstring_examples():
-    result = doctest.testmod(module)
-    assert result.attempted and not result.failed
 
 
 def test_all_layers_at_once():
@@ -305,31 +294,14 @@ def _refusal(model: nn.Module, layers: list[Layer], batches: list) -> str:
 SIZES = {"uneven": (5, 3, 4), "one-batch": (5,)}  # with one, the second process has none
 
 
+def outcomes() -> dict:
+    return {name: outcome(sizes) for name, sizes in SIZES.items()}
+
+
 @pytest.fixture(scope="module")
 def two_processes(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
-    """What each of two processes found; this file, run by itself, is one of them."""
-    folder = tmp_path_factory.mktemp("processes")
-    shared = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
-    shared["GLOO_SOCKET_IFNAME"] = "lo0" if sys.platform == "darwin" else "lo"
-    shared |= {"CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-    programs = [
-        subprocess.Popen(
-            [sys.executable, __file__, str(folder)],
-            env=os.environ | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    try:
-        outputs = [program.communicate(timeout=120)[0] for program in programs]
-    finally:
-        for program in programs:
-            program.kill()
-            program.wait()
-    assert [program.returncode for program in programs] == [0, 0], "\n".join(outputs)
-    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
+    """What each of two processes found."""
+    return in_two_processes(outcomes, tmp_path_factory.mktemp("processes"))
 
 
 @pytest.mark.parametrize("sizes", SIZES)
@@ -406,12 +378,31 @@ def test_traces_depend_on_the_seed_alone():
     assert first == second != third
 
 
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    home = Path(sys.argv[1])
-    torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{home / 'store'}", rank=int(os.environ["RANK"]), world_size=2
-    )
-    results = {name: outcome(sizes) for name, sizes in SIZES.items()}
-    (home / f"{os.environ['RANK']}.json").write_text(json.dumps(results))
-    torch.distributed.destroy_process_group()
+@pytest.mark.parametrize("power", [-120, -100, -60, 60, 100])
+def test_a_tiny_or_huge_loss(power):
+    """Products with a loss of so many powers of two are as many times those of the loss itself."""
+    model, batches = Model(), batches_of()
+    layers = [layer for layer in find_layers(model) if layer.name != "unused"]
+    vectors = random_vectors(layers)
+    with hessian(model, batches, layers, batch_loss) as product:
+        expected = flat(product(vectors)).double()
+    with hessian(model, batches, layers, lambda model, batch: batch_loss(model, batch) * 2.0**power) as product:
+        found = flat(product(vectors))
+    assert found.dtype == torch.float64
+    torch.testing.assert_close(found / 2.0**power, expected, rtol=1e-3, atol=1e-5 * expected.abs().max().item())
+
+
+@pytest.mark.parametrize("power", [-90, 90])
+def test_inputs_so_small_that_the_second_derivative_is_no_number_of_float32(power):
+    """H has the inputs squared."""
+    inputs, targets = torch.randn(6, 4, generator=torch.Generator().manual_seed(0)), torch.arange(6) % 3
+    model = nn.Sequential(nn.Linear(4, 3)).eval()
+    layers = find_layers(model)
+    vectors = random_vectors(layers)
+    model[0].weight.data.zero_()
+    with hessian(model, [(inputs, targets)], layers, batch_loss) as product:
+        expected = product(vectors)["0"].double()
+    with hessian(model, [(inputs * 2.0**power, targets)], layers, batch_loss) as product:
+        found = product(vectors)["0"]
+    assert expected.abs().max() > 0.01
+    torch.testing.assert_close(found / 4.0**power, expected, rtol=1e-3, atol=1e-5)

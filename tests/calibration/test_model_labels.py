@@ -15,6 +15,13 @@ SHARP = 1e4
 """Scores so many times as large leave one label with a probability."""
 
 
+def drawn(model: nn.Module, batch, draws: torch.Generator) -> list:
+    """Copies of a batch with drawn labels."""
+    labels = scored_labels(model, batch)
+    assert labels is not None
+    return with_drawn_labels(batch, labels, draws)
+
+
 def generator(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
@@ -51,7 +58,7 @@ def test_classes_of_rows():
     sharp(model, model.classifier)
     with torch.no_grad():
         likeliest = model(**batch).logits.argmax(-1)
-    copies = with_drawn_labels(model, batch, generator())
+    copies = drawn(model, batch, generator())
     assert len(copies) == DRAWS and not torch.equal(likeliest, batch["labels"])
     for one in copies:
         assert one.keys() == batch.keys()
@@ -68,7 +75,7 @@ def test_classes_of_tokens_but_those_left_out():
     with torch.no_grad():
         likeliest = model(**batch).logits.argmax(-1)
     assert len(likeliest[~left_out].unique()) > 1
-    for one in with_drawn_labels(model, batch, generator()):
+    for one in drawn(model, batch, generator()):
         assert torch.equal(one["labels"], torch.where(left_out, -100, likeliest))
     [found] = scored_labels(model, batch).values()
     assert found.skipped == 0 and found.used_scores.shape == (int((~left_out).sum()), LABELS)
@@ -110,7 +117,7 @@ def test_ends_of_answers_but_those_behind_the_last_token():
     starts, ends = outputs.start_logits.argmax(-1), outputs.end_logits.argmax(-1)
     found = scored_labels(model, batch)
     assert [len(one.used_scores) for one in found.values()] == [3, 2]
-    copies = with_drawn_labels(model, batch, generator())
+    copies = drawn(model, batch, generator())
     assert len(copies) == DRAWS
     for one in copies:
         assert one["start_positions"].tolist() == [*starts[:3].tolist(), LENGTH]
@@ -124,7 +131,7 @@ def test_targets_of_a_pair():
     batch = [torch.randn(7, 5), torch.zeros(7, dtype=torch.long)]
     sharp(model, model)
     likeliest = model(batch[0]).argmax(-1)
-    for inputs, targets in with_drawn_labels(model, batch, generator()):
+    for inputs, targets in drawn(model, batch, generator()):
         assert torch.equal(inputs, batch[0]) and torch.equal(targets, likeliest)
     assert not torch.equal(batch[1], likeliest)
 
@@ -138,8 +145,8 @@ def test_targets_of_pixels_have_their_classes_in_the_second_dimension():
         model.weight *= SHARP
         likeliest = model(inputs).argmax(1)
     assert scored_labels(model, (inputs, targets))["targets"].loss == batch_loss(model, (inputs, targets))
-    for _, drawn in with_drawn_labels(model, (inputs, targets), generator()):
-        assert torch.equal(drawn, torch.where(targets == -100, -100, likeliest))
+    for _, found in drawn(model, (inputs, targets), generator()):
+        assert torch.equal(found, torch.where(targets == -100, -100, likeliest))
 
 
 class Returns(nn.Module):
@@ -171,14 +178,13 @@ SCORES, TARGETS = torch.zeros(2, 3), torch.tensor([0, 1])
 )
 def test_none_for_a_pair_without_cross_entropy(outputs, batch):
     assert scored_labels(Returns(outputs), batch) is None
-    assert with_drawn_labels(Returns(outputs), batch, generator()) is None
 
 
 def test_none_for_a_regression():
     model = bert(hf.BertForSequenceClassification, num_labels=1)
     batch = {**TINY_MODELS["bert"].inputs(rows=4), "labels": torch.randn(4)}
     assert torch.isfinite(batch_loss(model, batch))
-    assert with_drawn_labels(model, batch, generator()) is None
+    assert scored_labels(model, batch) is None
 
 
 def test_none_for_another_loss_of_the_same_labels():
@@ -202,7 +208,7 @@ def test_none_where_all_labels_are_left_out():
 
 def test_the_same_seed_draws_the_same():
     model, batch = bert(hf.BertForTokenClassification), token_batch()
-    first, again, other = (with_drawn_labels(model, batch, generator(seed)) for seed in (1, 1, 2))
+    first, again, other = (drawn(model, batch, generator(seed)) for seed in (1, 1, 2))
     labels = [torch.stack([one["labels"] for one in copies]) for copies in (first, again, other)]
     assert torch.equal(labels[0], labels[1]) and not torch.equal(labels[0], labels[2])
     assert not torch.equal(labels[0][0], labels[0][1])  # the copies are draws of their own
@@ -212,7 +218,7 @@ def test_the_same_seed_draws_the_same():
 def test_the_batch_is_left_as_it_was(make):
     batch, before = make(), make()
     model = bert(hf.BertForTokenClassification) if "labels" in batch else bert(hf.BertForQuestionAnswering, 2)
-    copies = with_drawn_labels(model, batch, generator())
+    copies = drawn(model, batch, generator())
     assert batch.keys() == before.keys() and all(torch.equal(batch[name], before[name]) for name in batch)
     changed = [name for name in batch if not torch.equal(copies[0][name], before[name])]
     assert changed == [name for name in batch if name in ("labels", "start_positions", "end_positions")]
@@ -222,7 +228,7 @@ def test_labels_are_as_frequent_as_they_are_probable():
     rows = 5000
     log_probabilities = torch.tensor([0.5, 0.3, 0.15, 0.05]).log()
     model = Returns(log_probabilities.expand(rows, 4))
-    copies = with_drawn_labels(model, (torch.zeros(rows, 1), torch.zeros(rows, dtype=torch.long)), generator())
+    copies = drawn(model, (torch.zeros(rows, 1), torch.zeros(rows, dtype=torch.long)), generator())
     frequencies = torch.cat([targets for _, targets in copies]).bincount(minlength=4) / (DRAWS * rows)
     probabilities = log_probabilities.exp()
     standard_errors = (probabilities * (1 - probabilities) / (DRAWS * rows)).sqrt()

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from tiny_models import TINY_MODELS
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import BertConfig, BertForSequenceClassification
@@ -10,7 +11,6 @@ from hf_lossless.calibration.statistics import Moments, calibrate
 from hf_lossless.data.batches import batch_loss
 from hf_lossless.errors import CalibrationError
 from hf_lossless.storage.layers import as_matrix, find_layers
-from tests.tiny_models import TINY_MODELS
 
 
 def network(seed: int = 0) -> nn.Sequential:

@@ -1,6 +1,5 @@
 """The ranges of ACIQ against a numerical search for the least mean squared error, and against the paper's numbers."""
 
-import doctest
 import math
 
 import pytest
@@ -8,7 +7,6 @@ import torch
 from scipy import integrate, stats
 from scipy.optimize import minimize_scalar
 
-from hf_lossless.candidates import clipping
 from hf_lossless.candidates.clipping import gaussian_clip, laplace_clip
 
 BITS = [pytest.param(bits, id=f"{bits}bit") for bits in range(1, 9)]
@@ -21,11 +19,6 @@ def clipping_error(alpha: float, bits: int, density: stats.rv_continuous) -> flo
     """2 int_alpha^inf (x - alpha)^2 f(x) dx + alpha^2 / (3 * 4^bits), the integral by quadrature."""
     tail, _ = integrate.quad(lambda x: (x - alpha) ** 2 * density.pdf(x), alpha, alpha + 60)
     return 2 * tail + alpha**2 / (3 * 4.0**bits)
-
-
-def test_docstring_examples():
-    result = doctest.testmod(clipping)
-    assert result.attempted and not result.failed
 
 
 @pytest.mark.parametrize("bits", BITS)

@@ -130,3 +130,16 @@ def test_smallest_rank_of_a_low_rank_matrix():
     assert smallest_rank(factorise(matrix), matrix, gradient, 3) is None
     assert smallest_rank(factorise(matrix * 1e-6), matrix * 1e-6, gradient * 0, 10) == 1
     assert TOLERANCE == 1e-2
+
+
+@pytest.mark.parametrize("power", [-120, -60, 60, 100])
+def test_the_size_of_the_gradient_does_not_matter(power):
+    matrix, gradient = draw(9, 7), draw(9, 7, seed=1)
+    factorisation = factorise(matrix)
+    if first_order(factorisation.truncated(3), matrix, gradient) <= 0:
+        gradient = -gradient
+    expected = aligned_factors(factorisation, 3, matrix, gradient)
+    assert not torch.equal(expected.right, factorisation.truncated(3).right)
+    found = aligned_factors(factorisation, 3, matrix, gradient * 2.0**power)
+    assert torch.equal(found.left, expected.left)
+    torch.testing.assert_close(found.right, expected.right)

@@ -1,6 +1,5 @@
 """Feedback against optimal brain quantisation written out, scales against least squares, descent against trying all."""
 
-import doctest
 import itertools
 from unittest import mock
 
@@ -12,13 +11,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from hf_lossless.candidates import feedback
+from hf_lossless.candidates.damping import FEEDBACK, FEEDBACK_OF_EMBEDDINGS, feedback_damping
 from hf_lossless.candidates.feedback import (
-    DAMPING,
-    EMBEDDING_DAMPING,
     Metric,
     _Lattice,
     coordinate_descent,
-    damping_of,
     error_feedback,
     quantise_in_metric,
     refit_scales,
@@ -55,7 +52,7 @@ def values_of(quantised: QuantisedMatrix) -> Tensor:
     return dequantise(quantised.codes, quantised.scales, quantised.zeros, quantised.grid)
 
 
-def damped(columns: Tensor, damping: float = DAMPING) -> Tensor:
+def damped(columns: Tensor, damping: float = FEEDBACK) -> Tensor:
     """H, float64."""
     columns = columns.double()
     mean = columns.diagonal().mean()
@@ -68,11 +65,11 @@ def costs(error: Tensor, cost: Tensor) -> Tensor:
     return torch.einsum("ri,ij,rj->r", error, cost, error)
 
 
-def costs_of(quantised: QuantisedMatrix, matrix: Tensor, columns: Tensor, damping: float = DAMPING) -> Tensor:
+def costs_of(quantised: QuantisedMatrix, matrix: Tensor, columns: Tensor, damping: float = FEEDBACK) -> Tensor:
     return costs(values_of(quantised) - matrix, damped(columns, damping))
 
 
-def alone(matrix: Tensor, grid: Grid, columns: Tensor, damping: float = DAMPING) -> QuantisedMatrix:
+def alone(matrix: Tensor, grid: Grid, columns: Tensor, damping: float = FEEDBACK) -> QuantisedMatrix:
     """One matrix on one grid."""
     [[quantised]] = quantise_in_metric(matrix[None], [[grid]], columns[None], damping)
     return quantised
@@ -107,14 +104,9 @@ def assert_alike(found: QuantisedMatrix, expected: QuantisedMatrix, matrix: Tens
     assert totals[0] == pytest.approx(totals[1], rel=1e-2, abs=1e-12)
 
 
-def test_docstring_example():
-    result = doctest.testmod(feedback)
-    assert result.attempted and not result.failed
-
-
 def test_damping_by_kind():
-    assert damping_of("embedding") == EMBEDDING_DAMPING
-    assert {damping_of(kind) for kind in ("linear", "conv1d", "conv2d")} == {DAMPING}
+    assert feedback_damping("embedding") == FEEDBACK_OF_EMBEDDINGS
+    assert {feedback_damping(kind) for kind in ("linear", "conv1d", "conv2d")} == {FEEDBACK}
 
 
 # The metric.
@@ -150,7 +142,7 @@ def test_the_metric_by_its_definition(kind, columns):
 
 def test_of_a_layer_without_inputs_the_metric_is_the_identity():
     batch = torch.stack([torch.zeros(4, 4), moments(4)])
-    metric = Metric.of(batch, DAMPING)
+    metric = Metric.of(batch, FEEDBACK)
     assert torch.equal(metric.cost[0], torch.eye(4)) and torch.equal(metric.root[0], torch.eye(4))
     assert not torch.equal(metric.cost[1], torch.eye(4))
     assert torch.equal(metric.column_weights[0], torch.ones(4))
@@ -190,7 +182,7 @@ def test_feedback_is_optimal_brain_quantisation(kind, block, group_size, symmetr
     """And its cost d H d' is the sum of e_i^2."""
     monkeypatch.setattr(feedback, "_BLOCK", block)
     batch, columns, rows, bits = 2, 13, 4, 3
-    metric = exact(Metric.of(torch.stack([moments(columns, seed, kind) for seed in range(batch)]), DAMPING))
+    metric = exact(Metric.of(torch.stack([moments(columns, seed, kind) for seed in range(batch)]), FEEDBACK))
     weights = torch.stack([random_matrix(columns, rows, 7 + seed) for seed in range(batch)]).double()
     before = weights.clone()
     lattice, _, _ = lattice_of(batch, columns, rows, bits, symmetric, group_size)
@@ -215,7 +207,7 @@ def test_feedback_is_optimal_brain_quantisation(kind, block, group_size, symmetr
 def test_inside_the_range_no_error_is_above_half_a_step():
     """Babai's bound: |(d U^-1)_i U_ii| <= scale / 2, so that the cost is at most that of half a step everywhere."""
     columns, rows = 12, 30
-    metric = exact(Metric.of(moments(columns)[None], DAMPING))
+    metric = exact(Metric.of(moments(columns)[None], FEEDBACK))
     weights = random_matrix(columns, rows)[None].double()
     scales = torch.full((1, columns, rows), 0.5).double()
     lattice = _Lattice(scales, torch.full((1, 1, rows), 512.0).double(), torch.full((1, 1, rows), 1023.0).double())
@@ -231,7 +223,7 @@ def test_inside_the_range_no_error_is_above_half_a_step():
 def test_under_the_identity_feedback_rounds_to_nearest():
     weights = random_matrix(9, 6)[None]
     lattice, _, _ = lattice_of(1, 9, 6, 4, True, None)
-    codes = error_feedback(weights.double(), lattice, exact(Metric.of(torch.zeros(1, 9, 9), DAMPING)))
+    codes = error_feedback(weights.double(), lattice, exact(Metric.of(torch.zeros(1, 9, 9), FEEDBACK)))
     nearest = (weights / lattice.scales + lattice.zeros).round().clamp(0, 15)
     assert torch.equal(codes, nearest)
 
@@ -328,7 +320,7 @@ def test_once_descent_stands_still_no_single_code_can_do_better(symmetric):
     cost = damped(moments(columns))
     weights = random_matrix(columns, rows).double()[None]
     lattice, _, _ = lattice_of(1, columns, rows, bits, symmetric, 2)
-    codes = error_feedback(weights, lattice, exact(Metric.of(moments(columns)[None], DAMPING)))
+    codes = error_feedback(weights, lattice, exact(Metric.of(moments(columns)[None], FEEDBACK)))
     for _ in range(50):
         before = codes.clone()
         codes = coordinate_descent(codes, weights, lattice, cost[None])
@@ -439,7 +431,7 @@ def test_members_of_a_batch_do_not_see_each_other(symmetric):
     columns = torch.stack([moments(21, seed, kind) for seed, kind in enumerate(["full", "zero", "dead", "one-row"])])
     widths = [2, 4, 2, 3]
     grids = [[Grid(bits=bits, group_size=8, symmetric=symmetric, rounding="feedback")] for bits in widths]
-    together = quantise_in_metric(matrices, grids, columns, DAMPING)
+    together = quantise_in_metric(matrices, grids, columns, FEEDBACK)
     for matrix, [grid], own, [found] in zip(matrices, grids, columns, together, strict=True):
         assert_alike(found, alone(matrix, grid, own), matrix, own)
 
@@ -452,7 +444,7 @@ def test_grids_side_by_side_are_as_each_alone(symmetric):
         [Grid(bits=bits, group_size=8, symmetric=symmetric, rounding="feedback") for bits in widths]
         for widths in ((1, 2, 3, 4, 8), (8, 1, 4, 2, 3))
     ]
-    together = quantise_in_metric(matrices, grids, columns, DAMPING)
+    together = quantise_in_metric(matrices, grids, columns, FEEDBACK)
     for matrix, own_grids, own, found in zip(matrices, grids, columns, together, strict=True):
         assert [one.grid for one in found] == own_grids
         for grid, one in zip(own_grids, found, strict=True):
@@ -464,9 +456,9 @@ def test_grids_side_by_side_are_as_each_alone(symmetric):
 def test_rows_at_once(at_once, symmetric, monkeypatch):
     matrices, columns = random_matrix(10, 12)[None].repeat(2, 1, 1), torch.stack([moments(12), moments(12, 3)])
     grids = [[Grid(bits=bits, group_size=5, symmetric=symmetric, rounding="feedback") for bits in (2, 4)]] * 2
-    whole = quantise_in_metric(matrices, grids, columns, DAMPING)
+    whole = quantise_in_metric(matrices, grids, columns, FEEDBACK)
     monkeypatch.setattr(feedback, "_ROWS_AT_ONCE", at_once)
-    parts = quantise_in_metric(matrices, grids, columns, DAMPING)
+    parts = quantise_in_metric(matrices, grids, columns, FEEDBACK)
     for member in range(2):
         for one, other in zip(parts[member], whole[member], strict=True):
             assert one.scales.shape == other.scales.shape
@@ -492,7 +484,7 @@ def test_of_a_diagonal_metric_only_the_scales_are_searched(symmetric, kind):
     matrices = torch.stack([random_matrix(7, 18, seed) for seed in range(2)])
     diagonals = torch.stack([moments(18, seed, kind).diagonal() for seed in range(2)])
     grids = [[Grid(bits=bits, group_size=5, symmetric=symmetric, rounding="feedback") for bits in (2, 4)]] * 2
-    found = quantise_in_metric(matrices, grids, diagonals, DAMPING)
+    found = quantise_in_metric(matrices, grids, diagonals, FEEDBACK)
     for matrix, diagonal, own_grids, results in zip(matrices, diagonals, grids, found, strict=True):
         for grid, one in zip(own_grids, results, strict=True):
             weights = damped(torch.diag(diagonal)).diagonal().float()

@@ -59,8 +59,8 @@ def test_the_first_entry_brings_nothing_and_a_diagonal_none(diagonal):
         [sum(root[j, i].item() ** 2 * shares[side.order[j]].item() for j in range(i)) for i in range(SIZE)],
         dtype=torch.float64,
     )
-    torch.testing.assert_close(side.carried(shares).double(), unordered(side, expected), rtol=1e-4, atol=1e-7)
-    assert diagonal == (not side.carried(shares).any())
+    torch.testing.assert_close(side.feedback_variance(shares).double(), unordered(side, expected), rtol=1e-4, atol=1e-7)
+    assert diagonal == (not side.feedback_variance(shares).any())
 
 
 @pytest.mark.parametrize(
@@ -88,7 +88,7 @@ def test_its_own_damped_factor_charges_one():
 def test_where_nothing_is_known_it_is_the_identity(diagonal):
     side = InverseRoot.of(torch.zeros(5) if diagonal else torch.zeros(5, 5), SHARE)
     assert torch.equal(side.unit_steps, torch.ones(5))
-    assert not side.carried(torch.ones(5)).any()
+    assert not side.feedback_variance(torch.ones(5)).any()
 
 
 @pytest.mark.parametrize("diagonal", ["", "rows", "columns", "rows columns"])

@@ -8,7 +8,8 @@ from test_round_packed import prepared
 
 from hf_lossless.calibration.statistics import Calibration
 from hf_lossless.candidates import round_coded as module_under_test
-from hf_lossless.candidates.coded import DAMPING, EMBEDDING_DAMPING, damping_of, propose_coded
+from hf_lossless.candidates.coded import propose_coded
+from hf_lossless.candidates.damping import SHAPED, SHAPED_OF_EMBEDDINGS, shaped_damping
 from hf_lossless.candidates.inverse_roots import InverseRoots
 from hf_lossless.candidates.round_coded import round_coded
 from hf_lossless.candidates.shaped import step_at, stored_steps
@@ -22,7 +23,7 @@ NAMES = ["embedding", "conv", "first", "second", "head"]
 
 def grid_of(layer: Layer, calibration: Calibration, resolution: float = 6.0) -> CodedGrid:
     out_features, in_features = layer.matrix.shape
-    damping = damping_of(layer.kind, 1.0)
+    damping = shaped_damping(layer.kind, 1.0)
     step = step_at(resolution, layer.matrix, InverseRoots.of(calibration.layers[layer.name].curvature, damping))
     return CodedGrid(step=step, damping=damping, shape=(out_features, in_features))
 
@@ -36,10 +37,10 @@ def test_each_layer_as_it_is_alone(largest_batch, monkeypatch):
     assert found.keys() == set(NAMES)
     for name, one in found.items():
         matrix, curvature = layers[name].matrix.detach(), calibration.layers[name].curvature
-        assert grids[name].damping == (EMBEDDING_DAMPING if name == "embedding" else DAMPING)
-        sides = InverseRoots.of(curvature, grids[name].damping)
-        rows, columns = stored_steps(sides.row_steps(grids[name].step)), stored_steps(sides.column_steps)
-        [codes] = round_two_sided(matrix[None], rows[None], columns[None], [sides.rows], [sides.columns])
+        assert grids[name].damping == (SHAPED_OF_EMBEDDINGS if name == "embedding" else SHAPED)
+        roots = InverseRoots.of(curvature, grids[name].damping)
+        rows, columns = stored_steps(roots.row_steps(grids[name].step)), stored_steps(roots.column_steps)
+        [codes] = round_two_sided(matrix[None], rows[None], columns[None], [roots.rows], [roots.columns])
         expected = codes * columns * rows[:, None]
         assert one.grid == grids[name] and codes.any()
         assert torch.equal(one.values.dense, expected) and not one.values.dense.requires_grad
@@ -118,7 +119,7 @@ def test_nothing_is_proposed_for_a_layer_that_no_gradient_reaches():
 
 def test_dampings_are_multiplied_by_the_scale():
     layers, calibration = prepared()
-    for name, default in {"first": DAMPING, "embedding": EMBEDDING_DAMPING}.items():
+    for name, default in {"first": SHAPED, "embedding": SHAPED_OF_EMBEDDINGS}.items():
         [one, *_] = propose_coded(layers[name], calibration.layers[name], seed=0, damping_scale=3.0)
-        assert one.coded.damping == damping_of(layers[name].kind, 3.0)
+        assert one.coded.damping == shaped_damping(layers[name].kind, 3.0)
         assert one.coded.damping.rows == 3 * default.rows and one.coded.damping.columns == 3 * default.columns

@@ -6,7 +6,8 @@ from torch import Tensor, nn
 
 from hf_lossless.calibration.statistics import Calibration, calibrate
 from hf_lossless.candidates import round_packed as module_under_test
-from hf_lossless.candidates.feedback import DAMPING, EMBEDDING_DAMPING, quantise_in_metric
+from hf_lossless.candidates.damping import FEEDBACK, FEEDBACK_OF_EMBEDDINGS
+from hf_lossless.candidates.feedback import quantise_in_metric
 from hf_lossless.candidates.round_packed import round_with_feedback
 from hf_lossless.candidates.uniform import on_grid, quantise
 from hf_lossless.data.batches import batch_loss
@@ -61,7 +62,7 @@ def test_each_layer_as_it_is_alone(symmetric, largest_batch, monkeypatch):
     assert found.keys() == bits.keys()
     for name, one in found.items():
         matrix, columns = layers[name].matrix.detach(), calibration.layers[name].curvature.columns
-        damping = EMBEDDING_DAMPING if name == "embedding" else DAMPING
+        damping = FEEDBACK_OF_EMBEDDINGS if name == "embedding" else FEEDBACK
         [[expected]] = quantise_in_metric(matrix[None], [[plans[name].grid]], columns[None], damping)
         assert one.grid == plans[name].grid
         assert torch.equal(one.codes, expected.codes)
@@ -88,7 +89,7 @@ def test_layers_with_a_diagonal_metric_beside_those_with_a_full_one(monkeypatch)
     found = round_with_feedback(list(layers.values()), plans, calibration)
     for name in names[:2]:
         columns = calibration.layers[name].curvature.columns
-        expected = quantise(layers[name].matrix, plans[name].grid, columns + DAMPING * columns.mean())
+        expected = quantise(layers[name].matrix, plans[name].grid, columns + FEEDBACK * columns.mean())
         assert torch.equal(found[name].codes, expected.codes)
 
 
@@ -98,5 +99,5 @@ def test_it_lowers_the_cost_on_the_calibration_rows():
     for name, one in round_with_feedback(list(layers.values()), plans, calibration).items():
         matrix, columns = layers[name].matrix.detach(), calibration.layers[name].curvature.columns
         errors = dequantise(one.codes, one.scales, one.zeros, one.grid), on_grid(matrix, plans[name].grid)
-        settled, nearest = (((error - matrix) @ columns * (error - matrix)).sum() for error in errors)
-        assert settled < 0.7 * nearest
+        fed_back, nearest = (((error - matrix) @ columns * (error - matrix)).sum() for error in errors)
+        assert fed_back < 0.7 * nearest

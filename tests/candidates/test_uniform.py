@@ -1,6 +1,5 @@
 """Grids against a reference that knows one group of plain Python floats at a time."""
 
-import doctest
 import itertools
 import math
 
@@ -10,7 +9,6 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from hf_lossless.candidates import uniform
 from hf_lossless.candidates.clipping import gaussian_clip, laplace_clip
 from hf_lossless.candidates.uniform import quantise
 from hf_lossless.storage.grid import QuantisedMatrix, dequantise, per_weight, stored_bytes
@@ -114,11 +112,6 @@ def matrices(draw: st.DrawFn) -> Tensor:
         elif kind == "sparse":
             row[1::2] = 0
     return matrix * 10.0 ** draw(st.sampled_from([0, 0, 0, -1, 3, -6, 6, -20, 20]))
-
-
-def test_docstring_example():
-    result = doctest.testmod(uniform)
-    assert result.attempted and not result.failed
 
 
 @NO_LIMIT

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import transformers as hf
+from round_trips import assert_same_model, outputs_of
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -40,11 +41,6 @@ def inputs_of(expected: dict[str, Any]) -> dict[str, Tensor]:
     return {"pixel_values": torch.linspace(low, high, shape.numel()).reshape(shape)}
 
 
-def logits(model: hf.PreTrainedModel, inputs: dict[str, Tensor]) -> Tensor:
-    with torch.no_grad():
-        return model(**inputs).logits
-
-
 @EACH_FOLDER
 def test_what_is_loaded_is_what_was_saved(folder: Path) -> None:
     expected, stored = read(folder / "expected.json"), read(folder / "config.json")["quantization_config"]
@@ -52,7 +48,7 @@ def test_what_is_loaded_is_what_was_saved(folder: Path) -> None:
     inputs = inputs_of(expected)
     model = load(folder, inputs)
     # Another machine adds in another order; where inputs are quantised, none lies near the middle of two levels.
-    torch.testing.assert_close(logits(model, inputs), torch.tensor(expected["logits"]), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(outputs_of(model, inputs), torch.tensor(expected["logits"]), atol=1e-5, rtol=1e-5)
 
     entry = model.config.quantization_config
     assert sorted({layer.kind for layer in entry.plan.layers.values()}) == expected["kinds"]
@@ -68,11 +64,7 @@ def test_saved_again_it_is_the_same(folder: Path, tmp_path: Path) -> None:
     model = load(folder, inputs)
     model.save_pretrained(tmp_path)
     again = load(tmp_path, inputs)
-    tensors, others = model.state_dict(), again.state_dict()
-    assert tensors.keys() == others.keys()
-    for name, tensor in tensors.items():
-        torch.testing.assert_close(others[name], tensor, atol=0, rtol=0, msg=lambda text, name=name: f"{name}: {text}")
-    assert torch.equal(logits(again, inputs), logits(model, inputs))
+    assert_same_model(again, model, inputs)
     entry, first = again.config.quantization_config, model.config.quantization_config
     assert (entry.plan, entry.certificate) == (first.plan, first.certificate)
 

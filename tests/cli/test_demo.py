@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from rich.console import Console
+from round_trips import assert_same_model
 from transformers import AutoModelForImageClassification
 
 from hf_lossless import html_report
@@ -56,21 +57,27 @@ def test_sizes(demo_run: DemoRun) -> None:
     assert f"{entry.size_bytes:,}" in demo_run.said
 
 
-def test_a_reload_computes_the_same_bits(demo_run: DemoRun) -> None:
-    models = [AutoModelForImageClassification.from_pretrained(demo_run.folder / "compressed") for _ in range(2)]
+def test_a_reload_is_the_same_model(demo_run: DemoRun) -> None:
+    one, other = (AutoModelForImageClassification.from_pretrained(demo_run.folder / "compressed") for _ in range(2))
     pixels = torch.randn(8, 3, 8, 8, generator=torch.Generator().manual_seed(0))
-    with torch.no_grad():
-        first, second = (model(pixel_values=pixels).logits for model in models)
-    assert torch.equal(first, second)
-    assert "outputs equal the saved one's, bit for bit" in demo_run.said
+    assert_same_model(one, other, {"pixel_values": pixels})
+    assert "tensors equal the saved one's, bit for bit, and its outputs to within rounding" in demo_run.said
 
 
 def test_a_reload_that_differs_is_an_error(demo_run: DemoRun) -> None:
     one, other = (AutoModelForImageClassification.from_pretrained(demo_run.folder / "original") for _ in range(2))
     batch = {"pixel_values": torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))}
     demo._refuse_difference(one, other, batch)
-    other.classifier.bias.data += 0.5
-    with pytest.raises(CheckpointError, match=r"outputs differ from the saved one's by up to 0\.5\. Please report"):
+    other.classifier.register_forward_hook(lambda module, inputs, output: output * (1 + 1e-6))
+    demo._refuse_difference(one, other, batch)  # as much as rounding may do
+    other.classifier.register_forward_hook(lambda module, inputs, output: output + 0.5)
+    with pytest.raises(CheckpointError, match=r"outputs differ from the saved one's by up to 0\.5, .* Please report"):
+        demo._refuse_difference(one, other, batch)
+    other.classifier.bias.data[0] += 1e-7
+    with pytest.raises(CheckpointError, match=r"^1 of .* tensors differ .* 'classifier\.bias'\. Please report"):
+        demo._refuse_difference(one, other, batch)
+    other.half()
+    with pytest.raises(CheckpointError, match=rf"^{len(other.state_dict())} of the reloaded model's tensors differ"):
         demo._refuse_difference(one, other, batch)
 
 

@@ -11,7 +11,6 @@ from typing import Any
 import datasets
 import pytest
 import torch
-from rich.console import Console
 from safetensors.torch import load_file, save_file
 from tiny_checkpoints import text_rows, without
 from transformers import (
@@ -23,7 +22,7 @@ from transformers import (
 
 from hf_lossless.certification.certificate import Certificate
 from hf_lossless.checkpoints.saved_folder import SavedFolder
-from hf_lossless.cli import main as cli
+from hf_lossless.cli import demo
 from hf_lossless.data import rows as calibration_data
 from hf_lossless.data.splits import three_splits
 from hf_lossless.reports.tables import SAVES_TIME
@@ -31,40 +30,27 @@ from hf_lossless.storage.modules.base import CompressedModule
 from hf_lossless.storage.plan import CompressionPlan
 
 HEAD = "classifier"
-Run = Callable[..., str]
+OutputOf = Callable[..., str]
+Run = Callable[..., tuple[int, str, str]]
 
 
 @pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    """Runs `hf-lossless ARGUMENTS`, which must end well, and gives what it writes to stdout."""
-
-    def run(*arguments: object) -> str:
-        monkeypatch.setattr(sys, "argv", ["hf-lossless", *map(str, arguments)])
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as exit:
-            cli.main()
-        printed = capsys.readouterr()
-        assert exit.value.code == 0, printed.err
-        return printed.out
-
-    return run
-
-
-@pytest.fixture
-def plan_with(run: Run, text_folder: Path, text_file: Path, tmp_path: Path) -> Callable[..., CompressionPlan]:
+def plan_with(
+    output_of: OutputOf, text_folder: Path, text_file: Path, tmp_path: Path
+) -> Callable[..., CompressionPlan]:
     """The plan that `hf-lossless compress` with these options saves."""
 
     def plan_with(*options: object, data: Path = text_file) -> CompressionPlan:
         out = tmp_path / f"small-{len(list(tmp_path.iterdir()))}"
-        run("compress", text_folder, "--data", data, "--out", out, *options)
+        output_of("compress", text_folder, "--data", data, "--out", out, *options)
         return SavedFolder.read(out).entry.plan
 
     return plan_with
 
 
-def test_text_from_compress_to_inspect(run: Run, text_folder: Path, text_file: Path, tmp_path: Path) -> None:
+def test_text_from_compress_to_inspect(output_of: OutputOf, text_folder: Path, text_file: Path, tmp_path: Path) -> None:
     out = tmp_path / "new/small"
-    said = run("compress", text_folder, "--data", text_file, "--out", out, "--ratio", 3)
+    said = output_of("compress", text_folder, "--data", text_file, "--out", out, "--ratio", 3)
 
     files = {"config.json", "model.safetensors", "tokenizer.json", "compression.json"}
     assert {path.name for path in out.iterdir()} >= files
@@ -74,15 +60,15 @@ def test_text_from_compress_to_inspect(run: Run, text_folder: Path, text_file: P
     assert any(isinstance(module, CompressedModule) for module in model.modules())
     assert f"{SavedFolder.read(out).entry.size_bytes:,} bytes" in said and "hf-lossless evaluate" in said
 
-    alone = json.loads(run("evaluate", out, "--data", text_file, "--json"))
-    beside = json.loads(run("evaluate", out, "--data", text_file, "--against", text_folder, "--json"))
+    alone = json.loads(output_of("evaluate", out, "--data", text_file, "--json"))
+    beside = json.loads(output_of("evaluate", out, "--data", text_file, "--against", text_folder, "--json"))
     keys = {"loss", "accuracy", "num_examples", "size_bytes", "ratio"}
     assert alone.keys() == keys
     compared = {"loss_change", "loss_change_error", "flips", "right_to_wrong", "wrong_to_right", "mean_kl"}
     assert beside.keys() == keys | compared | {"original"} and beside["original"].keys() == keys
     assert beside["loss_change"] == pytest.approx(beside["loss"] - beside["original"]["loss"], abs=1e-6)
     assert 0 <= beside["flips"] <= len(text_rows()) and beside["mean_kl"] > 0
-    said = run("evaluate", out, "--data", text_file, "--against", text_folder)
+    said = output_of("evaluate", out, "--data", text_file, "--against", text_folder)
     assert f"{beside['flips']} predictions changed" in said and f"KL divergence {beside['mean_kl']:.2g}" in said
     assert {key: beside[key] for key in keys} == alone
     assert beside["original"]["ratio"] == 1.0
@@ -94,12 +80,12 @@ def test_text_from_compress_to_inspect(run: Run, text_folder: Path, text_file: P
     assert (
         record.size_bytes == alone["size_bytes"] and record.chosen[0] == SavedFolder.read(out).entry.plan.tensor_bytes
     )
-    run("report", out)
+    output_of("report", out)
     page = tmp_path / "page.html"
-    assert str(page) in run("report", out, "--out", page)
+    assert str(page) in output_of("report", out, "--out", page)
     assert page.read_text() == (out / "report.html").read_text() and page.read_text().count("<img ") == 3
 
-    inspected = json.loads(run("inspect", out, "--json"))
+    inspected = json.loads(output_of("inspect", out, "--json"))
     assert inspected["size_bytes"] == alone["size_bytes"] and inspected["ratio"] == alone["ratio"]
     layer = inspected["layers"][HEAD]
     assert layer.keys() == {
@@ -114,9 +100,13 @@ def test_text_from_compress_to_inspect(run: Run, text_folder: Path, text_file: P
     }
 
 
-def test_images_from_compress_to_inspect(run: Run, image_folder: Path, image_file: Path, tmp_path: Path) -> None:
+def test_images_from_compress_to_inspect(
+    output_of: OutputOf, image_folder: Path, image_file: Path, tmp_path: Path
+) -> None:
     out = tmp_path / "small"
-    run("compress", image_folder, "--data", image_file, "--out", out, "--ratio", 3, "--task", "image-classification")
+    output_of(
+        "compress", image_folder, "--data", image_file, "--out", out, "--ratio", 3, "--task", "image-classification"
+    )
     assert AutoImageProcessor.from_pretrained(out, backend="pil").to_dict() == (
         AutoImageProcessor.from_pretrained(image_folder, backend="pil").to_dict()
     )
@@ -124,19 +114,21 @@ def test_images_from_compress_to_inspect(run: Run, image_folder: Path, image_fil
         AutoModelForImageClassification.from_pretrained(out).config.quantization_config.plan
         == SavedFolder.read(out).entry.plan
     )
-    evaluated = json.loads(run("evaluate", out, "--data", image_file, "--against", image_folder, "--json"))
+    evaluated = json.loads(output_of("evaluate", out, "--data", image_file, "--against", image_folder, "--json"))
     assert evaluated["ratio"] >= 3
-    assert json.loads(run("inspect", out, "--json"))["ratio"] == evaluated["ratio"]
+    assert json.loads(output_of("inspect", out, "--json"))["ratio"] == evaluated["ratio"]
 
 
-def test_size_bytes_are_those_of_the_folder(run: Run, text_folder: Path, text_file: Path, tmp_path: Path) -> None:
-    run("compress", text_folder, "--data", text_file, "--out", tmp_path / "small", "--ratio", 3)
+def test_size_bytes_are_those_of_the_folder(
+    output_of: OutputOf, text_folder: Path, text_file: Path, tmp_path: Path
+) -> None:
+    output_of("compress", text_folder, "--data", text_file, "--out", tmp_path / "small", "--ratio", 3)
     tensors = sum(tensor.nbytes for tensor in load_file(tmp_path / "small/model.safetensors").values())
     text = (tmp_path / "small/config.json").read_text()
     values = json.loads(text)
     del values["quantization_config"]
     plan = len(text) - len(json.dumps(values, indent=2, sort_keys=True) + "\n")
-    said = json.loads(run("inspect", tmp_path / "small", "--json"))
+    said = json.loads(output_of("inspect", tmp_path / "small", "--json"))
     assert said["size_bytes"] == tensors + plan
     assert said["original_bytes"] == sum(
         tensor.nbytes for tensor in load_file(text_folder / "model.safetensors").values()
@@ -144,12 +136,12 @@ def test_size_bytes_are_those_of_the_folder(run: Run, text_folder: Path, text_fi
 
 
 def test_tables_lose_nothing_on_a_narrow_terminal(
-    run: Run, text_folder: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    output_of: OutputOf, text_folder: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run("compress", text_folder, "--data", text_file, "--out", tmp_path / "small", "--ratio", 3)
-    monkeypatch.setattr(cli, "_console", Console(width=60))
+    output_of("compress", text_folder, "--data", text_file, "--out", tmp_path / "small", "--ratio", 3)
+    monkeypatch.setenv("COLUMNS", "60")
     plan = SavedFolder.read(tmp_path / "small").entry.plan
-    said = run("inspect", tmp_path / "small")
+    said = output_of("inspect", tmp_path / "small")
     columns = [[cell.strip() for cell in line.split("│")[1:-1]] for line in said.splitlines() if "│" in line]
     names = "".join(cells[0] for cells in columns)
     for name, layer in plan.layers.items():
@@ -157,13 +149,15 @@ def test_tables_lose_nothing_on_a_narrow_terminal(
         assert f"{layer.cost_bytes:,}" in said
     assert "predicted" in said and "everything else" in said
 
-    said = run("evaluate", tmp_path / "small", "--data", text_file, "--against", text_folder)
+    said = output_of("evaluate", tmp_path / "small", "--data", text_file, "--against", text_folder)
     assert all(word in said for word in ("compressed", "original", "bytes", "ratio", "loss", "accuracy", "rows"))
 
 
-def test_ranks_from_compress_to_inspect(run: Run, text_folder: Path, text_file: Path, tmp_path: Path) -> None:
+def test_ranks_from_compress_to_inspect(
+    output_of: OutputOf, text_folder: Path, text_file: Path, tmp_path: Path
+) -> None:
     out = tmp_path / "small"
-    said = run(
+    said = output_of(
         *("compress", text_folder, "--data", text_file, "--out", out),
         *("--ratio", 1.5, "--bits", "4,16", "--ranks", "auto"),
     )
@@ -171,7 +165,7 @@ def test_ranks_from_compress_to_inspect(run: Run, text_folder: Path, text_file: 
     plan = SavedFolder.read(out).entry.plan
     factored = {name: layer for name, layer in plan.layers.items() if layer.low_rank is not None}
     assert factored
-    inspected = json.loads(run("inspect", out, "--json"))
+    inspected = json.loads(output_of("inspect", out, "--json"))
     assert inspected["layers"].keys() == plan.layers.keys()
     for name, layer in inspected["layers"].items():
         low_rank = plan.layers[name].low_rank
@@ -186,7 +180,7 @@ def test_ranks_from_compress_to_inspect(run: Run, text_folder: Path, text_file: 
         assert layer["saves_time"] == (work < SAVES_TIME)
         assert len(layer["factor_bits"]) == 2 and set(layer["factor_bits"]) <= {4, 16}
     assert any(layer["multiplications"] < 1 for layer in inspected["layers"].values())
-    assert json.loads(run("evaluate", out, "--data", text_file, "--json"))["ratio"] >= 1.5
+    assert json.loads(output_of("evaluate", out, "--data", text_file, "--json"))["ratio"] >= 1.5
 
 
 def test_ranks_by_layer(plan_with: Callable[..., CompressionPlan]) -> None:
@@ -200,11 +194,11 @@ def test_ranks_by_layer(plan_with: Callable[..., CompressionPlan]) -> None:
     assert not any(layer.low_rank for layer in plan_with(*options).layers.values())
 
 
-def test_regimes_of_lod(run: Run, text_folder: Path, text_file: Path, tmp_path: Path) -> None:
+def test_regimes_of_lod(output_of: OutputOf, text_folder: Path, text_file: Path, tmp_path: Path) -> None:
     out = tmp_path / "small"
-    said = run("compress", text_folder, "--data", text_file, "--out", out, "--ratio", 3, "--theory", "lod")
+    said = output_of("compress", text_folder, "--data", text_file, "--out", out, "--ratio", 3, "--theory", "lod")
     assert "regime" in said and "measured" in said
-    inspected = json.loads(run("inspect", out, "--json"))
+    inspected = json.loads(output_of("inspect", out, "--json"))
     assert inspected["theory"] == "lod"
     for layer in inspected["layers"].values():
         if layer["kind"] == "kept":
@@ -277,19 +271,19 @@ def test_activation_bits(plan_with: Callable[..., CompressionPlan]) -> None:
     assert plain == plan_with("--ratio", 3, "--bits", "3", "--theory", "curvature") and plain.activations == "float"
 
 
-def test_storage(run: Run, text_folder: Path, text_file: Path, tmp_path: Path) -> None:
+def test_storage(output_of: OutputOf, text_folder: Path, text_file: Path, tmp_path: Path) -> None:
     out = tmp_path / "small"
     options = ("--storage", "fixed,entropy", "--ratio", 4)
-    said = run("compress", text_folder, "--data", text_file, "--out", out, *options)
+    said = output_of("compress", text_folder, "--data", text_file, "--out", out, *options)
     assert f"{SavedFolder.read(out).entry.size_bytes:,} bytes" in said
-    layers = json.loads(run("inspect", out, "--json"))["layers"]
+    layers = json.loads(output_of("inspect", out, "--json"))["layers"]
     coded = {name: layer for name, layer in layers.items() if layer["kind"] == "coded"}
     assert coded and all(layer["group_size"] is None and 0 < layer["bits"] < 16 for layer in coded.values())
     tensors = load_file(out / "model.safetensors")
     assert all(tensors[f"{name}.coded"].nbytes == layer["cost_bytes"] for name, layer in coded.items())
-    shown = run("inspect", out)
+    shown = output_of("inspect", out)
     assert all(f"{layer['bits']:.2f} coded" in shown for layer in coded.values())
-    evaluated = json.loads(run("evaluate", out, "--data", text_file, "--json"))
+    evaluated = json.loads(output_of("evaluate", out, "--data", text_file, "--json"))
     assert evaluated["ratio"] >= 4
 
 
@@ -333,16 +327,18 @@ def test_rows_without_labels_are_calibrated_on_the_models_predictions(
     )
 
 
-def test_an_empty_output_folder_is_taken(run: Run, text_folder: Path, text_file: Path, tmp_path: Path) -> None:
+def test_an_empty_output_folder_is_taken(
+    output_of: OutputOf, text_folder: Path, text_file: Path, tmp_path: Path
+) -> None:
     (tmp_path / "small").mkdir()
-    run("compress", text_folder, "--data", text_file, "--out", tmp_path / "small", "--ratio", 2)
+    output_of("compress", text_folder, "--data", text_file, "--out", tmp_path / "small", "--ratio", 2)
     assert SavedFolder.read(tmp_path / "small").entry.plan.layers
 
 
-def test_neighbourhood_of_a_text_model(run: Run, text_folder: Path, text_file: Path, tmp_path: Path) -> None:
+def test_neighbourhood_of_a_text_model(output_of: OutputOf, text_folder: Path, text_file: Path, tmp_path: Path) -> None:
     out = tmp_path / "new/found"
     layers = ("--layer", "bert.encoder.layer.1.*.query", "--layer", "word_embeddings", "--layer", HEAD)
-    said = run("neighbourhood", text_folder, "--data", text_file, "--out", out, *layers)
+    said = output_of("neighbourhood", text_folder, "--data", text_file, "--out", out, *layers)
     assert {path.name for path in out.iterdir()} == {"neighbourhood.json", "neighbourhood.png"}
     saved = json.loads((out / "neighbourhood.json").read_text())
     query = "bert.encoder.layer.1.attention.self.query"
@@ -352,14 +348,14 @@ def test_neighbourhood_of_a_text_model(run: Run, text_folder: Path, text_file: P
     assert "noise in weights" in said and "noise in activations" in said and HEAD in said and str(out) in said
     for gap in saved["layers"][HEAD]["weight"]["gaps"]:
         assert gap["first_order_gap"] == pytest.approx(abs(gap["measured"] - gap["first"]))
-    assert json.loads(run("neighbourhood", text_folder, "--data", text_file, *layers, "--json")) == saved
-    other = json.loads(run("neighbourhood", text_folder, "--data", text_file, *layers, "--json", "--seed", 1))
+    assert json.loads(output_of("neighbourhood", text_folder, "--data", text_file, *layers, "--json")) == saved
+    other = json.loads(output_of("neighbourhood", text_folder, "--data", text_file, *layers, "--json", "--seed", 1))
     assert other["layers"] != saved["layers"]
 
 
-def test_neighbourhood_of_an_image_model(run: Run, image_folder: Path, image_file: Path) -> None:
+def test_neighbourhood_of_an_image_model(output_of: OutputOf, image_folder: Path, image_file: Path) -> None:
     options = ("--samples", 4, "--task", "image-classification", "--json")
-    found = json.loads(run("neighbourhood", image_folder, "--data", image_file, *options))
+    found = json.loads(output_of("neighbourhood", image_folder, "--data", image_file, *options))
     assert found["num_examples"] == 4
     assert len(found["layers"]) == 8 and HEAD in found["layers"]  # spread over all
     for layer in found["layers"].values():
@@ -368,10 +364,10 @@ def test_neighbourhood_of_an_image_model(run: Run, image_folder: Path, image_fil
             assert response["gaps"][0]["second_order_gap"] < 1e-5
 
 
-def test_neighbourhood_of_rows_without_labels(run: Run, text_folder: Path, tmp_path: Path) -> None:
+def test_neighbourhood_of_rows_without_labels(output_of: OutputOf, text_folder: Path, tmp_path: Path) -> None:
     rows = tmp_path / "bare.csv"
     datasets.Dataset.from_list(without(text_rows(), "label")).to_csv(rows)
-    found = json.loads(run("neighbourhood", text_folder, "--data", rows, "--layer", HEAD, "--json"))
+    found = json.loads(output_of("neighbourhood", text_folder, "--data", rows, "--layer", HEAD, "--json"))
     assert found["loss"] < math.log(3)  # of the model's own predictions
 
 
@@ -390,15 +386,11 @@ def test_neighbourhood_says_what_is_wrong(
     text_folder: Path,
     text_file: Path,
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    run: Run,
 ) -> None:
     arguments = ("neighbourhood", text_folder, "--data", text_file, "--out", tmp_path / "out", *options)
-    monkeypatch.setattr(sys, "argv", ["hf-lossless", *map(str, arguments)])
-    with pytest.raises(SystemExit) as exit:
-        cli.main()
-    assert exit.value.code == 1
-    assert message in capsys.readouterr().err
+    status, _, complaint = run(*arguments)
+    assert status == 1 and message in complaint
     assert not (tmp_path / "out").exists()
 
 
@@ -413,47 +405,44 @@ def many_rows(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 
 def test_from_compress_to_certify(
+    output_of: OutputOf,
     run: Run,
     text_folder: Path,
     many_rows: tuple[Path, Path],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setattr("hf_lossless.certified_search.SEARCH_STEPS", 2)
     (rows, held_out), out = many_rows, tmp_path / "small"
     settings = ("--tolerance", 0.02, "--confidence", 0.9, "--metric-margin", 0.01)
     split = ("--certification-data", held_out, "--samples", 32, "--bits", "4,8,16")
-    said = run("compress", text_folder, "--data", rows, "--out", out, *settings, *split)
+    said = output_of("compress", text_folder, "--data", rows, "--out", out, *settings, *split)
     certificate = SavedFolder.read(out).entry.certificate
     assert certificate.passed and certificate.paragraph() in said and "Not smaller: " in said
     assert (certificate.evidence.tolerance, certificate.evidence.confidence) == (0.02, 0.9)
     assert certificate.evidence.metric_margin == 0.01
-    assert f"certificate: {certificate.verdict}" in run("inspect", out)
-    assert json.loads(run("inspect", out, "--json"))["certificate"] == certificate.to_dict()
+    assert f"certificate: {certificate.verdict}" in output_of("inspect", out)
+    assert json.loads(output_of("inspect", out, "--json"))["certificate"] == certificate.to_dict()
 
     check = ("certify", out, "--against", text_folder, "--data", held_out)
-    again = Certificate.from_dict(json.loads(run(*check, *settings, "--json")))
+    again = Certificate.from_dict(json.loads(output_of(*check, *settings, "--json")))
     assert again.evidence == certificate.evidence
     assert again.provenance.calibration_rows is None
     assert again.provenance.data_fingerprint == certificate.provenance.data_fingerprint
-    assert again.paragraph() in run(*check, *settings)
+    assert again.paragraph() in output_of(*check, *settings)
 
     for options, message in (
         (("--tolerance", -0.5), "the loss is not shown to have fallen by more than 0.5 of the original's"),
         (("--data", rows), "rows are fewer than the 500 that a certificate takes"),
     ):
-        monkeypatch.setattr(sys, "argv", ["hf-lossless", *map(str, (*check, *options))])
-        with pytest.raises(SystemExit) as exit:
-            cli.main()
-        assert exit.value.code == 1
-        assert message in capsys.readouterr().out
+        status, said, _ = run(*check, *options)
+        assert status == 1 and message in said
 
 
-def test_no_certificate_for_want_of_rows_is_no_error(run: Run, text_folder: Path, tmp_path: Path) -> None:
+def test_no_certificate_for_want_of_rows_is_no_error(output_of: OutputOf, text_folder: Path, tmp_path: Path) -> None:
     rows = tmp_path / "rows.jsonl"
     datasets.Dataset.from_list(text_rows(60)).to_json(rows)
-    said = run("compress", text_folder, "--data", rows, "--out", tmp_path / "small")
+    said = output_of("compress", text_folder, "--data", rows, "--out", tmp_path / "small")
     assert "Not certified: " in said and "are fewer than the 500 that a certificate takes" in said
     assert not SavedFolder.read(tmp_path / "small").entry.certificate.passed
 
@@ -468,17 +457,16 @@ def test_no_certificate_for_want_of_rows_is_no_error(run: Run, text_folder: Path
     ],
 )
 def test_certify_says_what_is_wrong(
-    run: Run,
+    output_of: OutputOf,
     case: str,
     message: str,
     text_folder: Path,
     text_file: Path,
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    run: Run,
 ) -> None:
     out, rows, options = tmp_path / "small", text_file, ()
-    run("compress", text_folder, "--data", text_file, "--out", out, "--ratio", 2, "--bits", "8")
+    output_of("compress", text_folder, "--data", text_file, "--out", out, "--ratio", 2, "--bits", "8")
     if case == "original":
         out = text_folder
     if case == "unlabelled":
@@ -490,21 +478,17 @@ def test_certify_says_what_is_wrong(
         tensors = load_file(out / "model.safetensors")
         tensors["classifier.bias"][0] = torch.nan
         save_file(tensors, out / "model.safetensors", {"format": "pt"})
-    arguments = ("certify", out, "--against", text_folder, "--data", rows, *options)
-    monkeypatch.setattr(sys, "argv", ["hf-lossless", *map(str, arguments)])
-    with pytest.raises(SystemExit) as exit:
-        cli.main()
-    assert exit.value.code == 1
-    assert message in capsys.readouterr().err
+    status, _, complaint = run("certify", out, "--against", text_folder, "--data", rows, *options)
+    assert status == 1 and message in complaint
 
 
-def test_demo(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_demo(output_of: OutputOf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What it does is in test_demo.py; here, where it does it."""
     folders: list[Path] = []
-    monkeypatch.setattr(cli, "run_demo", lambda out, console: folders.append(out))
+    monkeypatch.setattr(demo, "run_demo", lambda out, console: folders.append(out))
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    run("demo", "--out", tmp_path / "out")
-    run("demo")
+    output_of("demo", "--out", tmp_path / "out")
+    output_of("demo")
     assert folders[0] == tmp_path / "out"
     assert folders[1].parent == tmp_path and not list(folders[1].iterdir())
 
@@ -517,13 +501,13 @@ def test_python_m() -> None:
 
 
 @pytest.mark.slow
-def test_minilm_is_six_times_smaller_and_no_worse(run: Run, tmp_path: Path, assets: Path) -> None:
+def test_minilm_is_six_times_smaller_and_no_worse(output_of: OutputOf, tmp_path: Path, assets: Path) -> None:
     model = assets / "minilm-sst2"
     out, test = tmp_path / "small", tmp_path / "test.jsonl"
     test.write_text("".join((model / "test.jsonl").read_text().splitlines(keepends=True)[:800]))
     options = ("--ratio", 6, "--bits", "4,8", "--samples", 64)
-    run("compress", model, "--data", model / "validation.jsonl", "--out", out, *options)
-    held_out = json.loads(run("evaluate", out, "--data", test, "--against", model, "--json"))
+    output_of("compress", model, "--data", model / "validation.jsonl", "--out", out, *options)
+    held_out = json.loads(output_of("evaluate", out, "--data", test, "--against", model, "--json"))
     assert held_out["ratio"] >= 6
     assert held_out["loss"] <= held_out["original"]["loss"] + 0.01
     assert held_out["accuracy"] >= held_out["original"]["accuracy"] - 0.01

@@ -1,19 +1,12 @@
-"""One process and two give the same statistics, predictions and plan.
-
-This file is a test and, run by itself, one of the two processes: they meet by way of a file and talk over the loopback
-interface, with the environment that torchrun or `accelerate launch` sets.
-"""
+"""One process and two give the same statistics, predictions and plan."""
 
 import dataclasses
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor, nn
+from two_processes import in_two_processes
 
 from hf_lossless import LosslessCompressionConfig, compress
 from hf_lossless.data.processes import (
@@ -147,31 +140,21 @@ def close(expected: dict) -> dict:
     return pytest.approx(expected, rel=1e-4, abs=1e-10) if isinstance(expected, float) else expected
 
 
+def everything() -> dict:
+    """All of these, in one process of two."""
+    return {
+        **{name: outcome(sizes) for name, sizes in SIZES.items()},
+        "gaps": {name: gaps(sizes) for name, sizes in SIZES.items()},
+        "by_default": {name: by_default(sizes) for name, sizes in SIZES.items()},
+        "activations": {name: activations(sizes) for name, sizes in SIZES.items()},
+        "collectives": collectives(),
+    }
+
+
 @pytest.fixture(scope="module")
 def two_processes(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
     """What each of two processes found."""
-    folder = tmp_path_factory.mktemp("processes")
-    shared = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
-    shared["GLOO_SOCKET_IFNAME"] = "lo0" if sys.platform == "darwin" else "lo"
-    shared |= {"CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-    programs = [
-        subprocess.Popen(
-            [sys.executable, __file__, str(folder)],
-            env=os.environ | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    try:
-        outputs = [program.communicate(timeout=120)[0] for program in programs]
-    finally:
-        for program in programs:
-            program.kill()
-            program.wait()
-    assert [program.returncode for program in programs] == [0, 0], "\n".join(outputs)
-    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
+    return in_two_processes(everything, tmp_path_factory.mktemp("processes"))
 
 
 @pytest.mark.parametrize("sizes", SIZES)
@@ -262,18 +245,3 @@ def test_fewer_processes_in_accelerate_than_in_torch(monkeypatch):
         CalibrationError, match=r"set up for 1 process\(es\), torch.distributed runs 4.*PartialState\(cpu"
     ):
         own_share([])
-
-
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    home = Path(sys.argv[1])
-    torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{home / 'store'}", rank=int(os.environ["RANK"]), world_size=2
-    )
-    found: dict = {name: outcome(sizes) for name, sizes in SIZES.items()}
-    found["gaps"] = {name: gaps(sizes) for name, sizes in SIZES.items()}
-    found["by_default"] = {name: by_default(sizes) for name, sizes in SIZES.items()}
-    found["activations"] = {name: activations(sizes) for name, sizes in SIZES.items()}
-    found["collectives"] = collectives()
-    (home / f"{os.environ['RANK']}.json").write_text(json.dumps(found))
-    torch.distributed.destroy_process_group()

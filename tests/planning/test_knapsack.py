@@ -1,4 +1,3 @@
-import doctest
 import itertools
 import math
 
@@ -74,11 +73,6 @@ def layers(num_groups: int, num_candidates: int, seed: int, unit: int, jitter: i
     noise = rng.normal(size=costs.shape)
     losses = size * np.exp(rng.normal(size=(num_groups, 1)) + 0.2 * noise) * 2.0**-bits
     return costs.tolist(), losses.tolist()
-
-
-def test_docstring_example():
-    result = doctest.testmod(knapsack)
-    assert result.attempted and not result.failed
 
 
 @settings(max_examples=200, deadline=None)

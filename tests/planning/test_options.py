@@ -116,3 +116,11 @@ def test_predictions_are_short_in_the_plan():
     group = options_of(LAYER, [FINE], [Prediction(0.123456789)], [], may_stay_float=True)
     assert group[0].plan.predicted_loss_change == 0.1235
     assert torch.equal(LAYER.matrix, LAYER.weight)
+
+
+def test_tiny_costs_are_put_right_in_proportion():
+    """The predictions of rows that the model knows by heart may be 1e-80 nats, and one twice another all the same."""
+    fine = coded(1.0, 400, 1e-80)
+    group = options_of(LAYER, [fine], [Prediction(2e-80)], [], may_stay_float=True)
+    [right] = with_rounded_costs(group, {fine.coded: RoundedCost(440, 3e-80)})
+    assert right.plan.predicted_loss_change == pytest.approx(6e-80)

@@ -15,6 +15,7 @@ from hand_made_folders import LAYERS, certificate_of, many_layers, plan_of, reco
 import hf_lossless
 from hf_lossless import CheckpointError, PlanError, html_report
 from hf_lossless.cli import publish as cli_report
+from hf_lossless.reports import html
 from hf_lossless.storage.plan import Regime
 
 HOSTILE = {
@@ -57,6 +58,15 @@ class Page(HTMLParser):
         return [attributes for name, attributes in self.tags if name == tag]
 
 
+@pytest.fixture
+def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Empty pictures: drawing takes most of the time, and these tests do not look at them."""
+    monkeypatch.setattr(html, "svg_data_uri", lambda figure: "data:image/svg+xml;base64,")
+
+
+UNDRAWN = pytest.mark.usefixtures("undrawn")
+
+
 def page(tmp_path: Path, *arguments, name: str = "small", **settings) -> Page:
     return Page(html_report(save_folder(tmp_path / name, *arguments, **settings)))
 
@@ -82,6 +92,7 @@ def test_a_folder_with_everything(tmp_path: Path) -> None:
     assert "0 of 4 were measured alone" in found.said and "Integer arithmetic: " in found.said
 
 
+@UNDRAWN
 def test_a_folder_with_as_little_as_there_can_be(tmp_path: Path) -> None:
     grid = LAYERS["grid"].model_copy(update={"activation": None})
     found = page(tmp_path, plan_of({"head": grid}))
@@ -94,6 +105,7 @@ def test_a_folder_with_as_little_as_there_can_be(tmp_path: Path) -> None:
         assert heading not in found.said
 
 
+@UNDRAWN
 @pytest.mark.parametrize(
     ("settings", "headline", "tone"),
     [
@@ -112,11 +124,13 @@ def test_verdicts(settings: dict, headline: str, tone: str, tmp_path: Path) -> N
     assert verdict["class"] == f"verdict {tone}"
 
 
+@UNDRAWN
 def test_regimes_have_a_column(tmp_path: Path) -> None:
     layer = LAYERS["grid"].model_copy(update={"regime": Regime(snr=2.0, verdict="measured")})
     assert " regime " in page(tmp_path, plan_of({"head": layer}, theory="lod")).said
 
 
+@UNDRAWN
 @pytest.mark.parametrize("text", HOSTILE.values(), ids=list(HOSTILE))
 def test_what_a_folder_says_is_never_markup(text: str, tmp_path: Path) -> None:
     plain_plan = plan_of({"name": LAYERS["grid"], "other": LAYERS["factors"]})
@@ -151,6 +165,7 @@ def test_it_needs_nothing_from_elsewhere(tmp_path: Path) -> None:
     assert text.startswith("<!DOCTYPE html>\n")
 
 
+@UNDRAWN
 def test_the_policy_allows_its_own_script_alone(tmp_path: Path) -> None:
     text = html_report(save_folder(tmp_path / "small", plan_of()))
     [policy] = [meta["content"] for meta in Page(text).named("meta") if meta.get("http-equiv")]
@@ -170,6 +185,7 @@ def test_a_deep_model(tmp_path: Path) -> None:
     assert len(found.named("tr")) > 300 and "300 layers: " in found.said
 
 
+@UNDRAWN
 @pytest.mark.parametrize(
     ("architectures", "said"), [(None, "unknown"), ("Bare", "Bare"), (["A", "B"], "A, B"), ([1], "1")]
 )
@@ -194,6 +210,7 @@ def test_folders_that_cannot_be_reported(tmp_path: Path) -> None:
         html_report(folder)
 
 
+@UNDRAWN
 def test_a_report_replaces_a_report_and_nothing_else(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = save_folder(tmp_path / "small", plan_of())
     cli_report.report(folder)

@@ -1,7 +1,5 @@
 """Which modules are layers, and how each is seen as a matrix."""
 
-import doctest
-
 import pytest
 import torch
 from torch import Tensor, nn
@@ -9,7 +7,6 @@ from torch.nn.utils import parametrizations
 from transformers.pytorch_utils import Conv1D
 
 from hf_lossless.errors import ConfigurationError
-from hf_lossless.storage import layers
 from hf_lossless.storage.layers import Layer, as_matrix, find_layers, kind_of
 
 
@@ -27,11 +24,6 @@ class OwnInit(nn.Linear):
 
     def __init__(self, size: int) -> None:
         super().__init__(size, size)
-
-
-def test_docstring_example():
-    result = doctest.testmod(layers)
-    assert result.attempted and not result.failed
 
 
 @pytest.mark.parametrize(

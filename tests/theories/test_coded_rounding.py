@@ -64,9 +64,9 @@ def judged(layer: Layer, candidate: Candidate, of_layer: LayerStatistics) -> flo
     """Fitted to one half and judged by the other, both ways round, as estimated from samples."""
     cost = 0.0
     for fit, judge in (of_layer.halves, of_layer.halves[::-1]):
-        sides = InverseRoots.of(fit, candidate.coded.damping)
-        sample = Sample.of(layer.matrix, sides, torch.Generator().manual_seed(5))
-        cost += Judge.of(judge, sample, sides).cost(candidate.coded.step, try_step(candidate.coded.step, sample, sides))
+        roots = InverseRoots.of(fit, candidate.coded.damping)
+        sample = Sample.of(layer.matrix, roots, torch.Generator().manual_seed(5))
+        cost += Judge.of(judge, sample, roots).cost(candidate.coded.step, try_step(candidate.coded.step, sample, roots))
     return cost / 2
 
 
@@ -74,9 +74,9 @@ def in_full(layer: Layer, candidate: Candidate, of_layer: LayerStatistics) -> fl
     """The same with all rows rounded."""
     cost, matrix = 0.0, layer.matrix.detach()
     for fit, judge in (of_layer.halves, of_layer.halves[::-1]):
-        sides = InverseRoots.of(fit, candidate.coded.damping)
-        rows, columns = stored_steps(sides.row_steps(candidate.coded.step)), stored_steps(sides.column_steps)
-        [codes] = round_two_sided(matrix[None], rows[None], columns[None], [sides.rows], [sides.columns])
+        roots = InverseRoots.of(fit, candidate.coded.damping)
+        rows, columns = stored_steps(roots.row_steps(candidate.coded.step)), stored_steps(roots.column_steps)
+        [codes] = round_two_sided(matrix[None], rows[None], columns[None], [roots.rows], [roots.columns])
         cost += second_order_change(codes * rows[:, None] * columns - matrix, judge)
     return cost / 2
 

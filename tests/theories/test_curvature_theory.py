@@ -14,10 +14,10 @@ from hf_lossless.data.batches import batch_loss
 from hf_lossless.storage.grid import dequantise
 from hf_lossless.storage.layers import find_layers
 from hf_lossless.storage.plan import LayerPlan
-from hf_lossless.theories.cross_fit import CrossFit, rounding_change
 from hf_lossless.theories.curvature import predict
 from hf_lossless.theories.fitted_rounding import feedback_changes
 from hf_lossless.theories.problem import Problem
+from hf_lossless.theories.rank_changes import RankChanges, rounding_change
 
 
 def prepared(ranks="auto"):
@@ -56,7 +56,7 @@ def test_every_candidate_by_its_formula():
                     ].error(layer.matrix)
                     left = -error
                 rank = candidate.low_rank.rank
-                expected = CrossFit(statistics).changes(left, rank)[rank].item()
+                expected = RankChanges(statistics).changes(left, rank)[rank].item()
                 expected += rounding_change(candidate.factors, candidate.low_rank, statistics.curvature)
             assert prediction.loss_change == pytest.approx(expected, rel=1e-4, abs=1e-9)
             assert prediction.loss_change >= 0 and prediction.regime is None
@@ -116,11 +116,11 @@ def test_the_loss_of_other_rows_rises_as_predicted():
     weight = model[0].weight.data.clone()
     for candidate, prediction in zip(candidates["0"], predict(problem)["0"], strict=True):
         plan = LayerPlan(kind="grid", grid=candidate.grid, cost_bytes=1, predicted_loss_change=0.0)
-        settled = round_with_feedback(layers, {"0": plan}, calibration).get("0")  # codes by feedback
-        if settled is None:
+        fed_back = round_with_feedback(layers, {"0": plan}, calibration).get("0")  # codes by feedback
+        if fed_back is None:
             model[0].weight.data = weight + candidate.error(weight)
         else:
-            model[0].weight.data = dequantise(settled.codes, settled.scales, settled.zeros, settled.grid)
+            model[0].weight.data = dequantise(fed_back.codes, fed_back.scales, fed_back.zeros, fed_back.grid)
         after = sum(batch_loss(model, batch).item() * len(batch[1]) for batch in others) / 60_000
         assert after - before == pytest.approx(prediction.loss_change, rel=0.35)
         model[0].weight.data = weight

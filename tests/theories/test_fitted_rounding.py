@@ -8,7 +8,8 @@ from torch import Tensor, nn
 
 from hf_lossless.calibration.curvature import KroneckerFactors, second_order_change
 from hf_lossless.calibration.statistics import Calibration, LayerStatistics, Moments, calibrate
-from hf_lossless.candidates.feedback import DAMPING, EMBEDDING_DAMPING, quantise_in_metric
+from hf_lossless.candidates.damping import FEEDBACK, FEEDBACK_OF_EMBEDDINGS
+from hf_lossless.candidates.feedback import quantise_in_metric
 from hf_lossless.candidates.grids import Candidate
 from hf_lossless.candidates.round_packed import round_with_feedback
 from hf_lossless.candidates.uniform import quantise
@@ -71,7 +72,7 @@ def error_of(layer: Layer, grid: Grid, fit: KroneckerFactors, damping: float) ->
     return dequantise(one.codes, one.scales, one.zeros, one.grid) - matrix
 
 
-def crossed(layer: Layer, grid: Grid, statistics: LayerStatistics, damping: float = DAMPING) -> float:
+def crossed(layer: Layer, grid: Grid, statistics: LayerStatistics, damping: float = FEEDBACK) -> float:
     """The mean over both ways round of the whole layer's cost, fitted to one half and judged by the other."""
     even, odd = statistics.halves
     changes = [
@@ -98,15 +99,15 @@ def test_without_halves_it_is_judged_by_what_it_is_fitted_to():
     torch.manual_seed(0)
     statistics = statistics_of(row_shares(12), 20, halves=False)
     problem = problem_of({"one": nn.Linear(20, 12)}, {"one": statistics})
-    settled = []
+    fed_back = []
     for grid, change in feedback_changes(problem)["one"].items():
         plan = LayerPlan(kind="grid", grid=grid, cost_bytes=1, predicted_loss_change=0.0)
         one = round_with_feedback(problem.layers, {"one": plan}, problem.calibration)["one"]
         error = dequantise(one.codes, one.scales, one.zeros, one.grid) - problem.layers[0].matrix.detach()
-        settled.append(second_order_change(error, statistics.curvature))
-        assert 0.999 * settled[-1] <= change <= 1.1 * settled[-1]  # one round of descent instead of two
+        fed_back.append(second_order_change(error, statistics.curvature))
+        assert 0.999 * fed_back[-1] <= change <= 1.1 * fed_back[-1]  # one round of descent instead of two
     halved = problem_of({"one": problem.layers[0].module}, {"one": statistics_of(row_shares(12), 20)})
-    assert all(more > less for more, less in zip(feedback_changes(halved)["one"].values(), settled, strict=True))
+    assert all(more > less for more, less in zip(feedback_changes(halved)["one"].values(), fed_back, strict=True))
 
 
 @pytest.mark.parametrize("spread", [0.0, 50.0], ids=["even", "uneven"])
@@ -164,7 +165,7 @@ def test_layers_do_not_see_each_other(largest_batch, monkeypatch):
     assert together.keys() == modules.keys()
     for name, module in modules.items():
         problem = problem_of({name: module}, {name: statistics[name]})
-        damping = EMBEDDING_DAMPING if name == "embedding" else DAMPING
+        damping = FEEDBACK_OF_EMBEDDINGS if name == "embedding" else FEEDBACK
         for grid, change in feedback_changes(problem)[name].items():
             assert together[name][grid] == pytest.approx(change, rel=1e-2)
             assert change == pytest.approx(crossed(problem.layers[0], grid, statistics[name], damping), rel=1e-3)
@@ -226,7 +227,7 @@ def test_it_says_what_other_rows_of_a_calibration_say():
     grid = quantise(layer.matrix, Grid(bits=3, group_size=8, rounding="feedback")).grid
     problem = Problem(model, [], batch_loss, [layer], few, {"0": [Candidate(grid, 1)]})
     predicted = feedback_changes(problem)["0"][grid]
-    error = error_of(layer, grid, few.layers["0"].curvature, DAMPING)
+    error = error_of(layer, grid, few.layers["0"].curvature, FEEDBACK)
     truth = second_order_change(error, many)
     own = second_order_change(error, few.layers["0"].curvature)
     assert own < 0.8 * truth, "judged by its own rows it looks too good"

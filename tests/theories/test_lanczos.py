@@ -1,13 +1,10 @@
 """Lanczos against a dense solver and against ARPACK."""
 
-import doctest
-
 import pytest
 import torch
 from scipy.sparse.linalg import eigsh
 from torch import Tensor
 
-from hf_lossless.theories import lanczos as module
 from hf_lossless.theories.lanczos import lanczos
 
 
@@ -33,11 +30,6 @@ def times(matrix: Tensor):
 def true_residuals(matrix: Tensor, pairs) -> Tensor:
     vectors = pairs.vectors.double()
     return (matrix @ vectors - vectors * pairs.values).norm(dim=0)
-
-
-def test_docstring_example():
-    result = doctest.testmod(module)
-    assert result.attempted and not result.failed
 
 
 @pytest.mark.parametrize("eigenvalues", [DEFINITE, INDEFINITE], ids=["definite", "indefinite"])

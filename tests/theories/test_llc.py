@@ -1,6 +1,5 @@
 """LLC's prediction against the lines of its Algorithm 1, written out slowly."""
 
-import doctest
 import itertools
 import math
 
@@ -23,8 +22,8 @@ from hf_lossless.theories.problem import Problem
 
 
 @pytest.fixture(autouse=True)
-def _no_boundary(monkeypatch):
-    """The formula, whatever the size of the noise; see test_boundary for the refusals."""
+def _no_noise_limit(monkeypatch):
+    """The formula, whatever the size of the noise; see test_noise_limits for the refusals."""
     monkeypatch.setattr("hf_lossless.theories.noise_limits.SECOND_ORDER", float("inf"))
 
 
@@ -37,11 +36,6 @@ def change(**values: float) -> float:
         ("input_change", "input_step", "input_noise", "weight_change", "weight_step", "weight_noise"), 0.0
     )
     return predicted_loss_change(**(zero | values))
-
-
-def test_docstring_example():
-    result = doctest.testmod(llc)
-    assert result.attempted and not result.failed
 
 
 def test_both_terms():

@@ -25,9 +25,9 @@ from hf_lossless.theories.neighbourhood import (
     Neighbourhood,
     NoiseGap,
     NoiseResponse,
+    evenly_spaced_layers,
     named_layers,
     neighbourhood,
-    spread_layers,
 )
 from hf_lossless.theories.problem import Problem, measured_change
 
@@ -292,9 +292,9 @@ def test_which_layers():
     model = Model()
     layers = find_layers(model)
     names = [layer.name for layer in layers]
-    assert spread_layers(layers) == layers
-    assert [layer.name for layer in spread_layers(layers, 2)] == [names[0], names[-1]]
-    spread = spread_layers(list(range(41)))
+    assert evenly_spaced_layers(layers) == layers
+    assert [layer.name for layer in evenly_spaced_layers(layers, 2)] == [names[0], names[-1]]
+    spread = evenly_spaced_layers(list(range(41)))
     assert len(set(spread)) == 8 and (spread[0], spread[-1]) == (0, 40)
     assert [layer.name for layer in named_layers(layers, ["linear", "conv*"])] == ["conv1d", "linear", "conv2d"]
     assert [layer.name for layer in named_layers(find_layers(Tied()), ["head"])] == ["embedding"]

@@ -9,7 +9,7 @@ from torch import nn
 
 from hf_lossless.calibration.curvature import KroneckerFactors, second_order_change
 from hf_lossless.calibration.statistics import calibrate
-from hf_lossless.candidates.coded import DAMPING
+from hf_lossless.candidates.damping import SHAPED
 from hf_lossless.candidates.inverse_roots import InverseRoots
 from hf_lossless.candidates.round_coded import round_coded
 from hf_lossless.candidates.shaped import step_at
@@ -70,14 +70,14 @@ def test_uniform_steps_take_a_quarter_of_a_bit_more():
     """At high rate, in the damped metric that shapes them: 1/2 log2(pi e / 6) bits for normal weights."""
     generator = torch.Generator().manual_seed(6)
     W, factors = torch.randn(256, 128, generator=generator), _factors(7, 256, 128)
-    sides = InverseRoots.of(factors, DAMPING)
-    step = step_at(8.0, W, sides)
-    rows, columns = sides.row_steps(step), sides.column_steps
-    codes = round_two_sided(W[None], rows[None], columns[None], [sides.rows], [sides.columns])[0]
-    damped = replace(factors, rows=factors.damped(DAMPING.rows).rows, columns=factors.damped(DAMPING.columns).columns)
+    roots = InverseRoots.of(factors, SHAPED)
+    step = step_at(8.0, W, roots)
+    rows, columns = roots.row_steps(step), roots.column_steps
+    codes = round_two_sided(W[None], rows[None], columns[None], [roots.rows], [roots.columns])[0]
+    damped = replace(factors, rows=factors.damped(SHAPED.rows).rows, columns=factors.damped(SHAPED.columns).columns)
     loss = second_order_change(codes * rows[:, None] * columns - W, damped)
     theta = torch.tensor([loss / W.numel()], dtype=torch.float64)  # above the water everywhere
-    bits, bound = Signals.of(W, factors, DAMPING).at_levels(theta)
+    bits, bound = Signals.of(W, factors, SHAPED).at_levels(theta)
     assert bound.item() == pytest.approx(loss, rel=1e-3)
     spread = codes.abs().mean(0, keepdim=True) * codes.abs().mean(1, keepdim=True) / codes.abs().mean()
     deviation = spread * math.sqrt(math.pi / 2)
@@ -154,7 +154,7 @@ def test_layers_rounded_on_shaped_grids_lie_above_it(problem):
     bound = rate_distortion(problem, 0)
     unused = 8 * 8 * 4
     for step in (1e-3, 1e-2, 0.1):
-        grids = {layer.name: CodedGrid(step=step, damping=DAMPING, shape=tuple(layer.matrix.shape)) for layer in layers}
+        grids = {layer.name: CodedGrid(step=step, damping=SHAPED, shape=tuple(layer.matrix.shape)) for layer in layers}
         coded = round_coded(layers, grids, problem.calibration)
         num_bytes = unused + sum(one.cost_bytes for one in coded.values())
         loss = sum(one.cost for one in coded.values())

@@ -1,4 +1,6 @@
-"""Other formats that a compressed checkpoint can be written in, which stock transformers loads: `FORMATS`.
+"""Other formats that a compressed checkpoint can be written in, without this package: `FORMATS`.
+
+Stock transformers loads all but "onnx", which is a graph and no set of tensors: it has a folder of its own.
 
 This file loads none of them, so that a command line can name them at no cost.
 """
@@ -48,4 +50,5 @@ FORMATS = {
     "dense": Format("dense"),
     "compressed-tensors": Format("compressed_tensors", "compressed-tensors"),
     "gemma": Format("gemma"),
+    "onnx": Format("onnx"),
 }

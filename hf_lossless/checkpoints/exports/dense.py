@@ -6,6 +6,7 @@ the compression but the values. Where factors were multiplied one after the othe
 
 from typing import Any
 
+import torch
 from transformers import PreTrainedModel
 
 from hf_lossless.checkpoints.exports.convert import Stored, compressed_module
@@ -20,7 +21,7 @@ def store(model: PreTrainedModel, name: str, layer_plan: LayerPlan) -> Stored:
 
 def store_weight(module: CompressedModule) -> Stored:
     """The weight in its original shape; its input, where it was quantised, will stay in floating point."""
-    return Stored({"weight": module.weight.detach().contiguous()})
+    return Stored({"weight": module.weight.detach().clone(memory_format=torch.contiguous_format)})
 
 
 def quantization_config(model: PreTrainedModel, stored: dict[str, Stored]) -> dict[str, Any] | None:

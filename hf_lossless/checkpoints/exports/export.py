@@ -20,6 +20,7 @@ import transformers
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from hf_lossless.checkpoints.entry import meet_demand
 from hf_lossless.checkpoints.exports import FORMATS, dense
 from hf_lossless.checkpoints.exports.convert import NotCarried, Stored, model_dtype
 from hf_lossless.checkpoints.files import new_folder, refuse_occupied
@@ -27,6 +28,7 @@ from hf_lossless.checkpoints.saved_folder import SavedFolder, tensor_sizes
 from hf_lossless.errors import CheckpointError, ConfigurationError, reason
 from hf_lossless.storage.modules.base import CompressedModule, compressed_layers
 from hf_lossless.storage.plan import json_bytes
+from hf_lossless.storage.runtime.optimize import optimize
 
 _LEFT_BEHIND = (
     *("*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json"),  # written anew
@@ -42,7 +44,7 @@ class ExportResult:
 
     Attributes:
         format: Name of the format.
-        size_bytes: All tensors, and the entry "quantization_config" of config.json.
+        size_bytes: All tensors, and the entry "quantization_config" of config.json; or an ONNX file.
         compressed_bytes: The same of the checkpoint it was made from.
         carried: Names of the layers that the format carries.
         dense: Why the other compressed layers are in floating point now, by their names.
@@ -50,6 +52,8 @@ class ExportResult:
         rounded: Names of the layers whose scales had to be rounded to it (the bound is in `exports.convert`).
         float_inputs: Names of the layers whose inputs are quantised in the checkpoint, and are not any more.
         certified: Whether the checkpoint has a certificate, which the export has not.
+        runtime: What an ONNX graph is for; None for other formats.
+        difference: Of its outputs from the model's on random inputs, in parts of their size.
     """
 
     format: str
@@ -61,10 +65,17 @@ class ExportResult:
     rounded: tuple[str, ...]
     float_inputs: tuple[str, ...]
     certified: bool
+    runtime: str | None = None
+    difference: float | None = None
 
 
 def export(
-    folder: str | os.PathLike[str], out: str | os.PathLike[str], format: str, *, allow_dense: bool = False
+    folder: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    format: str,
+    *,
+    allow_dense: bool = False,
+    runtime: str | None = None,
 ) -> ExportResult:
     """Writes a compressed checkpoint in another format, which needs no hf_lossless.
 
@@ -74,9 +85,10 @@ def export(
     Args:
         folder: A folder with a compressed checkpoint.
         out: The folder to write; must not exist, or be empty. It is written whole or not at all.
-        format: "dense", "compressed-tensors" or "gemma".
+        format: "dense", "compressed-tensors", "gemma" or "onnx".
         allow_dense: Keep in floating point what the format cannot carry: weights, and the inputs of layers where they
-            are quantised.
+            are quantised. The format "onnx" carries all.
+        runtime: What a graph of the format "onnx" is for: "fast" (the default), "small" or "standard".
 
     Returns:
         Sizes, and what became of each compressed layer.
@@ -84,7 +96,8 @@ def export(
     Raises:
         CheckpointError: `folder` holds no compressed checkpoint, or `out` cannot be written or lies inside it.
         ConfigurationError: The format is unknown, needs a package that is not there, cannot carry some layers (they are
-            listed), or stock transformers does not load what it makes of this architecture.
+            listed), or stock transformers does not load what it makes of this architecture; or the runtime is unknown,
+            or given for another format than "onnx".
 
     Example:
         >>> export("no-such-folder", "out", "dense")
@@ -96,8 +109,12 @@ Give a folder written by hf_lossless.
     if format not in FORMATS:
         raise ConfigurationError(f"the format {format!r} is unknown. Take one of {', '.join(FORMATS)}.")
     chosen, saved = FORMATS[format], SavedFolder.read(folder)
+    if runtime is not None and format != "onnx":
+        raise ConfigurationError(f"runtime={runtime!r} is for the format onnx, not for {format}. Leave it out.")
     _refuse_inside(folder, out)
     refuse_occupied(out)
+    if format == "onnx":
+        return _export_graph(saved, out, "fast" if runtime is None else runtime)
     if chosen.package is not None and find_spec(chosen.package.replace("-", "_")) is None:
         raise ConfigurationError(
             f"the format {format} is loaded with the package {chosen.package}, which is not installed. "
@@ -132,6 +149,32 @@ Give a folder written by hf_lossless.
         rounded=tuple(name for name, layer in stored.items() if layer.rounded),
         float_inputs=tuple(name for name, module in modules.items() if module.activation is not None),
         certified=saved.entry.certificate is not None,
+    )
+
+
+def _export_graph(saved: SavedFolder, out: Path, runtime: str) -> ExportResult:
+    """Writes the folder of the format "onnx"."""
+    from hf_lossless.checkpoints.exports.onnx.export import checked_runtime, refuse_missing_packages, write_onnx
+
+    asked = checked_runtime(runtime)
+    refuse_missing_packages()
+    model = _load(saved)
+    dtype, names = model_dtype(model), tuple(compressed_layers(model))
+    with new_folder(out) as temporary:
+        written = write_onnx(model, saved.path, temporary, asked)
+        _carry_over(saved.path, temporary)
+    return ExportResult(
+        format="onnx",
+        size_bytes=written.num_bytes,
+        compressed_bytes=saved.entry.size_bytes,
+        carried=names,
+        dense={},
+        dtype=dtype,
+        rounded=(),
+        float_inputs=(),
+        certified=saved.entry.certificate is not None,
+        runtime=asked,
+        difference=written.difference,
     )
 
 
@@ -171,6 +214,8 @@ def _load(saved: SavedFolder) -> PreTrainedModel:
             "lacks: stock transformers could not load an export of it."
         )
     model: PreTrainedModel = model_class.from_pretrained(saved.path)
+    if compressed_layers(model):
+        optimize(model, "exact")  # what is written is compared with the saved values
     return model
 
 
@@ -178,7 +223,7 @@ def _tensors(
     model: PreTrainedModel, modules: Mapping[str, CompressedModule], stored: Mapping[str, Stored]
 ) -> dict[str, Tensor]:
     """All tensors to save: those of compressed layers replaced, but for their biases."""
-    gone = {f"{name}.{part}" for name, module in modules.items() for part in module.weight_tensors}
+    gone = {f"{name}.{part}" for name, module in modules.items() for part in (*module.weight_tensors, "weight")}
     kept = {name: tensor for name, tensor in model.state_dict().items() if name not in gone}
     replaced = {f"{name}.{part}": tensor for name, layer in stored.items() for part, tensor in layer.tensors.items()}
     return {**kept, **replaced}
@@ -187,6 +232,7 @@ def _tensors(
 def _save(model: PreTrainedModel, tensors: dict[str, Tensor], settings: dict[str, Any] | None, folder: Path) -> None:
     """Saves tensors as this model's, without the plug-in: it is an original model to transformers from now on."""
     del model.hf_quantizer, model.config.quantization_config, model._weight_conversions
+    meet_demand(model.config)
     # Only plain weights go back under the names, and into the shapes, that an architecture has on disk.
     model.save_pretrained(folder, state_dict=dict(tensors), save_original_format=settings is None)
     if settings is not None:

@@ -1,1 +1,1 @@
-"""What a task's rows look like, how they become a model's inputs, and how its outputs are judged; one file per task."""
+"""The tasks, one file each: the columns of their rows, the inputs they make for a model, and their metrics."""

@@ -1,8 +1,8 @@
-"""What every task provides, and what it makes of rows.
+"""The base class of all tasks, and the answers of a model to a task's rows.
 
 A row of the data set is what a user counts, what the splits are made of, and what the certificate compares: a text, a
 question, an image. A model may see a row in several pieces (the strides of a long context, the blocks of a long text);
-a task puts its answers to these together again, to one loss, one score and one prediction a row.
+the task joins the answers to these pieces into one loss, one score and one prediction for each row.
 """
 
 from abc import ABC, abstractmethod
@@ -21,22 +21,22 @@ from hf_lossless.errors import DataError
 
 
 def run(model: PreTrainedModel, batch: Mapping[str, Tensor]) -> Any:
-    """The model's outputs for a batch."""
+    """Runs a model on a batch, without gradients, and returns its outputs."""
     with torch.no_grad():
         return model(**{name: value.to(model.device) for name, value in batch.items()})
 
 
 @dataclass(frozen=True, eq=False)
 class RowAnswers:
-    """What a model makes of rows, one entry for each.
+    """A model's losses, scores and predictions for some rows, one entry for each row.
 
     Attributes:
-        losses: Loss [rows].
-        scores: The certified metric [rows], between 0 and 1.
-        predictions: The answer: a class, a text, tokens. Two that are equal are the same answer.
-        references: What would be right, in the form that the task's metrics take.
-        logits: What the prediction was chosen by [rows, ..., classes], -inf for classes that there are not; None where
-            they would take too much memory.
+        losses: Loss of each row, [rows].
+        scores: The certified metric of each row, [rows], between 0 and 1.
+        predictions: The answer to each row: a class, a text, or tokens; compared by equality.
+        references: The correct answers, in the form that the task's metrics take.
+        logits: The logits behind each prediction, [rows, ..., classes], -inf for classes that a row does not have; None
+            where they would take too much memory.
     """
 
     losses: Tensor
@@ -47,7 +47,7 @@ class RowAnswers:
 
     @classmethod
     def concatenated(cls, parts: Sequence["RowAnswers"]) -> "RowAnswers":
-        """Answers to the rows of all parts, one after the other."""
+        """Concatenates the answers to several parts of the rows."""
         logits = [part.logits for part in parts if part.logits is not None]
         return cls(
             torch.cat([part.losses for part in parts]),
@@ -59,7 +59,7 @@ class RowAnswers:
 
 
 def _stacked(logits: Sequence[Tensor]) -> Tensor:
-    """Logits of all rows, as wide as the widest."""
+    """Concatenates the logits of all rows, padded to the widest."""
     width = max(part.shape[-1] for part in logits)
     return torch.cat([F.pad(part, (0, width - part.shape[-1]), value=-torch.inf) for part in logits])
 
@@ -69,13 +69,14 @@ class Task(ABC):
 
     Attributes:
         name: The Hub's pipeline tag.
-        heads: What the class names of models that do this task have after the architecture's name.
+        heads: Endings of the class names of models that do this task, after the architecture's name.
         auto_class: transformers' AutoModelFor...
         metric_name: The metric that a certificate watches; `RowAnswers.scores` are its values row by row.
-        target_columns: What the column of what is right may be called; none where the inputs themselves are it.
-        split_columns: Inputs that rows of different splits must not share; none: they must differ as a whole.
-        has_label_names: Whether labels have names that the model knows too; a number of a choice has none.
-        needs_two_classes: Whether the metric is undefined on rows that are all of one class (F1, correlations).
+        target_columns: Possible names of the column of correct answers; empty where the inputs themselves are the
+            targets.
+        split_columns: Input columns whose values no two splits may share; None: all input columns together.
+        has_label_names: Whether labels have names that the model knows too; the number of a choice has no name.
+        needs_two_classes: Whether the metric is undefined where all rows are of one class (F1, correlations).
     """
 
     name: ClassVar[str]
@@ -88,24 +89,24 @@ class Task(ABC):
     needs_two_classes: ClassVar[bool] = False
 
     def load_model(self, model: str, **kwargs: Any) -> PreTrainedModel:
-        """The model with the task's head; `kwargs` are those of from_pretrained."""
+        """Loads the model with the task's head; `kwargs` are those of from_pretrained."""
         loaded: PreTrainedModel = self.auto_class.from_pretrained(model, **kwargs)
         return loaded
 
     @abstractmethod
     def load_processor(self, model: str) -> Any:
-        """The tokenizer or image processor saved with a model."""
+        """Loads the tokenizer or image processor saved with a model."""
 
     @abstractmethod
     def input_columns(self, names: Sequence[str]) -> tuple[str, ...]:
-        """The columns that hold what a model sees.
+        """Finds the columns that hold a model's inputs.
 
         Raises:
-            DataError: A data set with these columns is of another task.
+            DataError: The columns belong to a data set of another task.
         """
 
     def columns_of(self, rows: datasets.Dataset) -> datasets.Dataset:
-        """The rows with nothing but the columns that this task reads, and their ids.
+        """Selects the columns that this task reads, and the rows' ids.
 
         Raises:
             DataError: The rows are of another task.
@@ -114,27 +115,27 @@ class Task(ABC):
         return rows.select_columns([name for name in dict.fromkeys(read) if name in rows.column_names])
 
     def for_rows(self, rows: datasets.Dataset) -> Self:
-        """The task as these rows state it, where a data set as a whole decides what its rows mean."""
+        """Returns the task configured for these rows, where the whole data set decides what a row means."""
         return self
 
     @abstractmethod
     def length(self, row: Row) -> int | None:
-        """What a row costs to run, so that rows of like length can share a batch; None where all cost the same."""
+        """Measures the length of a row, so that rows of similar length share a batch; None where all are equal."""
 
     @abstractmethod
     def batches(self, rows: Sequence[Row], processor: Any, model: PreTrainedModel) -> Iterable[dict[str, Tensor]]:
-        """The model's arguments for some rows, with its labels where the rows have them.
+        """Encodes some rows as the model's arguments, with labels where the rows have them.
 
         Raises:
-            DataError: The rows hold what the task or the model cannot use.
+            DataError: The rows hold values that the task or the model cannot use.
         """
 
     @abstractmethod
     def own_targets(self, batch: Mapping[str, Tensor], outputs: Any) -> dict[str, Tensor]:
-        """Labels for a batch that has none: what the model itself says.
+        """Makes labels for an unlabelled batch from the model's own outputs.
 
         Raises:
-            DataError: What it says cannot stand in for labels.
+            DataError: The outputs cannot stand in for labels.
         """
 
     @abstractmethod
@@ -142,18 +143,18 @@ class Task(ABC):
         """Runs the model on some labelled rows; without gradients.
 
         Raises:
-            DataError: The rows hold what the task or the model cannot use.
+            DataError: The rows hold values that the task or the model cannot use.
         """
 
     @abstractmethod
     def metrics(self, answers: RowAnswers) -> dict[str, float]:
-        """The task's metrics over all rows, first the one that a certificate watches."""
+        """Computes the task's metrics over all rows; the first is the one that a certificate watches."""
 
     def refuse_unlabelled(self, rows: datasets.Dataset, why: str) -> None:
-        """Ends with an error where rows lack the column of what is right.
+        """Raises an error where rows lack the column of correct answers.
 
         Raises:
-            DataError: They have none.
+            DataError: The rows have no such column.
         """
         if self.target_columns and not any(name in rows.column_names for name in self.target_columns):
             what = "answers" if "answers" in self.target_columns else "label"

@@ -1,4 +1,4 @@
-"""What choosing one class has in common, of texts, images or endings: cross-entropy and accuracy."""
+"""The base class of tasks that choose one class for a text, an image or an ending: cross-entropy and accuracy."""
 
 from abc import abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
@@ -14,29 +14,29 @@ from hf_lossless.data.tasks.metrics import Accuracy
 
 
 class Classification(Task):
-    """One class for each row."""
+    """A task with one class for each row."""
 
     metric_name = "accuracy"
     target_columns = LABEL_COLUMNS
 
     @abstractmethod
     def encode(self, rows: Sequence[Row], processor: Any, model: PreTrainedModel) -> dict[str, Tensor]:
-        """A batch of the model's arguments, with "labels" where the rows have them.
+        """Encodes rows as a batch of the model's arguments, with "labels" where the rows have them.
 
         Raises:
-            DataError: The rows hold what the model cannot use, or a label is not one of the model's.
+            DataError: The rows hold values that the model cannot use, or a label is not one of the model's.
         """
 
     def batches(self, rows: Sequence[Row], processor: Any, model: PreTrainedModel) -> Iterable[dict[str, Tensor]]:
-        """One batch of the rows."""
+        """Yields one batch of the rows."""
         yield self.encode(rows, processor, model)
 
     def own_targets(self, batch: Mapping[str, Tensor], outputs: Any) -> dict[str, Tensor]:
-        """The most likely classes."""
+        """Returns the most likely classes as labels."""
         return {"labels": self.predict(outputs.logits)}
 
     def answer(self, rows: Sequence[Row], processor: Any, model: PreTrainedModel) -> RowAnswers:
-        """The most likely class of each row, and the logits."""
+        """Predicts the most likely class of each row; the answers hold the logits too."""
         batch = self.encode(rows, processor, model)
         labels = batch.pop("labels")
         logits = run(model, batch).logits.cpu()
@@ -46,17 +46,17 @@ class Classification(Task):
         return RowAnswers(losses, scores, predictions.tolist(), labels.tolist(), logits)
 
     def metrics(self, answers: RowAnswers) -> dict[str, float]:
-        """Accuracy."""
+        """Computes the accuracy."""
         return Accuracy().of(answers.predictions, answers.references)
 
     def predict(self, logits: Tensor) -> Tensor:
-        """The most likely class."""
+        """Returns the most likely class of each row."""
         return logits.argmax(-1)
 
     def example_losses(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """Cross-entropy of each example, in nats; their mean is the loss that the model returns."""
+        """Computes the cross-entropy of each example, in nats; their mean is the loss that the model returns."""
         return F.cross_entropy(logits.float(), labels, reduction="none")
 
     def example_scores(self, predictions: Tensor, labels: Tensor) -> Tensor:
-        """1 where the prediction is right, 0 where not."""
+        """Returns the score of each example, [rows]: 1 where the prediction is correct, 0 where not."""
         return (predictions == labels).float()

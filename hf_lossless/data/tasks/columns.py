@@ -1,4 +1,4 @@
-"""What tasks ask of a data set's rows: columns by the names that data sets call them, and values of the right type."""
+"""Finds the columns of a data set by their usual names, and checks the types of their values."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -8,7 +8,7 @@ from hf_lossless.errors import DataError
 Row = Mapping[str, Any]
 
 ROW_NUMBER = "__row__"
-"""Under this key a row carries its number in the user's data set, for messages."""
+"""The key of a row's number in the user's data set, for messages."""
 
 ID_COLUMN = "id"
 
@@ -17,19 +17,19 @@ ANSWER_COLUMNS = ("answers",)
 CHOICE_COLUMNS = ("label", "labels", "answer")
 
 TARGET_COLUMNS = tuple(dict.fromkeys((*LABEL_COLUMNS, *ANSWER_COLUMNS, *CHOICE_COLUMNS)))
-"""Every column that holds what is right, and not what a model sees."""
+"""Every name of a column that holds correct answers and not a model's inputs."""
 
 
 def find_column(names: Sequence[str], known: Sequence[str], what: str) -> str:
-    """The first of the known columns that a data set has.
+    """Finds the first of the known columns that a data set has.
 
     Args:
         names: Columns that the data set has.
-        known: What such a column is called.
-        what: What it holds, for the message.
+        known: Usual names of such a column.
+        what: The column's content, for the message.
 
     Raises:
-        DataError: It has none; the message lists what was looked for and what was found.
+        DataError: The data set has none of them; the message lists the names sought and found.
     """
     for name in known:
         if name in names:
@@ -40,10 +40,10 @@ def find_column(names: Sequence[str], known: Sequence[str], what: str) -> str:
 
 
 def require_columns(names: Sequence[str], needed: Sequence[str], task_name: str) -> None:
-    """Ends with an error where a data set lacks columns of its task.
+    """Raises an error where a data set lacks columns of its task.
 
     Raises:
-        DataError: The message lists the columns that are missing, and those that were found.
+        DataError: A column is missing; the message lists the missing columns and those found.
     """
     missing = [name for name in needed if name not in names]
     if missing:
@@ -57,7 +57,7 @@ _RENAME = "Rename a column, or name the right task with task= (--task)."
 
 
 def name_of(row: Row) -> str:
-    """What a message calls a row.
+    """Makes the name of a row for messages.
 
     Example:
         >>> name_of({ROW_NUMBER: 17, "id": "56be"})
@@ -69,10 +69,10 @@ def name_of(row: Row) -> str:
 
 
 def text_of(row: Row, column: str) -> str:
-    """The text in a column.
+    """Returns the text in a column of a row.
 
     Raises:
-        DataError: It holds something else.
+        DataError: The column holds something else than text.
     """
     value = row[column]
     if not isinstance(value, str):
@@ -84,7 +84,7 @@ def text_of(row: Row, column: str) -> str:
 
 
 def shortened(text: str, longest: int = 60) -> str:
-    """A text for a message, in quotes.
+    """Shortens a text for a message, and quotes it.
 
     Example:
         >>> shortened("word " * 20, 9)

@@ -24,10 +24,9 @@ _TOP = 5
 
 
 class ImageClassification(Classification):
-    """One image to one label.
+    """The task of choosing one label for an image.
 
-    Where there are more than five classes, the share of images whose label is among the best five is told as well; what
-    a certificate watches is the share of best ones.
+    With more than five classes the top-5 accuracy is reported as well; a certificate watches the (top-1) accuracy.
     """
 
     name = "image-classification"
@@ -36,18 +35,18 @@ class ImageClassification(Classification):
     auto_class = AutoModelForImageClassification
 
     def load_processor(self, model: str) -> Any:
-        """Its image processor, in the version that needs only Pillow."""
+        """Loads the model's image processor, in the version that needs only Pillow."""
         return AutoImageProcessor.from_pretrained(model, backend="pil")  # type: ignore[no-untyped-call]
 
     def input_columns(self, names: Sequence[str]) -> tuple[str, ...]:
-        """The column of images."""
+        """Finds the column of images."""
         return (find_column(names, _IMAGES, "image"),)
 
     def length(self, row: Row) -> None:
-        """All images cost the same."""
+        """Returns None: all images are equally long."""
 
     def encode(self, rows: Sequence[Row], processor: Any, model: PreTrainedModel) -> dict[str, Tensor]:
-        """Pixel values as the image processor makes them."""
+        """Encodes images as pixel values with the image processor."""
         [column] = self.input_columns(list(rows[0]))
         images = [_as_image(row, column) for row in rows]
         encoded = {"pixel_values": processor(images, return_tensors="pt")["pixel_values"]}
@@ -57,7 +56,7 @@ class ImageClassification(Classification):
         return encoded
 
     def metrics(self, answers: RowAnswers) -> dict[str, float]:
-        """Accuracy, and top-5 accuracy."""
+        """Computes the accuracy, and the top-5 accuracy where there are more than five classes."""
         found = super().metrics(answers)
         if answers.logits is not None and answers.logits.shape[-1] > _TOP:
             found |= TopAccuracy().of(answers.logits.topk(_TOP).indices.tolist(), answers.references)
@@ -65,7 +64,7 @@ class ImageClassification(Classification):
 
 
 def _as_image(row: Row, column: str) -> Image.Image:
-    """An RGB image from an image, a path, or the {"bytes", "path"} of a parquet file."""
+    """Reads an RGB image from a PIL image, a path, or the {"bytes", "path"} of a parquet file."""
     value = row[column]
     if isinstance(value, str):
         value = {"path": value, "bytes": None}
@@ -77,7 +76,7 @@ def _as_image(row: Row, column: str) -> Image.Image:
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:  # what Pillow raises
         content = value.get("bytes") or b"" if isinstance(value, Mapping) else b""
         name = (value.get("path") if isinstance(value, Mapping) else None) or f"that begins with {content[:16]!r}"
-        unknown = isinstance(error, UnidentifiedImageError)  # whose text is the address of a Python object
+        unknown = isinstance(error, UnidentifiedImageError)  # its text is the address of a Python object
         why = "Pillow knows no such format" if unknown else reason(error)
         raise DataError(
             f"the image {name} in column {column!r} cannot be decoded, in {name_of(row)}: {why}. Remove that row, or "
@@ -90,7 +89,7 @@ def _as_image(row: Row, column: str) -> Image.Image:
 
 
 def _decode(value: Mapping[str, Any]) -> Image.Image:
-    """By datasets' own decoder, which turns a photograph the right way up."""
+    """Decodes an image with datasets' own decoder, which turns a photograph the right way up."""
     content, path = value.get("bytes"), value.get("path")
     if content is None and path is not None and os.path.isfile(path):
         content = Path(path).read_bytes()  # the decoder leaves the file of a broken image open

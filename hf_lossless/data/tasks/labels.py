@@ -1,8 +1,8 @@
-"""Class labels: from names or numbers of a data set to the model's own numbers.
+"""Maps class labels, names or numbers of a data set, to the model's own numbers.
 
-A name is safe: it is looked up in the model's config (label2id), whatever its case. A number is taken as it is, and
-models do number the same labels differently: MNLI's "entailment" is 0 in GLUE and 2 in roberta-large-mnli. Columns that
-carry their names (a ClassLabel of datasets) count as names; see `model_labels`.
+A name is safe: it is looked up in the model's config (label2id), whatever its case. A number is used unchanged,
+although models number the same labels differently: MNLI's "entailment" is 0 in GLUE and 2 in roberta-large-mnli.
+Columns that carry their names (a ClassLabel of datasets) count as names; see `model_labels`.
 """
 
 from collections.abc import Sequence
@@ -17,12 +17,12 @@ from hf_lossless.errors import ConfigurationError, DataError
 
 
 def class_labels(rows: Sequence[Row], model: PreTrainedModel) -> Tensor | None:
-    """Class indices [rows], or None where the rows have no label column.
+    """Returns the class indices of rows, [rows], or None where the rows have no label column.
 
     A label is an index below the model's number of labels, or one of its label names.
 
     Raises:
-        DataError: A label is neither.
+        DataError: A label is neither an index nor a name of the model's labels.
         ConfigurationError: The model does not choose one label of several.
     """
     num_labels = int(model.config.num_labels or 0)
@@ -58,9 +58,9 @@ def _known(model: PreTrainedModel) -> dict[str, int]:
 
 
 def model_labels(column: str, names: list[str], model: PreTrainedModel) -> list[int]:
-    """The model's index of each label name of a column: data and model may number the same labels differently.
+    """Maps the label names of a column to the model's indices: data and model may number them differently.
 
-    Where the model knows none of the names (LABEL_0 and the like), the numbers are all there is.
+    Where the model knows none of the names (it has LABEL_0 and the like), the data set's numbers are used.
 
     Raises:
         DataError: The model knows some of the names, but not all.

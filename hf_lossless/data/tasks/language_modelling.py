@@ -1,8 +1,8 @@
-"""What language models have in common: the loss of tokens, and how blocks of a row become one number.
+"""Causal and masked language modelling: the loss of tokens, and one number a row from the blocks of its text.
 
 A row is a text (or its tokens, column "input_ids"). A text longer than the model takes, or than `LONGEST` tokens, is
-cut into blocks, which are run apart. Blocks of different lengths share a batch with padding that is masked and has no
-label.
+cut into blocks, which are run separately. Blocks of different lengths share a batch with padding, which is masked and
+has no label.
 
     loss        mean over the row's predicted tokens
     prediction  its most likely tokens
@@ -17,18 +17,18 @@ A *flip* is a row of which any predicted token changed: of long rows, most.
 which a short row counts as much as a long one; the exponential of that is the perplexity where all rows have equally
 many tokens. So cut a corpus into rows of one length first (`blocks_of_tokens`) where the two are to agree.
 
-Causal language modelling: every token from those before it, as GPT-2 on WikiText.
+**Causal language modelling** predicts every token from the tokens before it, as GPT-2 on WikiText.
 
-Blocks overlap by one token, so that each token of a row but the first is predicted once. The first of a block sees
-nothing before it: perplexities are those of disjoint windows, which lie above those of sliding ones. Padding stands
-behind a block, where no token looks.
+Blocks overlap by one token, so that each token of a row but the first is predicted once. The first token of a block has
+no context: perplexities are those of disjoint windows, which are above those of sliding windows. Padding follows the
+block, where causal attention does not see it.
 
-Masked language modelling: hidden tokens from those around them, as BERT was trained.
+**Masked language modelling** predicts hidden tokens from the tokens around them, as BERT was trained.
 
-In each block 15 % of the tokens, one at least, are replaced by [MASK] and are to be predicted. Which ones is drawn with
-a seed that is a hash of the block's own tokens: the same text has the same tokens hidden in every split, process and
-run, for the original as for the compressed model. Training also left some of the tokens as they are or put random
-ones there; here all are hidden, as in use. The perplexity is that of hidden tokens.
+In each block 15 % of the tokens, at least one, are replaced by [MASK] and predicted. They are drawn with a seed that is
+a hash of the block's own tokens: the same text has the same tokens hidden in every split, process and run, for the
+original as for the compressed model. BERT's training left some of the chosen tokens unchanged or replaced them by
+random ones; here all are hidden, as at inference. The perplexity is that of hidden tokens.
 """
 
 import hashlib
@@ -60,11 +60,11 @@ _NO_LABEL = -100
 
 @dataclass(frozen=True)
 class Block:
-    """A part of a row that is run at once.
+    """A part of a row that the model sees at once.
 
     Attributes:
-        tokens: What the model sees.
-        labels: Under each token the one that is to be predicted; -100 for none.
+        tokens: The model's input tokens.
+        labels: The token to predict at each place; -100 for none.
     """
 
     tokens: list[int]
@@ -72,10 +72,10 @@ class Block:
 
 
 class LanguageModelling(Task):
-    """A text to its own tokens.
+    """The task of predicting a text's own tokens.
 
     Attributes:
-        shift: By how many places a prediction stands before its token: 1 for the next token, 0 for a masked one.
+        shift: Places by which a prediction precedes its token: 1 for the next token, 0 for a masked one.
     """
 
     metric_name = "token_accuracy"
@@ -84,44 +84,44 @@ class LanguageModelling(Task):
 
     @abstractmethod
     def blocks(self, row: Row, tokenizer: Any, longest: int) -> list[Block]:
-        """The blocks of a row, each with a label at least.
+        """Cuts a row into blocks, each with at least one label.
 
         Raises:
-            DataError: There is no token to predict.
+            DataError: The row has no token to predict.
         """
 
     def load_processor(self, model: str) -> Any:
-        """Its tokenizer.
+        """Loads the model's tokenizer.
 
         Raises:
-            ConfigurationError: There is none.
+            ConfigurationError: The model has no tokenizer.
         """
         return load_tokenizer(model)
 
     def input_columns(self, names: Sequence[str]) -> tuple[str, ...]:
-        """The column of tokens, or else that of texts."""
+        """Finds the column of tokens, or else the column of texts."""
         return (find_column(names, (_TOKENS, *_TEXTS), "text"),)
 
     def length(self, row: Row) -> int:
-        """Tokens, or characters of the text."""
+        """Counts a row's tokens, or the characters of its text."""
         [column] = self.input_columns(list(row))
         return len(row[column] or "")
 
     def batches(self, rows: Sequence[Row], processor: Any, model: PreTrainedModel) -> Iterable[dict[str, Tensor]]:
-        """A few blocks at a time."""
+        """Yields a few blocks at a time."""
         blocks = [block for row in rows for block in self._blocks(row, processor, model)]
         for part in _in_parts(blocks):
             yield _padded(part)
 
     def own_targets(self, batch: Mapping[str, Tensor], outputs: Any) -> dict[str, Tensor]:
-        """None: a language model's labels are the tokens themselves."""
+        """Raises an error: a language model's labels are the tokens themselves."""
         raise DataError(
             f'the batches have no "labels" (found {", ".join(batch)}), and what a language model says cannot stand in '
             'for them. Add "labels" to every batch: the tokens, and -100 where there is none to predict.'
         )
 
     def answer(self, rows: Sequence[Row], processor: Any, model: PreTrainedModel) -> RowAnswers:
-        """The loss and the most likely tokens of each row."""
+        """Computes the loss and the most likely tokens of each row."""
         pieces = [(index, block) for index, row in enumerate(rows) for block in self._blocks(row, processor, model)]
         losses: list[list[Tensor]] = [[] for _ in rows]
         predictions: list[list[int]] = [[] for _ in rows]
@@ -147,7 +147,7 @@ class LanguageModelling(Task):
         )
 
     def metrics(self, answers: RowAnswers) -> dict[str, float]:
-        """Token accuracy, and perplexity over all tokens."""
+        """Computes the token accuracy, and the perplexity over all tokens."""
         counts = [len(tokens) for tokens in answers.references]
         return TokenAccuracy().of(answers.predictions, answers.references) | Perplexity().of(
             answers.losses.tolist(), counts
@@ -158,7 +158,7 @@ class LanguageModelling(Task):
 
 
 def tokens_of(row: Row, tokenizer: Any) -> list[int] | None:
-    """The tokens that a row holds ready; None where it holds a text.
+    """Returns the token ids that a row holds; None where it holds a text.
 
     Raises:
         DataError: The column of tokens holds something else.
@@ -175,12 +175,12 @@ def tokens_of(row: Row, tokenizer: Any) -> list[int] | None:
 
 
 def text_in(row: Row) -> str:
-    """The text of a row."""
+    """Returns the text of a row."""
     return text_of(row, find_column(list(row), _TEXTS, "text"))
 
 
 def nothing_to_predict(row: Row) -> DataError:
-    """The error for a row that is too short."""
+    """Makes the error for a row that is too short to predict a token."""
     return DataError(
         f"{name_of(row)} has no token to predict: its text is empty or too short. Drop such rows, or join them to "
         "longer ones."
@@ -188,11 +188,11 @@ def nothing_to_predict(row: Row) -> DataError:
 
 
 def blocks_of_tokens(texts: Iterable[str], tokenizer: Any, length: int) -> list[dict[str, list[int]]]:
-    """Rows of `length` tokens each, cut from texts that are joined; what is left at the end is dropped.
+    """Cuts joined texts into rows of `length` tokens each; the remainder is dropped.
 
     Args:
-        texts: Of a corpus, in order; empty ones may be among them.
-        tokenizer: The model's.
+        texts: Texts of a corpus, in order; some may be empty.
+        tokenizer: The model's tokenizer.
         length: Tokens of a row.
     """
     joined = [
@@ -202,7 +202,7 @@ def blocks_of_tokens(texts: Iterable[str], tokenizer: Any, length: int) -> list[
 
 
 def _in_parts(blocks: Sequence[Block]) -> Iterator[Sequence[Block]]:
-    """Blocks in order, as many at a time as have `_TOKENS_AT_ONCE` tokens with their padding; one at least."""
+    """Groups blocks in order, at most `_TOKENS_AT_ONCE` tokens with their padding at a time, and at least one block."""
     start = 0
     while start < len(blocks):
         end, longest = start, 0
@@ -216,7 +216,7 @@ def _in_parts(blocks: Sequence[Block]) -> Iterator[Sequence[Block]]:
 
 
 def _padded(blocks: Sequence[Block]) -> dict[str, Tensor]:
-    """Blocks as the model's arguments; any token will do as padding, for it is masked and has no label."""
+    """Pads blocks to the model's arguments; the padding token is arbitrary, since it is masked and has no label."""
 
     def padded(values: list[list[int]], fill: int) -> Tensor:
         return torch.nn.utils.rnn.pad_sequence([torch.tensor(one) for one in values], True, fill)
@@ -230,7 +230,7 @@ def _padded(blocks: Sequence[Block]) -> dict[str, Tensor]:
 
 
 class CausalLanguageModelling(LanguageModelling):
-    """A text to each next token."""
+    """The task of predicting each next token of a text."""
 
     name = "text-generation"
     heads = ("ForCausalLM", "LMHeadModel")
@@ -238,7 +238,7 @@ class CausalLanguageModelling(LanguageModelling):
     shift = 1
 
     def blocks(self, row: Row, tokenizer: Any, longest: int) -> list[Block]:
-        """Windows of at most `longest` tokens."""
+        """Cuts a row into windows of at most `longest` tokens."""
         tokens = tokens_of(row, tokenizer)
         if tokens is None:
             tokens = tokenizer(text_in(row), verbose=False)["input_ids"]
@@ -252,7 +252,7 @@ SHARE = 0.15
 
 
 class MaskedLanguageModelling(LanguageModelling):
-    """A text with gaps to what was in them."""
+    """The task of predicting masked tokens of a text."""
 
     name = "fill-mask"
     heads = ("ForMaskedLM",)
@@ -260,7 +260,10 @@ class MaskedLanguageModelling(LanguageModelling):
     shift = 0
 
     def blocks(self, row: Row, tokenizer: Any, longest: int) -> list[Block]:
-        """Parts of at most `longest` tokens, each with special tokens around it where the row holds a text."""
+        """Cuts a row into parts of at most `longest` tokens, and hides tokens of each.
+
+        Special tokens stand around each part where the row holds a text.
+        """
         if tokenizer.mask_token_id is None:
             raise ConfigurationError(
                 f"the tokenizer ({type(tokenizer).__name__}) has no mask token, so nothing can be hidden. Take the "
@@ -283,7 +286,7 @@ class MaskedLanguageModelling(LanguageModelling):
 
 
 def _hidden(tokens: list[int], special: set[int], mask: int) -> Block | None:
-    """A block with some of its tokens hidden; None where all are special."""
+    """Masks some of a block's tokens; None where all are special."""
     places = [place for place, token in enumerate(tokens) if token not in special]
     if not places:
         return None

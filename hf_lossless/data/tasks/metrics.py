@@ -1,15 +1,16 @@
-"""What the metrics have in common: computed in memory, and one call from values to numbers.
+"""The metrics of all tasks, computed in memory: accuracies, perplexity, and exact match and F1 of answers.
 
-Exact match and F1 of answers, as the official evaluation scripts of SQuAD v1.1 and v2.0 compute them.
+Exact match and F1 are those of the official evaluation scripts of SQuAD v1.1 and v2.0.
 
 An answer is first normalised: lower case, no ASCII punctuation, no articles (a, an, the), single blanks. Then
 
     exact match = 1 where the texts are equal,    F1 = 2 p r / (p + r)
 
-with p and r the shares of the prediction's and of the gold answer's words that they have in common, counted as often as
-they come. Of several gold answers the best counts. The two scripts differ where nothing is left of an answer: v1.1
-gives F1 = 0, for no word is in common; v2.0, where the empty answer says that there is none, gives 1 if both are empty
-and 0 otherwise, leaves out gold answers of which nothing is left, and takes the empty one where none remains.
+with p and r the shares of the prediction's words and of the gold answer's words that both have, counted with
+multiplicity. Of several gold answers the best counts. The two scripts differ where an answer is empty after
+normalisation: v1.1 gives F1 = 0, for no word is in common; v2.0, where the empty answer says that there is none, gives
+1 if both are empty and 0 otherwise, leaves out gold answers that are empty then, and takes the empty text where none
+remains.
 
 Values are between 0 and 1; the scripts print them times 100. Sources: P. Rajpurkar et al., "SQuAD: 100,000+ questions
 for machine comprehension of text", arXiv 1606.05250, section 6.1, and P. Rajpurkar, R. Jia & P. Liang, "Know what you
@@ -31,11 +32,11 @@ from sklearn.metrics import accuracy_score
 
 
 class RowMetric(evaluate.Metric):  # type: ignore[misc]
-    """A metric of predictions and references, one of each for every row.
+    """A metric of one prediction and one reference for each row.
 
     Attributes:
-        summary: What it computes.
-        types: Of a row's "predictions" and "references".
+        summary: One sentence on what the metric computes.
+        types: Feature types of a row's "predictions" and "references".
     """
 
     summary: ClassVar[str]
@@ -49,10 +50,10 @@ class RowMetric(evaluate.Metric):  # type: ignore[misc]
 
     @abstractmethod
     def _compute(self, predictions: Any, references: Any) -> dict[str, float]:
-        """The metric's values by name."""
+        """Computes the metric's values by name."""
 
     def of(self, predictions: Sequence[Any], references: Sequence[Any]) -> dict[str, float]:
-        """The metric's values by name, as plain numbers."""
+        """Computes the metric's values by name, as plain floats."""
         found = self.compute(predictions=predictions, references=references)
         return {name: float(value) for name, value in found.items()}
 
@@ -73,7 +74,7 @@ class Accuracy(RowMetric):
 
 
 class TopAccuracy(RowMetric):
-    """Share of rows whose reference is among the predicted classes, of which each row has the same number.
+    """Share of rows whose reference is among the k predicted classes of the row.
 
     Example:
         >>> TopAccuracy().of([[3, 1], [2, 0]], [1, 1])
@@ -94,7 +95,7 @@ class TopAccuracy(RowMetric):
 class Perplexity(RowMetric):
     """exp(mean loss of a token), from the mean loss of each row's tokens (predictions) and their number (references).
 
-    Infinite where that is no number of float64, from a loss of about 710 nats.
+    Infinite where it overflows float64, from a loss of about 710 nats.
 
     Example:
         >>> round(Perplexity().of([math.log(8), math.log(2)], [1, 3])["perplexity"], 4)  # (8 * 2 * 2 * 2) ** (1 / 4)
@@ -110,14 +111,14 @@ class Perplexity(RowMetric):
 
 
 class TokenAccuracy(RowMetric):
-    """Share of tokens that are predicted rightly, averaged over rows; each row counts the same.
+    """Share of tokens that are predicted correctly, averaged over rows with equal weight.
 
     Example:
         >>> TokenAccuracy().of([[1, 2], [5]], [[1, 3], [5]])
         {'token_accuracy': 0.75}
     """
 
-    summary = "Mean over rows of the share of tokens that are predicted rightly."
+    summary = "Mean over rows of the share of tokens that are predicted correctly."
     types = {  # noqa: RUF012
         "predictions": datasets.List(datasets.Value("int64")),
         "references": datasets.List(datasets.Value("int64")),
@@ -133,7 +134,7 @@ _NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
 def normalised(answer: str) -> str:
-    """An answer as it is compared.
+    """Normalises an answer for comparison.
 
     Example:
         >>> normalised("The  U.S.' 'a' team")
@@ -143,18 +144,18 @@ def normalised(answer: str) -> str:
 
 
 def exact_match(prediction: str, answers: Sequence[str], unanswerable: bool = False) -> float:
-    """1 where a prediction equals one of the gold answers, 0 elsewhere.
+    """Returns 1 where a prediction equals one of the gold answers, 0 elsewhere.
 
     Args:
-        prediction: The predicted answer; empty: there is none.
+        prediction: The predicted answer; empty: "there is no answer".
         answers: Gold answers.
-        unanswerable: By the rules of v2.0, where there may be none; otherwise by those of v1.1.
+        unanswerable: Whether the rules of v2.0 hold, where a question may have no answer; else those of v1.1.
     """
     return float(any(normalised(prediction) == normalised(answer) for answer in _gold(answers, unanswerable)))
 
 
 def f1(prediction: str, answers: Sequence[str], unanswerable: bool = False) -> float:
-    """F1 of the words of a prediction, against the gold answer with which it is best; arguments as in `exact_match`.
+    """Computes the word F1 of a prediction against the gold answer it fits best; arguments as in `exact_match`.
 
     Example:
         >>> f1("in the park", ["a park", "the garden"])
@@ -205,7 +206,7 @@ class Squad(RowMetric):
 
 
 class SquadV2(Squad):
-    """The same over questions of which some have no answer (v2.0); the empty text says that there is none.
+    """Means of F1 and exact match over questions that may have no answer (v2.0); the empty text predicts "no answer".
 
     Example:
         >>> SquadV2().of(["", "Paris"], [[], []])

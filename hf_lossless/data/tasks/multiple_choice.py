@@ -1,6 +1,6 @@
 """Multiple choice: SWAG, HellaSwag, RACE. Each choice is a text of its own, and the classes are the choices.
 
-Beginnings and endings of multiple-choice rows, in the three forms that data sets have them.
+Data sets have beginnings and endings in three forms:
 
 | form      | columns                                   | beginning         | ending of choice i | right one       |
 |-----------|-------------------------------------------|-------------------|--------------------|-----------------|
@@ -28,12 +28,12 @@ _NUMBERED = re.compile(r"ending\d+")
 
 @dataclass(frozen=True)
 class Choices:
-    """One row.
+    """The beginning, the endings and the label of one row.
 
     Attributes:
         beginning: The text that all choices share.
-        endings: One for each choice.
-        label: The right one; None where the row does not say.
+        endings: One ending for each choice.
+        label: Index of the correct choice; None where the row has none.
     """
 
     beginning: str
@@ -42,10 +42,10 @@ class Choices:
 
 
 def choice_columns(names: Sequence[str], task_name: str) -> tuple[str, ...]:
-    """The columns of beginnings and endings.
+    """Finds the columns of beginnings and endings.
 
     Raises:
-        DataError: The names are those of no form; the message says what SWAG's lack.
+        DataError: The names fit no form; the message lists the missing columns of SWAG's form.
     """
     for form in (("ctx", "endings"), ("article", "question", "options")):
         if all(name in names for name in form):
@@ -56,14 +56,14 @@ def choice_columns(names: Sequence[str], task_name: str) -> tuple[str, ...]:
 
 
 def choices_of(row: Row, columns: Sequence[str]) -> Choices:
-    """The choices of a row.
+    """Reads the choices of a row.
 
     Args:
-        row: Of any of the forms.
-        columns: What `choice_columns` found.
+        row: A row in any of the forms.
+        columns: The columns that `choice_columns` found.
 
     Raises:
-        DataError: A text is missing or no text, there are fewer than two choices, or the label is none of them.
+        DataError: A value is no text, there are fewer than two choices, or the label is none of the choices.
     """
     if columns[0] == "sent1":
         beginning, prefix = text_of(row, "sent1"), text_of(row, "sent2")
@@ -105,7 +105,7 @@ def _label(row: Row, num_choices: int) -> int | None:
 
 
 class MultipleChoice(Classification):
-    """A beginning and some endings to the number of the right one."""
+    """The task of choosing the correct ending of a beginning."""
 
     name = "multiple-choice"
     heads = ("ForMultipleChoice",)
@@ -113,24 +113,24 @@ class MultipleChoice(Classification):
     target_columns = CHOICE_COLUMNS
 
     def load_processor(self, model: str) -> Any:
-        """Its tokenizer.
+        """Loads the model's tokenizer.
 
         Raises:
-            ConfigurationError: There is none.
+            ConfigurationError: The model has no tokenizer.
         """
         return load_tokenizer(model)
 
     def input_columns(self, names: Sequence[str]) -> tuple[str, ...]:
-        """Beginning and endings."""
+        """Finds the columns of beginnings and endings."""
         return choice_columns(names, self.name)
 
     def length(self, row: Row) -> int:
-        """Characters of the beginning and the longest ending."""
+        """Counts the characters of the beginning and the longest ending."""
         choices = choices_of(row, self.input_columns(list(row)))
         return len(choices.beginning) + max(map(len, choices.endings))
 
     def encode(self, rows: Sequence[Row], processor: Any, model: PreTrainedModel) -> dict[str, Tensor]:
-        """Token ids [rows, choices, tokens], padded to the longest and cut at the model's length."""
+        """Encodes rows as token ids [rows, choices, tokens], padded to the longest and cut at the model's length."""
         require_padding(processor)
         columns = self.input_columns(list(rows[0]))
         found = [choices_of(row, columns) for row in rows]

@@ -1,29 +1,29 @@
 """Extractive question answering: SQuAD v1.1 and v2, the answer as a span of its context.
 
-**From a row to features.** A row is a question; a context longer than the model takes comes in several features, which
-overlap by a third: at most `LONGEST` tokens each (384 and 128, the official scripts' settings), or what tokenizer and
-model allow. The targets of a feature are the first and last token of the first gold answer; where the feature does not
-hold all of it, or the question has none, both are [CLS].
+**From a row to features.** A row is a question; a context that exceeds the model's length is cut into several features,
+which overlap by a third: each has at most `LONGEST` tokens (384 and 128, the official scripts' settings), or fewer
+where tokenizer or model allow fewer. The targets of a feature are the first and last token of the first gold answer;
+where the feature does not hold all of it, or the question has none, both are [CLS].
 
-**And back, one number a row.**
+**From features back to one number a row.**
 
     loss        mean over the row's features of (cross-entropy of the start + that of the end) / 2, padding left out:
-                the model's own loss, but for padding, so that a row's loss does not depend on its neighbours
+                the model's own loss without padding, so that a row's loss does not depend on its neighbours
     prediction  the text of the best span over all features (`spans`), or "" for "no answer"
-    score       F1 of that text against all gold answers; a certificate watches its mean. Exact match, told beside it,
-                counts a word more or less as a wrong answer, and rounding moves ends by a word
+    score       F1 of that text against all gold answers; a certificate watches its mean. Exact match, reported beside
+                it, counts an answer that is a word too long as wrong, and rounding moves ends by a word
     logits      two distributions over the row's places (context tokens and [CLS] of all features): start and end
 
 So a *flip* is an answer whose text changed, and the *KL divergence* of a row is that of its starts plus that of its
-ends. The mean over rows of the loss is not that over features: a question with a long context counts once.
+ends. The loss is a mean over rows, not over features: a question with a long context counts once.
 
-**Questions without an answer.** A data set of which some row has no answer is judged by the rules of v2: "" is an
+**Questions without an answer.** A data set in which some row has no answer is judged by the rules of v2: "" is an
 answer too, taken where its score (start plus end score of [CLS], the least over the features) exceeds that of the best
 span by more than `null_threshold`. Elsewhere the best span is taken, as in v1.1.
 
 **Splits.** SQuAD asks some five questions on a paragraph. All of them go to the same split, so that a model is not
-calibrated on the context that it is judged by. Within a split they count as independent rows, which they are not
-quite: questions on one paragraph are hard or easy together.
+calibrated on the context that it is judged by. Within a split they count as independent rows, which holds only roughly:
+questions on one paragraph are hard or easy together.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -60,13 +60,13 @@ LONGEST = 384
 
 @dataclass(frozen=True, eq=False)
 class _Features:
-    """What a model sees of some rows.
+    """The encoded features of some rows.
 
     Attributes:
         inputs: The model's arguments [features, tokens].
         rows: Index of each feature's row; features of a row stand together.
-        offsets: Of each feature's tokens.
-        null: The token that says "no answer", [CLS], of each feature.
+        offsets: Offsets of each feature's tokens.
+        null: Index of each feature's [CLS], the token that stands for "no answer".
     """
 
     inputs: dict[str, Tensor]
@@ -75,7 +75,7 @@ class _Features:
     null: list[int]
 
     def targets(self, questions: Sequence[Question]) -> dict[str, Tensor]:
-        """First and last token of the answer in each feature."""
+        """Returns the first and last token of the answer in each feature."""
         spans = []
         for row, offsets, null in zip(self.rows, self.offsets, self.null, strict=True):
             question = questions[row]
@@ -87,19 +87,19 @@ class _Features:
         return {"start_positions": torch.tensor(starts), "end_positions": torch.tensor(ends)}
 
     def in_parts(self, size: int, more: Mapping[str, Tensor]) -> Iterator[dict[str, Tensor]]:
-        """The inputs, and more of them, `size` features at a time."""
+        """Yields the inputs, joined with `more`, `size` features at a time."""
         for start in range(0, len(self.rows), size):
             yield {name: value[start : start + size] for name, value in (self.inputs | dict(more)).items()}
 
 
 @dataclass(frozen=True)
 class QuestionAnswering(Task):
-    """A question and its context to a span of the context, or to none.
+    """The task of finding a question's answer as a span of its context, or that there is none.
 
     Attributes:
-        null_threshold: By how much "no answer" has to be better than the best span. Models trained on SQuAD v2 say
-            theirs in their model card; 0 is the official script's default.
-        unanswerable: Whether there are questions without an answer; `for_rows` finds out.
+        null_threshold: By how much the score of "no answer" must exceed that of the best span. Model cards of models
+            trained on SQuAD v2 give it; 0 is the official script's default.
+        unanswerable: Whether some questions have no answer; set by `for_rows`.
     """
 
     name = "question-answering"
@@ -113,42 +113,42 @@ class QuestionAnswering(Task):
     unanswerable: bool = False
 
     def load_processor(self, model: str) -> Any:
-        """Its tokenizer.
+        """Loads the model's tokenizer.
 
         Raises:
-            ConfigurationError: There is none.
+            ConfigurationError: The model has no tokenizer.
         """
         return load_tokenizer(model)
 
     def input_columns(self, names: Sequence[str]) -> tuple[str, ...]:
-        """Context and question."""
+        """Returns the columns of context and question."""
         require_columns(names, (CONTEXT, QUESTION), self.name)
         return CONTEXT, QUESTION
 
     def for_rows(self, rows: datasets.Dataset) -> Self:
-        """By the rules of SQuAD v2 where a question has no answer, else by those of v1.1."""
+        """Returns the task by the rules of SQuAD v2 where a question has no answer, else by those of v1.1."""
         answers = rows[ANSWERS] if ANSWERS in rows.column_names else ()
         return replace(
             self, unanswerable=any(not (one["text"] if isinstance(one, Mapping) else one) for one in answers)
         )
 
     def length(self, row: Row) -> int:
-        """Characters of question and context."""
+        """Counts the characters of question and context."""
         return len(row[QUESTION] or "") + len(row[CONTEXT] or "")
 
     def batches(self, rows: Sequence[Row], processor: Any, model: PreTrainedModel) -> Iterable[dict[str, Tensor]]:
-        """As many features at a time as there are rows."""
+        """Yields as many features at a time as there are rows."""
         questions = [question_of(row) for row in rows]
         features = _features(questions, processor, model)
         yield from features.in_parts(len(rows), features.targets(questions) if ANSWERS in rows[0] else {})
 
     def own_targets(self, batch: Mapping[str, Tensor], outputs: Any) -> dict[str, Tensor]:
-        """The most likely start and end."""
+        """Returns the most likely start and end as targets."""
         starts, ends = _scores(outputs, batch)
         return {"start_positions": starts.argmax(-1), "end_positions": ends.argmax(-1)}
 
     def answer(self, rows: Sequence[Row], processor: Any, model: PreTrainedModel) -> RowAnswers:
-        """The best answer to each question."""
+        """Finds the best answer to each question."""
         questions = [question_of(row) for row in rows]
         features = _features(questions, processor, model)
         starts, ends = (
@@ -189,7 +189,7 @@ class QuestionAnswering(Task):
         return chosen_answer(question.context, spans, null_score, self.null_threshold)
 
     def metrics(self, answers: RowAnswers) -> dict[str, float]:
-        """F1 and exact match, between 0 and 1, by the rules of v1.1 or v2."""
+        """Computes F1 and exact match, between 0 and 1, by the rules of v1.1 or v2."""
         return (SquadV2() if self.unanswerable else Squad()).of(answers.predictions, answers.references)
 
 
@@ -238,12 +238,12 @@ def _refuse_long_questions(questions: Sequence[Question], tokenizer: Any, longes
 
 
 def _null_token(ids: list[int], first: int, tokenizer: Any) -> int:
-    """Where "no answer" stands: [CLS], or else the first token that is no padding."""
+    """Finds the token that stands for "no answer": [CLS], or else the first token that is not padding."""
     return ids.index(tokenizer.cls_token_id) if tokenizer.cls_token_id in ids else first
 
 
 def _scores(outputs: Any, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """Start and end scores [features, tokens] in float32, -inf at padding."""
+    """Returns the start and end scores, [features, tokens] in float32, -inf at padding."""
     found = []
     for name in ("start_logits", "end_logits"):
         logits = getattr(outputs, name, None)
@@ -259,7 +259,7 @@ def _scores(outputs: Any, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
 
 
 def _places(features: _Features, starts: Tensor, ends: Tensor, of_row: Sequence[Sequence[int]]) -> Tensor:
-    """Start and end scores [rows, 2, places] at the context's tokens and [CLS] of all features of a row."""
+    """Collects the start and end scores [rows, 2, places] at the context's tokens and [CLS] of a row's features."""
     rows = []
     for own in of_row:
         chosen = []

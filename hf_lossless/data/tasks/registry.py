@@ -1,6 +1,6 @@
-"""`TASKS`: which tasks there are, and which of them a model does, or a user names.
+"""Lists the tasks in `TASKS`, and finds a model's task by its class or by a name.
 
-This file loads none of them before it is asked, so that a command line can name them at no cost.
+A task is imported when it is first looked up, so that a command line can name them all at no cost.
 """
 
 from collections.abc import Iterator, Mapping
@@ -27,7 +27,7 @@ _CLASSES = {
 
 
 class _Tasks(Mapping[str, "Task"]):
-    """The tasks by name, each made when it is asked for."""
+    """A mapping of names to tasks; each task is made at its first lookup."""
 
     def __getitem__(self, name: str) -> "Task":
         return _task(name)
@@ -64,10 +64,10 @@ def task_of_class(class_name: str) -> "Task":
     """Finds the task of a model class, by its name.
 
     Raises:
-        ConfigurationError: It does none of the known tasks.
+        ConfigurationError: The class does none of the known tasks.
     """
     for task in TASKS.values():
-        # A few have more after it: DeiTForImageClassificationWithTeacher.
+        # Some class names go on after the head: DeiTForImageClassificationWithTeacher.
         if any(head in class_name for head in task.heads):
             return task
     raise ConfigurationError(
@@ -78,5 +78,5 @@ def task_of_class(class_name: str) -> "Task":
 
 
 def task_of(model: "PreTrainedModel", name: str | None = None) -> "Task":
-    """Finds the task named, or else that of the model's class."""
+    """Finds the task called `name`, or the task of the model's class where it is None."""
     return task_named(name) if name is not None else task_of_class(type(model).__name__)

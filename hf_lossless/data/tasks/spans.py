@@ -1,12 +1,12 @@
-"""Answers as spans of a context: which tokens an answer covers, and which spans a model's scores speak for.
+"""Answers as spans of a context: the tokens that an answer covers, and the spans with the best scores.
 
-A context longer than the model takes comes in strides that overlap. Of each stride are known the model's start and end
-scores [tokens], and the characters of the context that each token stands for, or None where it is none of the context
+A context longer than the model takes comes in strides that overlap. For each stride we have the model's start and end
+scores [tokens], and the characters of the context that each token covers, or None for tokens outside of the context
 (question, special tokens, padding).
 
 A span (i, j) with i <= j scores start_i + end_j. As in the official script of transformers only the `N_BEST` highest
-starts and ends are combined, and an answer is at most `MAX_ANSWER_TOKENS` long; unlike there the `N_BEST` are sought
-among the context's tokens alone, so that there always is a best start and end.
+starts and ends are combined, and an answer is at most `MAX_ANSWER_TOKENS` long; unlike there the `N_BEST` are chosen
+among the context's tokens alone, so that a best start and end always exist.
 """
 
 from collections.abc import Mapping, Sequence
@@ -24,14 +24,14 @@ CONTEXT, QUESTION, ANSWERS = "context", "question", "answers"
 
 @dataclass(frozen=True)
 class Question:
-    """One row.
+    """A question with its context and gold answers, read from one row.
 
     Attributes:
-        name: What a message calls it.
-        question: Without blanks around it; some of SQuAD's have thousands.
+        name: The row's name in messages.
+        question: The question without surrounding blanks; some of SQuAD's have thousands.
         context: The passage.
         answers: Texts of the gold answers; none where the question has no answer (SQuAD v2).
-        start: First character of the first gold answer; None without one.
+        start: Index of the first gold answer's first character; None where there is no answer.
     """
 
     name: str
@@ -42,12 +42,12 @@ class Question:
 
     @property
     def end(self) -> int | None:
-        """The character behind the first gold answer; None without one."""
+        """Returns the index behind the first gold answer's last character; None where there is no answer."""
         return None if self.start is None else self.start + len(self.answers[0])
 
 
 def question_of(row: Row) -> Question:
-    """The question of a row; without a column of answers it has none.
+    """Reads the question of a row; it has no answers where the row has no column of answers.
 
     Raises:
         DataError: Question or context are empty, or an answer does not stand where the row says.
@@ -70,7 +70,7 @@ def question_of(row: Row) -> Question:
 
 
 def _answers(value: Any, name: str) -> list[tuple[str, int]]:
-    """Text and start of each answer, from lists of both or from a list of answers with one of each."""
+    """Reads text and start of each answer, from a mapping of two lists or from a list of mappings."""
     try:
         if isinstance(value, Mapping):
             pairs = list(zip(value["text"], value["answer_start"], strict=True))
@@ -90,7 +90,7 @@ N_BEST = 20
 MAX_ANSWER_TOKENS = 30
 
 Offsets = Sequence[tuple[int, int] | None]
-"""First character of each token, and the one behind its last; None outside of the context."""
+"""First character of each token and the index behind its last; None for tokens outside of the context."""
 
 
 @dataclass(frozen=True)
@@ -99,8 +99,8 @@ class Span:
 
     Attributes:
         score: Start score plus end score.
-        start: Its first character.
-        end: The one behind its last.
+        start: Index of its first character.
+        end: Index behind its last character.
     """
 
     score: float
@@ -109,12 +109,12 @@ class Span:
 
 
 def target_tokens(offsets: Offsets, start: int, end: int) -> tuple[int, int] | None:
-    """First and last token of an answer, or None where the stride does not hold all of it.
+    """Finds the first and last token of an answer; None where the stride does not hold all of it.
 
     Args:
-        offsets: Of the stride's tokens.
-        start: The answer's first character.
-        end: The one behind its last.
+        offsets: Offsets of the stride's tokens.
+        start: Index of the answer's first character.
+        end: Index behind its last character.
 
     Example:
         >>> target_tokens([None, (0, 3), (4, 9), (9, 10)], start=4, end=9)
@@ -129,13 +129,13 @@ def target_tokens(offsets: Offsets, start: int, end: int) -> tuple[int, int] | N
 
 
 def best_spans(starts: Tensor, ends: Tensor, offsets: Offsets, n_best: int = N_BEST) -> list[Span]:
-    """The best spans of one stride, the best first; at most `n_best`, and none where the stride holds no context.
+    """Finds the best spans of one stride, best first: at most `n_best`; none where it holds no context.
 
     Args:
         starts: Start scores [tokens].
         ends: End scores [tokens].
-        offsets: Of the tokens.
-        n_best: How many starts and ends are combined, and how many spans come back.
+        offsets: Offsets of the tokens.
+        n_best: Number of starts and of ends that are combined, and the most spans returned.
 
     Example:
         >>> found = best_spans(torch.tensor([9.0, 1.0, 3.0]), torch.tensor([9.0, 5.0, 2.0]), [None, (0, 3), (4, 9)])
@@ -162,19 +162,19 @@ def best_spans(starts: Tensor, ends: Tensor, offsets: Offsets, n_best: int = N_B
 
 
 def best_of_strides(spans_by_stride: Sequence[Sequence[Span]], n_best: int = N_BEST) -> list[Span]:
-    """The best spans over all strides of a question, the best first."""
+    """Finds the best spans over all strides of a question, best first."""
     return sorted((span for spans in spans_by_stride for span in spans), key=lambda span: -span.score)[:n_best]
 
 
 def chosen_answer(context: str, spans: Sequence[Span], null_score: float | None, null_threshold: float) -> str:
-    """The text of the best span, or the empty text where "there is no answer" beats it by more than a threshold.
+    """Returns the text of the best span, or "" where the null answer beats it by more than a threshold.
 
     Args:
-        context: What the spans are of.
-        spans: The best first.
+        context: The context of the spans.
+        spans: The best spans, best first.
         null_score: Score of the null answer: the least, over the strides, of start plus end score of [CLS]; None where
             every question has an answer.
-        null_threshold: By how much the null answer has to be better.
+        null_threshold: By how much the null answer's score must exceed the best span's.
     """
     if not spans:
         return ""

@@ -22,7 +22,7 @@ _SINGLE = ("text", "sentence", "content", "review")
 
 
 class TextClassification(Classification):
-    """One text, or a pair of texts, to one label."""
+    """The task of choosing one label for a text or a pair of texts."""
 
     name = "text-classification"
     heads = ("ForSequenceClassification",)
@@ -30,26 +30,26 @@ class TextClassification(Classification):
     auto_class = AutoModelForSequenceClassification
 
     def load_processor(self, model: str) -> Any:
-        """Its tokenizer.
+        """Loads the model's tokenizer.
 
         Raises:
-            ConfigurationError: There is none.
+            ConfigurationError: The model has no tokenizer.
         """
         return load_tokenizer(model)
 
     def input_columns(self, names: Sequence[str]) -> tuple[str, ...]:
-        """Both columns of a pair, or the one of a single text."""
+        """Finds both columns of a pair, or the one of a single text."""
         for pair in _PAIRS:
             if all(column in names for column in pair):
                 return pair
         return (find_column(names, _SINGLE, "text"),)
 
     def length(self, row: Row) -> int:
-        """Characters of the row's texts."""
+        """Counts the characters of the row's texts."""
         return sum(len(text_of(row, column)) for column in self.input_columns(list(row)))
 
     def encode(self, rows: Sequence[Row], processor: Any, model: PreTrainedModel) -> dict[str, Tensor]:
-        """Token ids, padded to the longest row and cut at the model's length."""
+        """Encodes texts as token ids, padded to the longest row and cut at the model's length."""
         texts = [[text_of(row, column) for row in rows] for column in self.input_columns(list(rows[0]))]
         require_padding(processor)
         longest = max_length(processor, model)

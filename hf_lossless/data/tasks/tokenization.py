@@ -1,4 +1,4 @@
-"""What the tasks on text ask of a tokenizer."""
+"""Loads tokenizers and checks that they can do what the text tasks need."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -11,10 +11,11 @@ from hf_lossless.errors import ConfigurationError, DataError
 
 
 def load_tokenizer(model: str) -> Any:
-    """The tokenizer saved with a model.
+    """Loads the tokenizer saved with a model.
 
     Raises:
-        ConfigurationError: There is none; transformers may make an empty one then, to which all text is unknown.
+        ConfigurationError: No tokenizer is saved there; transformers may then make an empty one, to which all text is
+            unknown.
     """
     tokenizer = AutoTokenizer.from_pretrained(model)
     if len(tokenizer) <= len(tokenizer.all_special_tokens):
@@ -26,10 +27,10 @@ def load_tokenizer(model: str) -> Any:
 
 
 def require_padding(tokenizer: Any) -> None:
-    """Ends with an error where rows of different lengths cannot share a batch.
+    """Raises an error where the tokenizer cannot pad rows of different lengths to one batch.
 
     Raises:
-        ConfigurationError: There is no padding token.
+        ConfigurationError: The tokenizer has no padding token.
     """
     if tokenizer.pad_token is None:
         raise ConfigurationError(
@@ -39,10 +40,10 @@ def require_padding(tokenizer: Any) -> None:
 
 
 def require_fast(tokenizer: Any, why: str) -> None:
-    """Ends with an error where a tokenizer cannot say which characters a token stands for.
+    """Raises an error where a tokenizer cannot give the characters that a token covers.
 
     Raises:
-        ConfigurationError: It is one of those written in Python.
+        ConfigurationError: The tokenizer is written in Python and not of the tokenizers library.
     """
     if not tokenizer.is_fast:
         raise ConfigurationError(
@@ -52,24 +53,26 @@ def require_fast(tokenizer: Any, why: str) -> None:
 
 
 def max_length(tokenizer: Any, model: PreTrainedModel) -> int | None:
-    """The most tokens that tokenizer and model allow, or None where neither says."""
+    """Returns the most tokens that tokenizer and model allow, or None where neither has a limit."""
     positions = getattr(model.config, "max_position_embeddings", None) or 0
     embeddings = getattr(getattr(model.base_model, "embeddings", None), "position_embeddings", None)
-    if (padding_idx := getattr(embeddings, "padding_idx", None)) is not None:  # RoBERTa's kin count from there
+    if (
+        padding_idx := getattr(embeddings, "padding_idx", None)
+    ) is not None:  # as in RoBERTa: positions count from there
         positions -= padding_idx + 1
     known = [length for length in (tokenizer.model_max_length, positions) if 0 < length < 10**6]
     return min(known, default=None)
 
 
 def refuse_nothing(batch: Mapping[str, Tensor], rows: Sequence[Row]) -> None:
-    """Ends with an error where a row has no token at all, not even a special one.
+    """Raises an error where a row has no token at all, not even a special one.
 
     Args:
-        batch: With "attention_mask" [rows, ..., tokens], or else "input_ids" with the same shape.
-        rows: What it was made of.
+        batch: Encoded rows with "attention_mask" [rows, ..., tokens], or else "input_ids" of the same shape.
+        rows: The rows that were encoded.
 
     Raises:
-        DataError: There is such a row.
+        DataError: A row has no token.
     """
     ids = batch["input_ids"]
     counts = batch.get("attention_mask", ids.new_ones(ids.shape)).flatten(1).sum(1)

@@ -1,1 +1,1 @@
-"""Model cards: rendered from a checkpoint's plan and certificate, and never over a person's own text."""
+"""Model cards, rendered from a checkpoint's plan and certificate; a person's own text is never overwritten."""

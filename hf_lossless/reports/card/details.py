@@ -1,7 +1,7 @@
-"""What a card tells that no checkpoint knows: the base model, the data set, the licence, the language.
+"""The details of a card that no checkpoint contains: base model, data set, licence and language.
 
-A person gives it, or it is carried over: the licence and the language from the base model's own card, all of it from
-the front matter of a card that was rendered before, so that nobody has to give it twice.
+They come from the user, from the base model's own card (licence and language), or from the front matter of a card that
+was rendered before, so that nobody has to give them twice.
 """
 
 from dataclasses import dataclass, fields
@@ -18,23 +18,23 @@ from hf_lossless.errors import ConfigurationError
 _FILES = (".json", ".jsonl", ".csv", ".parquet")
 
 _UNREADABLE = (EntryNotFoundError, httpx.HTTPError, OfflineModeIsEnabled, ValueError, yaml.YAMLError)
-"""A card that is not there, a Hub that refuses or cannot be reached, front matter that is none."""
+"""Errors of a missing card, of a Hub that refuses or cannot be reached, and of malformed front matter."""
 
 UNKNOWN_DATASET = "unknown"
-"""A data set's type and name in the results of a card that names none."""
+"""Type and name of the data set in the results of a card without one."""
 
 
 @dataclass(frozen=True)
 class CardDetails:
-    """What a person may say of a model; None stands for "not known".
+    """Details that the user gives of a model; None stands for "not known".
 
     Args:
         base_model: Hub id of the original, or its folder; a folder's name does not get into the card.
-        dataset: Hub id of the data set that the rows are from.
-        split: Its split that the certificate's rows are from.
+        dataset: Hub id of the data set of the rows.
+        split: Split of the data set that the certificate's rows come from.
         license: The Hub's name of the licence, say "apache-2.0".
         license_name: The licence's own name, where `license` is "other".
-        license_link: Where it can be read, where `license` is "other".
+        license_link: Address of the licence's text, where `license` is "other".
         language: Codes of the model's languages, say ("en",).
 
     Raises:
@@ -66,11 +66,11 @@ license_link=None, language=None)
 
     @property
     def base_id(self) -> str | None:
-        """The base model's Hub id; None where it is not known, or a folder."""
+        """Returns the base model's Hub id; None where it is not known, or a folder."""
         return None if self.base_model is None or Path(self.base_model).is_dir() else self.base_model
 
     def filled_from(self, other: "CardDetails") -> "CardDetails":
-        """These details, and the other's where these say nothing; the three of the licence go together."""
+        """Fills unknown details from another instance; the three details of the licence are taken together."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}
         for name, value in values.items():
             if value is None and not (name.startswith("license") and self.license is not None):
@@ -79,7 +79,7 @@ license_link=None, language=None)
 
 
 def details_of_card(text: str) -> CardDetails:
-    """What the front matter of a rendered card says."""
+    """Reads the details from the front matter of a rendered card."""
     data: Any = ModelCard(text).data
     results = data.eval_results or []
     return CardDetails(
@@ -94,7 +94,7 @@ def details_of_card(text: str) -> CardDetails:
 
 
 def details_of_base(base_model: str, token: str | None = None) -> CardDetails:
-    """Licence and language from the base model's card; none where it cannot be read, or there is no card."""
+    """Reads licence and language from the base model's card; no details where it is missing or unreadable."""
     path = Path(base_model)
     source = str(path / "README.md") if path.is_dir() else base_model
     if path.is_dir() and not Path(source).is_file():
@@ -113,7 +113,7 @@ def details_of_base(base_model: str, token: str | None = None) -> CardDetails:
 
 
 def is_hub_id(name: str) -> bool:
-    """Whether a model or data set on the Hub may be called so."""
+    """Tells whether a name is a valid Hub id of a model or a data set."""
     try:
         validate_repo_id(name)
     except HFValidationError:

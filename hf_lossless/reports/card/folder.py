@@ -1,4 +1,4 @@
-"""The card that belongs to a folder: what is new, what a person wrote there, and pictures beside it."""
+"""The model card of a folder: rendered text, a person's own text, and its pictures."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +16,7 @@ CARD = "README.md"
 
 @dataclass(frozen=True)
 class FolderCard:
-    """A card's text, and the pictures that it shows, by the names of their files."""
+    """A card's text, and its pictures by file name."""
 
     text: str
     pictures: dict[str, bytes]
@@ -30,12 +30,12 @@ def folder_card(
     repo_id: str | None = None,
     token: str | None = None,
 ) -> FolderCard:
-    """A new card for a folder.
+    """Renders the card of a folder.
 
     Args:
-        folder: With a compressed checkpoint.
-        details: What the card is to say beyond it.
-        present: The card that is there; its details hold where `details` does not say otherwise.
+        folder: A folder with a compressed checkpoint.
+        details: Details that the checkpoint does not contain.
+        present: The existing card; its details fill those that `details` lacks.
         repo_id: As for `model_card`.
         token: As for `model_card`.
 
@@ -53,20 +53,20 @@ def folder_card(
 def write_card(folder: Path, details: CardDetails, *, out: Path | None = None, token: str | None = None) -> Path:
     """Writes README.md and its pictures.
 
-    What a person wrote below the seal of a card that is there is kept, and so are the details in its front matter,
-    where `details` does not say otherwise.
+    A person's text below the digest line of an existing card is kept, and the details in its front matter fill those
+    that `details` lacks.
 
     Args:
-        folder: With a compressed checkpoint.
-        details: What the card is to say beyond it.
+        folder: A folder with a compressed checkpoint.
+        details: Details that the checkpoint does not contain.
         out: The folder to write to; None: the same.
-        token: For a base model that is not public.
+        token: Token for a base model that is not public.
 
     Returns:
         The card's path.
 
     Raises:
-        CheckpointError: As for `folder_card`; or somebody changed the card that is there, or it is not ours.
+        CheckpointError: As for `folder_card`; or a person wrote or changed the existing card.
         ConfigurationError: The details cannot be used.
     """
     path = (out or folder) / CARD
@@ -86,6 +86,6 @@ def write_card(folder: Path, details: CardDetails, *, out: Path | None = None, t
 
 
 def card_text(folder: Path) -> str | None:
-    """The card that lies in a folder."""
+    """Reads the card in a folder; None where there is none."""
     path = folder / CARD
     return path.read_bytes().decode("utf-8", errors="replace") if path.is_file() else None

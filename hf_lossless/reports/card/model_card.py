@@ -1,4 +1,4 @@
-"""A checkpoint's model card, rendered from its plan and its certificate by the template beside this file."""
+"""Renders a checkpoint's model card from its plan and its certificate, by the template beside this file."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ from hf_lossless.checkpoints.record import CompressionRecord, plan_in_order, rec
 from hf_lossless.checkpoints.saved_folder import SavedFolder
 from hf_lossless.errors import CheckpointError
 from hf_lossless.reports.card.details import UNKNOWN_DATASET, CardDetails, details_of_base, is_hub_id
-from hf_lossless.reports.card.digest import seal
+from hf_lossless.reports.card.digest import with_digest
 from hf_lossless.reports.card.text import (
     CAPTIONS,
     FRONTIER,
@@ -32,7 +32,7 @@ _TEMPLATE = Path(__file__).with_name("template.md")
 
 @dataclass(frozen=True)
 class _Source:
-    """What a card is rendered from: a folder's, or a model's."""
+    """The data that a card is rendered from, read from a folder or a model."""
 
     entry: LosslessCheckpointConfig
     record: CompressionRecord | None
@@ -42,7 +42,7 @@ class _Source:
 
     @property
     def architecture(self) -> str:
-        """The class that was saved."""
+        """Returns the name of the saved class."""
         return next(iter(self.config.get("architectures") or ()), "PreTrainedModel")
 
 
@@ -53,17 +53,18 @@ def model_card(
     repo_id: str | None = None,
     token: str | None = None,
 ) -> ModelCard:
-    """The card of a compressed checkpoint: what was done, what the certificate says, and what nobody checked.
+    """Renders the card of a compressed checkpoint: the compression, the certificate, and what was not checked.
 
     Args:
         source: A folder with a compressed checkpoint, or a compressed model.
-        details: What the checkpoint does not know; licence and language are carried over from the base model's card
-            where they are not given. None: the base model of a model that was just compressed, and nothing else.
-        repo_id: Where the model will be; None: it is called by its folder's name.
-        token: For a base model that is not public.
+        details: Details that the checkpoint does not contain; missing licence and language are read from the base
+            model's card. None: only the base model of a model that was just compressed.
+        repo_id: The model's future repository; None: it has its folder's name.
+        token: Token for a base model that is not public.
 
     Returns:
-        The card; `str(card)` is the text of README.md, sealed (see `reports.card.digest`), `card.save(path)` writes it.
+        The card; `str(card)` is the text of README.md with its digest line (see `reports.card.digest`),
+        `card.save(path)` writes it.
 
     Raises:
         CheckpointError: The folder or the model is not compressed by this package, or the folder is not complete.
@@ -83,7 +84,7 @@ def model_card(
     if details.base_model is not None and (details.license is None or details.language is None):
         details = details.filled_from(details_of_base(details.base_model, token))
     card = ModelCard.from_template(_metadata(found, details), template_path=str(_TEMPLATE), **_words(found, details))
-    return ModelCard(seal(str(card)))
+    return ModelCard(with_digest(str(card)))
 
 
 def _of_folder(folder: Path, repo_id: str | None) -> _Source:
@@ -100,18 +101,19 @@ def _of_model(model: PreTrainedModel, repo_id: str | None) -> _Source:
 
 
 def record_of_model(model: PreTrainedModel) -> CompressionRecord | None:
-    """What is known of how a model was compressed; None where it was loaded compressed."""
+    """Returns the record of how a model was compressed; None where it was loaded compressed."""
     quantizer: Any = model.hf_quantizer
     return None if quantizer.result is None else record_of(quantizer.result)
 
 
 def entry_of(model: PreTrainedModel) -> LosslessCheckpointConfig:
-    """What a compressed model says of itself.
+    """Returns a compressed model's entry in config.json.
 
     Raises:
-        CheckpointError: It is not compressed by this package.
+        CheckpointError: The model is not compressed by this package.
     """
-    entry = getattr(model.config, "quantization_config", None)
+    # The config may be shared with a part that was saved since.
+    entry = getattr(getattr(model, "hf_quantizer", None), "quantization_config", None)
     if not isinstance(entry, LosslessCheckpointConfig):
         raise CheckpointError(
             f"this {type(model).__name__} is not compressed by hf_lossless. Load it with "
@@ -121,7 +123,7 @@ def entry_of(model: PreTrainedModel) -> LosslessCheckpointConfig:
 
 
 def base_of(model: PreTrainedModel) -> str | None:
-    """What a model that was just compressed was loaded from; a compressed checkpoint that is loaded does not know.
+    """Returns the name or folder that a model was compressed from; None for a loaded compressed checkpoint.
 
     Raises:
         CheckpointError: As for `entry_of`.
@@ -133,7 +135,7 @@ def base_of(model: PreTrainedModel) -> str | None:
 
 
 def _metadata(source: _Source, details: CardDetails) -> ModelCardData:
-    """The front matter."""
+    """Makes the front matter."""
     task = task_name(source.architecture)
     certificate = source.entry.certificate
     kinds = {layer.kind for layer in source.entry.plan.layers.values()}
@@ -155,7 +157,7 @@ def _metadata(source: _Source, details: CardDetails) -> ModelCardData:
 
 
 def _results(certificate: Certificate, task: str, details: CardDetails) -> list[EvalResult]:
-    """What the certificate measured of the compressed model."""
+    """Lists the certificate's measurements of the compressed model."""
     seen = certificate.evidence
     measured = {seen.metric_name: seen.compressed_metric, "loss": seen.compressed_loss}
     return [
@@ -173,7 +175,7 @@ def _results(certificate: Certificate, task: str, details: CardDetails) -> list[
 
 
 def _words(source: _Source, details: CardDetails) -> dict[str, Any]:
-    """What the template asks for."""
+    """Makes the template's variables."""
     entry, record = source.entry, source.record
     plan = plan_in_order(entry.plan, record)
     certificate = entry.certificate
@@ -235,7 +237,7 @@ def _data_sentence(details: CardDetails) -> str:
 
 
 def _provenance(source: _Source, details: CardDetails) -> list[str]:
-    """Versions that are stored, and what was carried over; nothing of the machine that renders the card."""
+    """Lists the recorded versions, base model and licence; nothing of the machine that renders the card."""
     entry = source.entry
     base = f"base model: {details.base_id}" if details.base_id else "base model: not named on the Hub"
     licence = details.license_name or details.license

@@ -1,4 +1,4 @@
-"""Pieces of a card's text: tables in Markdown, what was not checked, how to load."""
+"""Makes parts of a card's text: tables in Markdown, the list of unchecked properties, loading code."""
 
 import io
 from collections import defaultdict
@@ -32,11 +32,11 @@ PROCESSORS = {
     "tokenizer_config.json": "AutoTokenizer",
     "preprocessor_config.json": "AutoImageProcessor",
 }
-"""File names by which a folder shows what it holds beside the model, and the class that loads it."""
+"""File names that reveal a folder's tokenizer or processor, and the class that loads it."""
 
 
 def markdown_table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    r"""A table in Markdown; a bar in a cell does not end it.
+    r"""Makes a table in Markdown; bars inside cells are escaped.
 
     Example:
         >>> print(markdown_table(["a", "b"], [["1|2", "3"]]))
@@ -50,14 +50,14 @@ def markdown_table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> st
 
 
 def layers_table(plan: CompressionPlan) -> str:
-    """What `hf-lossless inspect` prints of the layers."""
+    """Makes the layers' table of `hf-lossless inspect` in Markdown."""
     columns = layer_columns(plan)
     rows = [[name, *(cell(layer) for cell in columns.values())] for name, layer in plan.layers.items()]
     return markdown_table(["layer", *columns], rows)
 
 
 def storage_table(plan: CompressionPlan) -> str:
-    """How many layers are stored in which way, with their bytes: the narrowest first, and everything else."""
+    """Makes a table of the ways to store layers, narrowest first, with counts and bytes, and of all other tensors."""
     count: dict[tuple[float, str], int] = defaultdict(int)
     total_bytes: dict[tuple[float, str], int] = defaultdict(int)
     for layer in plan.layers.values():
@@ -71,13 +71,13 @@ def storage_table(plan: CompressionPlan) -> str:
 
 
 def not_checked(entry: LosslessCheckpointConfig, record: CompressionRecord | None) -> list[str]:
-    """What nobody should read out of the card: all that a report says, and what a stranger may take for granted."""
+    """Lists what was not checked: a report's limitations, and what a reader might take for granted."""
     training = [] if entry.certificate is None else [_TRAINING]
     return [*limitations(entry, record), *training, *_TAKEN_FOR_GRANTED]
 
 
 def task_name(architecture: str) -> str | None:
-    """The Hub's name of the task that a model class does; None where it has none."""
+    """Finds the Hub's name of the task of a model class; None where it has none."""
     try:
         return task_of_class(architecture).name
     except ConfigurationError:
@@ -89,7 +89,7 @@ def task_name(architecture: str) -> str | None:
 
 
 def install_command(plan: CompressionPlan) -> str:
-    """The command that installs what loading a checkpoint with this plan takes.
+    """Makes the command that installs all that loading a checkpoint with this plan needs.
 
     Example:
         >>> install_command(CompressionPlan(theory="llc", layers={}, other_bytes=0, original_bytes=8))
@@ -104,9 +104,9 @@ def loading_code(name: str, architecture: str, files: Iterable[str], plan: Compr
 
     Args:
         name: A repo id or a folder.
-        architecture: The class that was saved.
-        plan: Its plan, which tells the extras that loading takes.
-        files: Names of the files beside config.json; they tell what else there is to load.
+        architecture: Name of the saved class.
+        plan: The checkpoint's plan, which determines the extras that loading needs.
+        files: Names of the files beside config.json, among them those of a tokenizer or processor.
     """
     if not hasattr(transformers, architecture):
         return None
@@ -131,11 +131,11 @@ CAPTIONS = {
     FRONTIER: "The best plan for every size: predicted change of the loss, and that of the chosen one as measured on "
     "the calibration rows",
 }
-"""What is said of each picture to those who do not see it."""
+"""The alternative text of each picture."""
 
 
 def card_pictures(plan: CompressionPlan, record: CompressionRecord | None) -> dict[str, bytes]:
-    """The pictures that there are of a compression; without a record there is no frontier.
+    """Draws the pictures of a compression as PNG by file name; without a record there is no frontier.
 
     Example:
         >>> from hf_lossless.storage.plan import Grid, LayerPlan

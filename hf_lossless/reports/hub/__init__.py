@@ -1,1 +1,1 @@
-"""The Hugging Face Hub: one commit with all of a compressed checkpoint."""
+"""Pushes a compressed checkpoint to the Hugging Face Hub in one commit."""

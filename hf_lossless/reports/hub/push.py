@@ -1,10 +1,10 @@
-"""`push_to_hub`: a checked folder becomes one commit.
+"""`push_to_hub`: pushes a checked folder to the Hub as one commit.
 
-create the repository -> look at what is there -> upload large files -> commit, if nothing changed meanwhile
+create the repository -> read its present state -> upload large files -> commit, if nothing changed meanwhile
 
-Large files are stored by their checksums before the commit, which is one request and so whole or not at all. What has
-arrived in a push that broke off is not sent again in the next one, and what is the same as on the Hub is left out.
-The commit names its parent: had somebody changed the card in between, the Hub would refuse it.
+Large files are uploaded by their checksums before the commit, which is one atomic request. Files that arrived in an
+interrupted push are not sent again, and files equal to those on the Hub are left out. The commit names its parent, so
+that the Hub refuses it if somebody changed the card in between.
 """
 
 import re
@@ -37,16 +37,16 @@ CardOutcome = Literal["written", "kept"]
 
 @dataclass(frozen=True)
 class PushResult:
-    """What a push did.
+    """The result of a push.
 
     Attributes:
-        repo_id: With its owner.
-        commit_url: The commit; the last one that was there already where nothing had changed.
-        commit_oid: Its hash.
-        changed: Whether there was anything to commit.
-        pull_request_url: None unless one was asked for.
-        card: "kept": README.md on the Hub was written or changed by hand, and stays as it is, though it may speak of
-            an earlier model. "written": it is the one that was pushed.
+        repo_id: Name of the repository with its owner.
+        commit_url: Address of the commit; where nothing had changed, that of the last existing commit.
+        commit_oid: Hash of the commit.
+        changed: Whether a commit was made.
+        pull_request_url: Address of the pull request; None unless requested.
+        card: "kept": README.md on the Hub was written or changed by hand and was not replaced, so it may describe an
+            earlier model. "written": README.md was pushed.
     """
 
     repo_id: str
@@ -74,19 +74,19 @@ def push_to_hub(
     Args:
         model: A folder with a compressed checkpoint, of which all files that are not hidden are pushed; or a
             compressed model.
-        repo_id: NAME or OWNER/NAME; it is created where it is not there.
-        processor: The tokenizer or image processor that goes with a model. A folder has its own.
-        details: What the card is to say beyond the checkpoint (see `CardDetails`).
-        private: Whether the repository must be private, or must not; None: as it is, or as its owner's default is.
-        revision: The branch, made where it is not there; None: main.
-        create_pr: Propose the commit as a pull request.
-        commit_message: Its first line.
-        token: One that may write; None: that of the person who is logged in, or HF_TOKEN.
+        repo_id: NAME or OWNER/NAME; created if missing.
+        processor: The tokenizer or image processor that goes with a model. A folder contains its own.
+        details: Details that the checkpoint does not contain (see `CardDetails`).
+        private: Whether the repository must be private or public; None: unchanged, or its owner's default.
+        revision: The branch, created if missing; None: main.
+        create_pr: Whether to propose the commit as a pull request.
+        commit_message: First line of the commit message.
+        token: A token with write access; None: that of the logged-in user, or HF_TOKEN.
 
     Returns:
-        What was done. README.md on the Hub is replaced where it is a generated one; what a person wrote below its seal
-        is kept, and a card that a person wrote or changed stays as it is. Weights of an earlier model that this one
-        has not are removed, for they would be loaded in its place.
+        The result. A generated README.md on the Hub is replaced; a person's text below its digest line is kept, and a
+        card that a person wrote or changed is not replaced. Weight files of an earlier model that this one lacks are
+        removed, since they would be loaded in its place.
 
     Raises:
         CheckpointError: The folder or the model is not compressed by this package, or the folder is not complete.
@@ -133,7 +133,7 @@ def push_to_hub(
 
 @contextmanager
 def _folder_of(model: PreTrainedModel | str | Path, processor: Any) -> Iterator[Path]:
-    """A folder as it is; a model's files in a temporary one."""
+    """Yields a given folder, or a temporary one with a model's files."""
     if not isinstance(model, PreTrainedModel):
         yield Path(model)
         return
@@ -147,8 +147,8 @@ def _folder_of(model: PreTrainedModel | str | Path, processor: Any) -> Iterator[
 
 
 def _repository(api: HfApi, repo_id: str, private: bool | None, revision: str | None, create_pr: bool) -> ModelInfo:
-    """The repository as it is before the push, on its branch; both are made where they are not there."""
-    # The answer has the owner's name too, where only the model's was given.
+    """Reads the repository before the push, on its branch; both are created where they are missing."""
+    # The answer includes the owner's name where only the model's was given.
     repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
     if revision is not None and not create_pr and not revision.startswith("refs/"):
         api.create_branch(repo_id, branch=revision, exist_ok=True)
@@ -163,7 +163,7 @@ def _repository(api: HfApi, repo_id: str, private: bool | None, revision: str | 
 
 
 def _card(folder: Path, details: CardDetails, repo_id: str, token: str) -> FolderCard:
-    """The folder's card under the name it has on the Hub; one that a person wrote or changed, as it is."""
+    """Makes the folder's card under its name on the Hub; a card that a person wrote or changed is unchanged."""
     local = card_text(folder)
     if local is not None and own_text(local) is None:
         return FolderCard(local, {})
@@ -174,14 +174,14 @@ def _card(folder: Path, details: CardDetails, repo_id: str, token: str) -> Folde
 
 
 def _card_there(api: HfApi, present: ModelInfo) -> str | None:
-    """The card that is on the Hub."""
+    """Downloads the card on the Hub; None where there is none."""
     if CARD not in _names(present):
         return None
     return card_text(Path(api.hf_hub_download(present.id, CARD, revision=present.sha)).parent)
 
 
 def _additions(folder: Path, card: str | None, pictures: Mapping[str, bytes]) -> list[CommitOperationAdd]:
-    """All files that are not hidden, and the card with its pictures, if it is not to stay as it is."""
+    """Lists all files that are not hidden, and the card with its pictures unless the existing card is kept."""
     made: dict[str, bytes] = {} if card is None else {**pictures, CARD: card.encode()}
     paths = {path.relative_to(folder): path for path in sorted(folder.rglob("*")) if path.is_file()}
     files = [
@@ -195,10 +195,10 @@ def _additions(folder: Path, card: str | None, pictures: Mapping[str, bytes]) ->
 def _upload_shards(
     api: HfApi, additions: list[CommitOperationAdd], repo_id: str, revision: str | None, create_pr: bool
 ) -> None:
-    """Sends the weights before the commit, one file after the other, where there are several.
+    """Uploads the weights before the commit, one file after the other, where there are several.
 
-    hf_xet, which carries large files to the Hub, enters them there at the end of a call. In one call with all of them,
-    as `create_commit` makes it, a lost connection would lose those too that had arrived.
+    hf_xet, which uploads large files, registers them at the end of a call. In one call with all files, as in
+    `create_commit`, a lost connection would lose the files that had arrived too.
     """
     shards = [addition for addition in additions if _WEIGHTS.fullmatch(addition.path_in_repo)]
     for shard in shards if len(shards) > 1 else ():
@@ -206,7 +206,7 @@ def _upload_shards(
 
 
 def _deletions(folder: Path, present: ModelInfo) -> list[CommitOperationDelete]:
-    """Weights of an earlier model that from_pretrained would take for a part of this one, or read in its place."""
+    """Lists weights of an earlier model that from_pretrained would load with, or in place of, this model's."""
     return [
         CommitOperationDelete(name)
         for name in _names(present)

@@ -1,4 +1,4 @@
-"""What the Hub's refusals and a lost connection mean to the person who pushes, and what to do about them."""
+"""Translates the Hub's refusals and lost connections into errors with a remedy."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,7 +19,7 @@ _RAISED = (HfHubHTTPError, EntryNotFoundError, FileMetadataError, httpx.HTTPErro
 
 
 def refuse_bad_repo_id(repo_id: str) -> None:
-    """Raises ConfigurationError for what cannot be the name of a repository."""
+    """Raises ConfigurationError for an invalid repository name."""
     try:
         validate_repo_id(repo_id)
     except HFValidationError as error:
@@ -30,10 +30,10 @@ def refuse_bad_repo_id(repo_id: str) -> None:
 
 
 def token_for_pushing(token: str | None) -> str:
-    """The token given, or that of the person who is logged in.
+    """Returns the given token, or that of the logged-in user.
 
     Raises:
-        HubError: There is none, or requests are switched off.
+        HubError: There is no token, or requests are switched off.
     """
     if is_offline_mode():
         raise HubError("HF_HUB_OFFLINE is set, which forbids every request to the Hub. Unset it to push.")
@@ -48,7 +48,7 @@ def token_for_pushing(token: str | None) -> str:
 
 @contextmanager
 def hub_errors(repo_id: str, revision: str | None) -> Iterator[None]:
-    """Turns what the Hub and the network raise into HubError."""
+    """Converts errors of the Hub and of the network into HubError."""
     try:
         yield
     except LosslessError:

@@ -1,4 +1,4 @@
-"""Predicted against measured: whether the theory can be believed, on the rows that it has seen."""
+"""Draws predicted against measured loss changes on the calibration rows."""
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -16,14 +16,14 @@ _CHECKED = {
 
 
 def agreement_figure(record: CompressionRecord) -> Figure:
-    """Draws everything that was measured beside its prediction, with two standard errors to each side.
+    """Draws all measured loss changes against their predictions, with two standard errors to each side.
 
-    On the dark line the two are equal; within the shaded part the change is at most what is stated, twice the
-    prediction and a little that does not matter. The rows are those that were calibrated on: what holds on them may not
-    hold on others. The chosen plan has a ring.
+    On the dark line the two are equal; in the shaded part the measured change is at most twice the prediction plus a
+    negligible amount. The measurements are on the calibration rows, and may not hold on others. The chosen plan has a
+    ring.
 
     Args:
-        record: With at least one check; those without a finite loss are counted in the legend.
+        record: A record with at least one check; checks without a finite loss are counted in the legend.
 
     Example:
         >>> check = LossCheck(
@@ -84,7 +84,7 @@ def agreement_figure(record: CompressionRecord) -> Figure:
 
 
 def _draw_statement(axes: Axes, negligible: float) -> None:
-    """Where the two are equal, and where the change is at most what is stated."""
+    """Draws the line of equality, and the area where the change is at most the stated one."""
     low, high = axes.get_xlim()
     bottom, _ = axes.get_ylim()
     line = _points(low, high)
@@ -96,7 +96,7 @@ def _draw_statement(axes: Axes, negligible: float) -> None:
 
 
 def _points(low: float, high: float) -> list[float]:
-    """Enough numbers for a line to be smooth on an axis that is logarithmic at both ends."""
+    """Makes enough numbers for a smooth line on an axis that is logarithmic at both ends."""
     sizes = [max(-low, high) * 10 ** (-power / 20) for power in range(120)]
     return [
         low,

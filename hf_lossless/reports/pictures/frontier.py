@@ -1,4 +1,4 @@
-"""The frontier: what every size was predicted to cost, and where the chosen plan lies on it."""
+"""Draws the frontier: the predicted loss of the best plan of every size, and the chosen plan."""
 
 import math
 
@@ -13,9 +13,10 @@ from hf_lossless.reports.pictures.style import BLUE, GREEN, ORANGE, VERMILION, b
 def frontier_figure(record: CompressionRecord) -> Figure:
     """Draws the plans that no other plan beats in both bytes and predicted loss.
 
-    Below, the bytes of all tensors; above, how many times smaller that is. Upwards, the change of the mean loss: the
-    line and the dot are predictions, the diamond is what the finished model was measured to do on the calibration rows,
-    with two standard errors to each side. Dashed, where it is known, what no way to store the weights could beat.
+    The lower axis shows the bytes of all tensors, the upper one the ratio. The vertical axis shows the change of the
+    mean loss: the line and the dot are predictions, the diamond is the finished model's measured change on the
+    calibration rows, with two standard errors to each side. A dashed line shows the rate-distortion bound where it is
+    known.
 
     Example:
         >>> point = (400, 0.25)
@@ -52,9 +53,9 @@ def frontier_figure(record: CompressionRecord) -> Figure:
 
 
 def _draw_lines(axes: Axes, record: CompressionRecord, unit: int) -> list[float]:
-    """The frontier and the bound; the changes that they go through."""
+    """Draws the frontier and the bound, and returns their loss changes."""
     sizes, losses = zip(*record.frontier, strict=True)
-    # Between two plans the cheaper one is the best that fits.
+    # Between the sizes of two plans the cheaper one is the best that fits.
     label = f"best of all plans ({record.frontier_plans:,}), predicted by {short(record.theory, 12)}"
     axes.step([size / unit for size in sizes], losses, where="post", color=BLUE, linewidth=2, label=label)
     if len(sizes) == 1:
@@ -74,7 +75,7 @@ def _draw_lines(axes: Axes, record: CompressionRecord, unit: int) -> list[float]
 
 
 def _draw_chosen(axes: Axes, record: CompressionRecord, unit: int) -> list[float]:
-    """The chosen plan, predicted and measured; the changes that are drawn."""
+    """Draws the chosen plan, predicted and measured, and returns the loss changes drawn."""
     size, predicted = record.chosen
     axes.plot(
         size / unit,
@@ -106,7 +107,7 @@ def _draw_chosen(axes: Axes, record: CompressionRecord, unit: int) -> list[float
 
 
 def _size_axis(axes: Axes, original: float, smallest: float, largest: float) -> None:
-    """A logarithmic axis of sizes, with the ratios above it."""
+    """Sets up a logarithmic axis of sizes, with the ratios above it."""
     ends = smallest / 1.1, largest * 1.1
     above = axes.twiny()
     sizes = _round_numbers(*ends)
@@ -120,7 +121,7 @@ def _size_axis(axes: Axes, original: float, smallest: float, largest: float) -> 
 
 
 def _round_numbers(low: float, high: float) -> list[float]:
-    """Round numbers from low to high, about as far from each other on a logarithmic axis, never more than fit."""
+    """Lists round numbers from low to high, about evenly spaced on a logarithmic axis, as many as fit."""
     decades = math.log10(high / low)
     factors = (1, 1.5, 2, 3, 4, 6, 8) if decades < 1.6 else (1, 2, 5) if decades < 4 else (1,)
     powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)), 1 + int(decades // 12))

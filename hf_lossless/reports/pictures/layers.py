@@ -1,4 +1,4 @@
-"""What became of each layer: bits and rank, in the model's own order."""
+"""Draws how each layer is stored: bits and rank, in the model's own order."""
 
 import math
 from collections.abc import Sequence
@@ -13,21 +13,20 @@ from hf_lossless.storage.plan import KEPT_BITS, CompressionPlan, LayerPlan
 
 _RANGES = {"static": ("s", VERMILION), "dynamic": ("o", PURPLE)}
 _WIDEST = 8
-"""The axis of bits reaches at least so far."""
+"""Least upper end of the axis of bits."""
 
 _MOST_BITS = 32
-"""The axis reaches at most so far; layers of a few weights may take more, for what goes with their codes."""
+"""Largest upper end of the axis of bits; layers of a few weights may take more, because of their side information."""
 
 _MAX_NAMES, _MAX_RANKS = 64, 45
-"""Names that fit beside the axis; ranks that fit beside their bars."""
+"""Most names beside the axis; most ranks beside their bars."""
 
 
 def layers_figure(plan: CompressionPlan) -> Figure:
-    """Draws the layers of a plan from the first at the top to the last, one bar each.
+    """Draws the layers of a plan, one bar each, the first at the top.
 
-    Left, the bits of a stored weight (the wider factor's, where there are only factors). Where there are factors,
-    beside it their rank, as a share of the largest rank that the layer could have; where inputs are quantised, their
-    bits.
+    The left panel shows the bits of a stored weight (of the wider factor, where there are only factors). Further panels
+    show ranks, as a share of the layer's largest possible rank, and the bits of quantised inputs, where there are any.
 
     Example:
         >>> from hf_lossless.storage.plan import Grid, LayerPlan
@@ -57,7 +56,7 @@ def layers_figure(plan: CompressionPlan) -> Figure:
 
 
 def _name_rows(axes: Axes, names: Sequence[str]) -> None:
-    """Names of the layers beside their bars, all of them or every second, third, ..; the first is on top."""
+    """Writes the layers' names beside their bars, all or every second, third, ...; the first is on top."""
     step = -(-len(names) // _MAX_NAMES) or 1
     shared = _shared_prefix(names)
     shown = range(0, len(names), step)
@@ -68,7 +67,7 @@ def _name_rows(axes: Axes, names: Sequence[str]) -> None:
 
 
 def _shared_prefix(names: Sequence[str]) -> int:
-    """Length of the parts that all names begin with; the last part is not among them."""
+    """Returns the length of the leading name parts that all names share, without their last part."""
     parts = [name.split(".")[:-1] for name in names]
     depth = 0
     while all(len(one) > depth and one[depth] == parts[0][depth] for one in parts) and parts:
@@ -77,7 +76,7 @@ def _shared_prefix(names: Sequence[str]) -> int:
 
 
 def _draw_bits(axes: Axes, layers: Sequence[LayerPlan]) -> None:
-    """Bars of the bits that weights take; floating point lies beyond the axis, and what is beyond it has its number."""
+    """Draws bars of the weights' bits; floating point lies beyond the axis, and values above it are written out."""
     bits = [layer.bits for layer in layers if layer.bits != KEPT_BITS]
     widest = min(max([_WIDEST, *map(math.ceil, bits)]), _MOST_BITS)
     axes.barh(
@@ -94,12 +93,12 @@ def _draw_bits(axes: Axes, layers: Sequence[LayerPlan]) -> None:
 
 
 def _floating(widest: int) -> float:
-    """Where floating point is drawn on an axis that reaches so many bits."""
+    """Returns the place of floating point on an axis of `widest` bits."""
     return 1.25 * widest
 
 
 def _bits_axis(axes: Axes, widest: int) -> None:
-    """An axis of bits, with a place for floating point beyond it."""
+    """Sets up an axis of bits, with a place for floating point beyond it."""
     ticks = list(range(0, widest + 1, 2 * math.ceil(widest / 8)))
     axes.set_xlim(0, 1.05 * _floating(widest))
     axes.set_xticks([*ticks, _floating(widest)], [*map(str, ticks), "float"])

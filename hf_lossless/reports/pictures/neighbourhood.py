@@ -1,4 +1,4 @@
-"""The neighbourhood: how far first and second order explain the loss under noise, as LLC's Fig. 1 and CET's Fig. 2."""
+"""Draws how far first and second order explain the loss under noise, as LLC's Fig. 1 and CET's Fig. 2."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -11,7 +11,7 @@ from hf_lossless.reports.pictures.style import BLUE, ORANGE, new_figure, short
 from hf_lossless.theories.neighbourhood import Neighbourhood, NoiseGap, NoiseResponse
 
 PAPER_MARKS = {"weights": (8e-3, 2e-1), "activations": (1e-3, 8e-2)}
-"""Where LLC Fig. 1 ends the first order, and the second."""
+"""The noise sizes where the first and the second order end in LLC Fig. 1."""
 
 ORDERS: dict[str, Callable[[NoiseGap], float]] = {
     "first order": lambda gap: gap.first_order_gap,
@@ -23,14 +23,15 @@ UNTIL: dict[str, Callable[[NoiseResponse], float | None]] = {
 }
 _COLOURS = {"first order": BLUE, "first and second": ORANGE}
 _SMALLEST = 1e-9
-"""What a U of less, or 0, is drawn as: a logarithmic axis has no 0."""
+"""Smallest U drawn, since a logarithmic axis has no 0."""
 
 
 def neighbourhood_figure(found: Neighbourhood) -> Figure:
-    """Draws U: above by noise size, in the form of LLC Fig. 1; below by layer, as CET Fig. 2.
+    """Draws U by noise size in the upper row, as in LLC Fig. 1, and by layer in the lower one, as in CET Fig. 2.
 
-    Above, lines are medians over layers and bands their range; dashed, where the median layer's order ends; dotted,
-    where it ends in LLC's Fig. 1. Below, U has both terms, a line for each noise size.
+    In the upper row lines are medians over layers and bands their range; dashed lines mark where the median layer's
+    order ends, dotted lines where it ends in LLC's Fig. 1. In the lower row U has both terms, with one line for each
+    noise size.
     """
     figure = new_figure(11, 8)
     axes = figure.subplots(2, 2, sharey=True)
@@ -82,7 +83,7 @@ def _plot_by_layer(axes: Axes, names: Sequence[str], responses: Sequence[NoiseRe
 
 
 def responses_by_kind(found: Neighbourhood) -> dict[str, list[NoiseResponse]]:
-    """The layers' responses to noise in their weights, and in their inputs."""
+    """Groups the layers' responses into those to noise in weights and those to noise in inputs."""
     return {
         "weights": [layer.weight for layer in found.layers],
         "activations": [layer.inputs for layer in found.layers if layer.inputs is not None],
@@ -90,7 +91,7 @@ def responses_by_kind(found: Neighbourhood) -> dict[str, list[NoiseResponse]]:
 
 
 def gaps_by_size(responses: Sequence[NoiseResponse]) -> list[tuple[NoiseGap, ...]]:
-    """For each noise size, ascending, the gap of every layer."""
+    """Lists for each noise size, ascending, the gaps of all layers."""
     return list(zip(*(response.gaps for response in responses), strict=True))
 
 

@@ -1,7 +1,7 @@
-"""What all pictures have in common: colours that the colour-blind can tell apart, units, and short names.
+"""The common style of all pictures: colours that the colour-blind can distinguish, units, and short names.
 
-Figures are made without pyplot, so they need no display and leave no state behind. Colours are those of M. Okabe & K.
-Ito, "Color Universal Design", 2008.
+Figures are made without pyplot, so that they need no display and leave no global state. Colours are those of M. Okabe &
+K. Ito, "Color Universal Design", 2008.
 """
 
 import base64
@@ -20,12 +20,12 @@ _UNITS = ((10**9, "GB"), (10**6, "MB"), (10**3, "kB"), (1, "bytes"))
 
 
 def new_figure(width: float, height: float) -> Figure:
-    """An empty figure of so many inches, whose parts make room for each other."""
+    """Makes an empty figure of the given size in inches, with a constrained layout."""
     return Figure(figsize=(width, height), layout="constrained")
 
 
 def svg_data_uri(figure: Figure) -> str:
-    """A figure as the address of an image that a page can hold itself; the same figure gives the same address."""
+    """Encodes a figure as an SVG data URI; equal figures give equal URIs."""
     file = io.StringIO()
     # As shapes, text looks the same without its font.
     with matplotlib.rc_context({"svg.hashsalt": "hf-lossless", "svg.fonttype": "path"}):
@@ -34,7 +34,7 @@ def svg_data_uri(figure: Figure) -> str:
 
 
 def byte_unit(largest: int) -> tuple[int, str]:
-    """The unit in which to write numbers of bytes up to this one, in bytes, and its name.
+    """Chooses the unit for numbers of bytes up to `largest`: its bytes, and its name.
 
     Example:
         >>> byte_unit(90_855_944)
@@ -44,12 +44,12 @@ def byte_unit(largest: int) -> tuple[int, str]:
 
 
 def loss_axis(axis: Axis, negligible: float, values: Iterable[float]) -> None:
-    """Makes an axis one for changes of the loss, negative ones too: linear around 0, logarithmic beyond.
+    """Sets up an axis for changes of the loss, negative ones too: linear around 0, logarithmic beyond.
 
     Args:
         axis: The x axis or the y axis of a picture.
         negligible: A change that does not matter; the axis is linear up to the power of ten nearest to it.
-        values: All that is drawn.
+        values: All values that are drawn.
     """
     threshold = 10.0 ** round(math.log10(negligible))
     low, high = min(0.0, *values), max(0.0, *values)
@@ -67,7 +67,7 @@ def loss_axis(axis: Axis, negligible: float, values: Iterable[float]) -> None:
 
 
 def _decades(smallest: float, largest: float) -> list[float]:
-    """Powers of ten from `smallest` until `largest`, at most eight, and the first in any case where there is room."""
+    """Lists powers of ten from `smallest` to `largest`, at most eight; the first whenever it fits."""
     if largest <= 0 or largest < 0.3 * smallest:
         return []
     count = max(0, math.floor(math.log10(largest / smallest) + 1e-9))
@@ -76,9 +76,9 @@ def _decades(smallest: float, largest: float) -> list[float]:
 
 
 def short(name: str, length: int = 44) -> str:
-    r"""The end of a long name, as much as fits beside an axis, fit to be drawn whatever it says.
+    r"""Shortens a long name to its end, escaped for drawing beside an axis.
 
-    A $ would begin mathematics, and the font has no letters of many scripts.
+    A $ would start mathematics, and the font lacks the letters of many scripts.
 
     Example:
         >>> short("model.$x"), short("encoder.layer.0.output.dense", 12)

@@ -1,97 +1,146 @@
-"""The entropy coder: asymmetric numeral systems (Duda et al. 2015) by the library constriction."""
+"""The entropy coder: a stream that lanes decode side by side.
 
-import math
-from collections.abc import Sequence
-from typing import Any
+    lanes    uint16            L
+    symbols  uint32            how many of them the lanes decode; the others follow in the tail
+    states   uint32 [lanes]    where the lanes begin
+    words    uint16            what the lanes read, see `kernels`
+
+All is little-endian; where no symbol takes bits, there is no stream at all.
+
+A lane ends in the state with which its encoder began. It may be any of 2^16 ... 2^17 - 1, so that its low 16 bits are
+room for a word: the words of the lanes, one after the other, are a stream of one lane more, the tail, with the last
+symbols. A lane so takes 1 byte beside its symbols, and not 3, and a layer can have three times as many of them.
+"""
+
+import struct
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
-from hf_lossless.errors import ConfigurationError
-from hf_lossless.storage.entropy.frequencies import Frequencies, MalformedCode
+from hf_lossless.storage.entropy import kernels
+from hf_lossless.storage.entropy.frequencies import Frequencies, MalformedCode, Segment
+from hf_lossless.storage.entropy.kernels import LOW, TOTAL_BITS
 
-Segment = tuple[NDArray[np.int32], Frequencies]
-"""Symbols that follow each other, and their model."""
+_HEADER = struct.Struct("<HI")
 
+BYTES_PER_LANE = 1500
+"""Bytes of a stream for each of its lanes, so that lanes take less than 0.1 % of it."""
 
-def require_coder() -> Any:
-    """The library, or an error that says how to get it.
+_MOST_LANES = 2**16 - 1
 
-    Raises:
-        ConfigurationError: It is not installed.
-    """
-    try:
-        import constriction  # an extra, and only entropy-coded layers need it
-    except ImportError as error:
-        raise ConfigurationError(
-            "entropy-coded layers need the library constriction, which is not installed. "
-            "Install it with: pip install 'hf-lossless[entropy]'"
-        ) from error
-    return constriction
+COMPILED_FROM = 2**23
+"""Symbols of a model from which numba pays: its import takes half a second, in which numpy decodes about as many."""
 
+_PARTS_OF_A_BIT = 256
 
-def entropy_bytes(counts: NDArray[np.int64]) -> int:
-    """Bytes that symbols take which occur so often, coded with their own frequencies."""
-    present = counts[counts > 0]
-    return math.ceil(-(present * np.log2(present / counts.sum())).sum() / 8) if len(present) else 0
+Kernel = Callable[
+    [NDArray[np.uint16], int, NDArray[np.uint32], int, Frequencies, NDArray[np.uint8]],
+    int,
+]
+"""What decodes symbols of one model, see `kernels.decode_lanes`."""
 
 
 def encode_segments(segments: Sequence[Segment]) -> bytes:
-    """All segments as one stream of little-endian 32-bit words."""
-    library = require_coder()
-    coder = library.stream.stack.AnsCoder()
-    for symbols, frequencies in reversed(segments):  # it is a stack: what goes in last comes out first
-        if _is_coded(frequencies) and len(symbols):
-            coder.encode_reverse(np.ascontiguousarray(symbols - frequencies.first, np.int32), _model(frequencies))
-    stream: bytes = coder.get_compressed().astype("<u4").tobytes()
-    return stream
+    """Encodes all segments as one stream; the same for the same segments on every machine."""
+    coded = [(symbols - model.first, model) for symbols, model in segments if model.takes_bits and len(symbols)]
+    if not coded:
+        return b""
+    weights = np.concatenate([model.weights.astype(np.uint16)[places] for places, model in coded])
+    starts = np.concatenate([model.starts.astype(np.uint16)[places] for places, model in coded])
+    lanes = _number_of_lanes(coded)
+    num_symbols, rooms = len(weights), np.zeros(lanes, np.uint16)
+    if lanes > 1:
+        num_symbols, rooms = kernels.encode_tail(weights, starts, lanes)
+    states = LOW + rooms.astype(np.int64)
+    words = kernels.encode_lanes(weights[:num_symbols], starts[:num_symbols], states)
+    return _HEADER.pack(lanes, num_symbols) + states.astype("<u4").tobytes() + words.astype("<u2").tobytes()
 
 
 class SegmentDecoder:
-    """Reads segments back, one after the other."""
+    """Decodes the segments of a stream, one after the other."""
 
-    def __init__(self, stream: bytes) -> None:
-        """Takes what `encode_segments` gave.
-
-        Raises:
-            MalformedCode: It is no whole number of words, or ends in a word that no stream ends in.
-        """
-        library = require_coder()
-        if len(stream) % 4:
-            raise MalformedCode(f"a stream of {len(stream)} bytes, which is no whole number of words")
-        words = np.frombuffer(stream, "<u4").astype(np.uint32)
-        try:
-            self._coder = library.stream.stack.AnsCoder(words)
-        except ValueError as error:
-            raise MalformedCode(f"a stream that cannot be read: {error}") from error
-
-    def decode(self, size: int, frequencies: Frequencies) -> NDArray[np.int32]:
-        """The next `size` symbols.
+    def __init__(self, stream: bytes, kernel: Kernel = kernels.decode_lanes) -> None:
+        """Takes what `encode_segments` gave, and what decodes it.
 
         Raises:
-            MalformedCode: There is no model for them.
+            MalformedCode: It is shorter than its lanes, or they begin in a state that no lane has.
         """
-        if not size:
-            return np.zeros(0, np.int32)
-        if not len(frequencies.weights):
-            raise MalformedCode(f"{size} symbols have an empty model")
-        if not _is_coded(frequencies):
-            return np.full(size, frequencies.first, np.int32)
-        symbols: NDArray[np.int32] = self._coder.decode(_model(frequencies), size)
-        symbols += frequencies.first
+        lanes, self._left = _HEADER.unpack_from(stream.ljust(_HEADER.size, b"\0"))
+        end = _HEADER.size + 4 * lanes
+        if stream and (lanes == 0 or len(stream) < end or len(stream) % 2):
+            raise MalformedCode(f"a stream of {len(stream)} bytes cannot have {lanes} lanes")
+        self._states = np.frombuffer(stream[_HEADER.size : end], "<u4").astype(np.uint32)
+        self._words = np.frombuffer(stream[end:], "<u2").astype(np.uint16)
+        if (self._states < LOW).any():
+            raise MalformedCode(f"a lane begins in the state {self._states.min()}, and {LOW} is the least there is")
+        self._position = self._lane = 0
+        self._in_tail = False
+        self._kernel = kernel
+
+    def decode(self, size: int, frequencies: Frequencies) -> NDArray[np.uint8]:
+        """Decodes the next `size` symbols, modulo 256.
+
+        Raises:
+            MalformedCode: There is no model for them, or the stream ends before they do.
+        """
+        frequencies.check(size)
+        if not size or not frequencies.takes_bits:
+            return np.full(size, frequencies.first % 256, np.uint8)
+        symbols = np.empty(size, np.uint8)
+        done = 0
+        while done < size:
+            if not self._left and not self._in_tail:
+                self._enter_tail()
+            part = symbols[done : size if self._in_tail else done + self._left]
+            self._position = self._kernel(self._words, self._position, self._states, self._lane, frequencies, part)
+            if self._position < 0:
+                raise MalformedCode("a stream that ends before its symbols do")
+            done += len(part)
+            self._lane = (self._lane + len(part)) % len(self._states)
+            self._left -= 0 if self._in_tail else len(part)
         return symbols
 
     def finish(self) -> None:
         """Raises MalformedCode where the stream holds more than was read."""
-        if not self._coder.is_empty():
+        if len(self._states) > 1 and not self._left and not self._in_tail:
+            self._enter_tail()
+        zeros = self._words[self._position :]
+        if self._left > 0 or (self._states != LOW).any() or zeros.any() or (len(zeros) and not self._in_tail):
             raise MalformedCode("a stream that does not end where its symbols do")
 
+    def _enter_tail(self) -> None:
+        """Goes on with the words that the lanes leave in their states."""
+        rooms, ones = (self._states % LOW).astype(np.uint16), self._states // LOW
+        if len(rooms) < 2:
+            raise MalformedCode("a stream that ends before its symbols do")
+        if (ones != 1).any() or self._position != len(self._words):
+            raise MalformedCode("a stream that does not end where its symbols do")
+        state = int(rooms[1]) * LOW + int(rooms[0])
+        if state < LOW:
+            raise MalformedCode(f"its tail begins in the state {state}, and {LOW} is the least there is")
+        self._states, self._words = np.array([state], np.uint32), rooms[2:].copy()
+        self._position = self._lane = 0
+        self._in_tail = True
 
-def _is_coded(frequencies: Frequencies) -> bool:
-    """Whether symbols take any bits: a single one is known."""
-    return len(frequencies.weights) > 1
+
+def _number_of_lanes(coded: Sequence[Segment]) -> int:
+    """One for so many bytes; what symbols take is summed up in whole numbers, so that no machine rounds otherwise."""
+    parts = 0
+    for places, model in coded:
+        counts = np.bincount(places, minlength=len(model.weights))
+        for count, weight in zip(counts.tolist(), model.weights.tolist(), strict=True):
+            if count:  # log2 to 1/256
+                parts += count * (_PARTS_OF_A_BIT * TOTAL_BITS - (weight**_PARTS_OF_A_BIT).bit_length() + 1)
+    return min(max(1, parts // (8 * _PARTS_OF_A_BIT * BYTES_PER_LANE)), _MOST_LANES)
 
 
-def _model(frequencies: Frequencies) -> Any:
-    # Whole numbers below 2^24 are exact in float32, and a sum of 2^14 leaves nothing to be rounded.
-    return require_coder().stream.model.Categorical((frequencies.weights / 2**14).astype(np.float32), perfect=False)
+def choose_kernel(num_symbols: int) -> Kernel:
+    """Chooses numba's decoder where it is installed and there is so much to decode that it pays, and else numpy's."""
+    if num_symbols >= COMPILED_FROM:
+        try:
+            from hf_lossless.storage.entropy import compiled
+        except ImportError:  # numba is an extra, and may not know this release of numpy
+            return kernels.decode_lanes
+        return compiled.decode_lanes
+    return kernels.decode_lanes

@@ -7,6 +7,7 @@ As bytes a model is
 with varints of seven bits a byte, least first (LEB128). Frequencies that do not add up are refused when they are read.
 """
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -60,12 +61,38 @@ class Frequencies:
             weights[weights.argmax()] -= 1
         return cls(first, weights)
 
+    @property
+    def takes_bits(self) -> bool:
+        """Whether a symbol takes any bits: an only one is known."""
+        return len(self.weights) > 1
+
+    @property
+    def starts(self) -> NDArray[np.int64]:
+        """Sum of the frequencies before each symbol, int64 [symbols]."""
+        before: NDArray[np.int64] = self.weights.cumsum() - self.weights
+        return before
+
+    def check(self, size: int) -> None:
+        """Raises MalformedCode where `size` symbols have no model."""
+        if size and not len(self.weights):
+            raise MalformedCode(f"{size} symbols have an empty model")
+
     def to_bytes(self) -> bytes:
         """The model as it is stored."""
         if not len(self.weights):
             return _varint(0)
         first = int(self.first).to_bytes(2, "little", signed=True)
         return _varint(len(self.weights)) + first + b"".join(_varint(int(weight)) for weight in self.weights)
+
+
+Segment = tuple[NDArray[np.int32], Frequencies]
+"""Symbols that follow each other, and their model."""
+
+
+def entropy_bytes(counts: NDArray[np.int64]) -> int:
+    """Bytes that symbols take which occur so often, coded with their own frequencies."""
+    present = counts[counts > 0]
+    return math.ceil(-(present * np.log2(present / counts.sum())).sum() / 8) if len(present) else 0
 
 
 def read_frequencies(stored: bytes, start: int) -> tuple[Frequencies, int]:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from hf_lossless.storage.entropy.coder import entropy_bytes
+from hf_lossless.storage.entropy.frequencies import entropy_bytes
 
 _FINEST_OCTAVES = 0.5
 _COARSER = (1, 2, 4, 64)

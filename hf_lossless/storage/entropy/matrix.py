@@ -1,7 +1,7 @@
 """A matrix on steps of its own, `W[k, i] = row_steps[k] column_steps[i] code[k, i]`, in one tensor of bytes.
 
     magic            4 bytes   b"HFLE"
-    version          uint8     1
+    version          uint8     of the stream, 1 or 2
     row base         int8      of the row steps, see `steps`
     column base      int8
     out, in          uint32    shape of the matrix
@@ -12,7 +12,7 @@
     far positions    uint32 each, in the matrix laid out row by row
     far codes        int32 each
     models           see `frequencies`: of row steps, column steps, row levels, column levels, and of each model number
-    stream           uint32 words, see `coder`: the same in that order
+    stream           the same in that order; see `coder`, or `first_version` for version 1
 
 All numbers are little-endian, whatever the machine. Codes from -127 to 127 go through the coder; one beyond is coded
 as 0 and listed as far. Every tensor stands for itself, so that layers can be read alone and at the same time.
@@ -27,8 +27,9 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from hf_lossless.storage.entropy.coder import Segment, SegmentDecoder, encode_segments
-from hf_lossless.storage.entropy.frequencies import Frequencies, MalformedCode, read_frequencies
+from hf_lossless.storage.entropy.coder import Kernel, SegmentDecoder, choose_kernel, encode_segments
+from hf_lossless.storage.entropy.first_version import FirstVersionDecoder
+from hf_lossless.storage.entropy.frequencies import Frequencies, MalformedCode, Segment, read_frequencies
 from hf_lossless.storage.entropy.levels import LARGEST_LEVEL, Blocks, Levels, best_levels, model_counts
 from hf_lossless.storage.entropy.steps import LARGEST_BASE, decode_steps, encode_steps
 
@@ -39,7 +40,9 @@ LARGEST_CODE = 2**24
 """The largest |code| at all: float32 has no exact whole numbers beyond."""
 
 _MAGIC = b"HFLE"
-_VERSION = 1
+_VERSION = 2
+"""Of the streams that are written; the older is read."""
+
 _HEADER = struct.Struct("<4sBbbIIIII")
 _CHECKSUM = struct.Struct("<I")
 OVERHEAD_BYTES = _HEADER.size + _CHECKSUM.size
@@ -88,9 +91,6 @@ class CodedMatrix:
 def encode(matrix: CodedMatrix) -> NDArray[np.uint8]:
     """The bytes of a matrix; the same for the same matrix.
 
-    Raises:
-        ConfigurationError: The coder is not installed.
-
     Example:
         >>> codes = np.array([[0, 1, -1], [2, 300, 0]], dtype=np.int32)
         >>> matrix = CodedMatrix.of(codes, np.float32([1, 2]), np.float32([1, 0.5, 1]))
@@ -118,16 +118,17 @@ def encode(matrix: CodedMatrix) -> NDArray[np.uint8]:
     return np.frombuffer(header + checksum + body, np.uint8).copy()
 
 
-def decode(stored: NDArray[np.uint8], shape: tuple[int, int]) -> CodedMatrix:
+def decode(stored: NDArray[np.uint8], shape: tuple[int, int], kernel: Kernel | None = None) -> CodedMatrix:
     """The matrix that bytes stand for.
 
     Args:
         stored: What `encode` gave.
         shape: (out, in) that the matrix has to have.
+        kernel: What decodes a stream with lanes; None: what suits a matrix of this size, where it comes alone.
 
     Raises:
         MalformedCode: They have been cut or changed, are of a newer version, of another shape, or no coded matrix.
-        ConfigurationError: The coder is not installed.
+        ConfigurationError: They are of version 1, and the library that reads it is not installed.
     """
     header, body = _checked(stored.tobytes(), shape)
     far_end = 8 * header.num_far
@@ -138,12 +139,17 @@ def decode(stored: NDArray[np.uint8], shape: tuple[int, int]) -> CodedMatrix:
     if (np.diff(far_positions) <= 0).any():
         raise MalformedCode("the places of its far codes do not rise")
     models = _read_models(body[far_end : far_end + header.model_bytes])
-    decoder = SegmentDecoder(body[far_end + header.model_bytes :])
+    stream = body[far_end + header.model_bytes :]
+    decoder: SegmentDecoder | FirstVersionDecoder
+    if header.version == 1:
+        decoder = FirstVersionDecoder(stream)
+    else:
+        decoder = SegmentDecoder(stream, kernel or choose_kernel(shape[0] * shape[1]))
     rows, columns, row_levels, column_levels = (decoder.decode(size, next(models)) for size in (*shape, *shape))
-    codes = _decode_codes(Levels(row_levels, column_levels), decoder, models)
+    codes = _decode_codes(Levels(row_levels.astype(np.int32), column_levels.astype(np.int32)), decoder, models)
     decoder.finish()
-    row_steps = decode_steps(rows.astype(np.uint8), header.row_base)
-    column_steps = decode_steps(columns.astype(np.uint8), header.column_base)
+    row_steps = decode_steps(rows, header.row_base)
+    column_steps = decode_steps(columns, header.column_base)
     matrix = CodedMatrix(codes, row_steps, column_steps, far_positions, far_codes)
     if matrix.checksum != header.codes_checksum:
         raise MalformedCode("what it decodes to has another checksum: the coder here works otherwise")
@@ -170,8 +176,8 @@ def _checked(content: bytes, shape: tuple[int, int]) -> tuple[_Header, bytes]:
         what = "its bytes are in another machine's order" if backwards else "it is no coded matrix"
         raise MalformedCode(f"{what}: it begins with {content[: len(_MAGIC)]!r}")
     header, body = _Header(*_HEADER.unpack_from(content)), content[start:]
-    if header.version != _VERSION:
-        raise MalformedCode(f"it has version {header.version} of the coding, and this release reads {_VERSION}")
+    if not 1 <= header.version <= _VERSION:
+        raise MalformedCode(f"it has version {header.version} of the coding, and this release reads up to {_VERSION}")
     if _CHECKSUM.unpack_from(content, _HEADER.size) != (_crc(content[: _HEADER.size], body),):
         raise MalformedCode("its checksum does not match, so it was cut or changed")
     if (header.num_rows, header.num_columns) != shape:
@@ -192,9 +198,11 @@ def _read_models(stored: bytes) -> Iterator[Frequencies]:
     raise MalformedCode("it has too few models")
 
 
-def _decode_codes(spread: Levels, decoder: SegmentDecoder, models: Iterator[Frequencies]) -> NDArray[np.int8]:
+def _decode_codes(
+    spread: Levels, decoder: SegmentDecoder | FirstVersionDecoder, models: Iterator[Frequencies]
+) -> NDArray[np.int8]:
     for levels in (spread.rows, spread.columns):
-        if levels.min() < 0 or levels.max() > LARGEST_LEVEL:
+        if levels.max() > LARGEST_LEVEL:
             raise MalformedCode(f"it has levels from {levels.min()} to {levels.max()}")
     blocks = Blocks.of(spread)
     ordered = np.empty((len(spread.rows), len(spread.columns)), np.int8)
@@ -202,7 +210,7 @@ def _decode_codes(spread: Levels, decoder: SegmentDecoder, models: Iterator[Freq
         places = list(blocks.of_model(model))
         shapes = [(rows.stop - rows.start, columns.stop - columns.start) for rows, columns in places]
         sizes = [num_rows * num_columns for num_rows, num_columns in shapes]
-        symbols = decoder.decode(sum(sizes), next(models)).astype(np.int8)
+        symbols = decoder.decode(sum(sizes), next(models)).view(np.int8)
         for place, shape, part in zip(places, shapes, np.split(symbols, np.cumsum(sizes))[:-1], strict=True):
             ordered[place] = part.reshape(shape)
     # `take` leaves the rows one after the other in memory, as indices in brackets would not.

@@ -6,6 +6,10 @@ are replaced rather than tensor types: that is easier to read, to debug and to s
 Names matter to transformers: no tensor of a compressed module has a name that begins with "weight" (its tying code
 matches prefixes), and what is no trainable weight is a buffer, for a float parameter would come back trainable and
 could pass for the model's dtype.
+
+The state dict of a compressed layer holds one thing more, the guard: an empty tensor under the name "weight". So it
+goes wherever the tensors go (save_pretrained, a part saved alone, a Trainer's checkpoint, torch.save), and stops a
+program that knows nothing of this package from filling the layer with random weights: no weight has the shape [0].
 """
 
 import itertools
@@ -17,8 +21,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from hf_lossless.errors import ConfigurationError
 from hf_lossless.storage.layers import Layer, LayerKind
 from hf_lossless.storage.modules.activations import QuantisedInput
+from hf_lossless.storage.modules.read_only import read_only
 from hf_lossless.storage.modules.running import Running
 
 _ATTRIBUTES: dict[LayerKind, tuple[str, ...]] = {
@@ -43,11 +49,13 @@ class CompressedModule(Running, ABC):
         dtype: In what dtype the module computes; follows `.to(dtype)` as a weight would.
         bias: The original's bias, where it had one.
         activation: Quantises the layer's input; None: it stays in floating point.
+        guarded: Whether its state dict holds a guard: not where it is a part of another compressed layer.
     """
 
     kind: LayerKind
     bias: nn.Parameter | None
     activation: QuantisedInput | None
+    guarded: bool = True
 
     def __init__(self, layer: Layer) -> None:
         """Takes over the attributes and the bias of `layer`; the stored tensors are for the subclass to make."""
@@ -108,21 +116,51 @@ class CompressedModule(Running, ABC):
 
     @property
     def weight(self) -> Tensor:
-        """The weight in its original shape, rebuilt now: for code that looks at it, not to be written to."""
+        """The weight in its original shape, rebuilt now: for code that looks at it; a write to it raises."""
         matrix = self.matrix()
-        weight = matrix.T if self.kind == "conv1d" else matrix.view(self.weight_shape)
+        weight = read_only(matrix.T if self.kind == "conv1d" else matrix.view(self.weight_shape))
         weight._is_hf_initialized = True  # type: ignore[attr-defined]  # transformers must not initialise it anew
         return weight
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Refuses another weight: the layer would not compute with it."""
+        if name == "weight":
+            raise ConfigurationError(
+                "a compressed layer takes no other weight: it computes with its codes. Replace the whole layer, or get "
+                "a dense model back with model.dequantize()."
+            )
+        super().__setattr__(name, value)
 
     @property
     def weight_tensors(self) -> dict[str, Tensor]:
         """All tensors of the module but the bias, by their names in its state dict: they are what the weight became."""
-        return {name: tensor for name, tensor in self.state_dict(keep_vars=True).items() if name != "bias"}
+        tensors = self.state_dict(keep_vars=True)
+        return {name: tensor for name, tensor in tensors.items() if name not in ("bias", "weight")}
 
     @property
     def weight_bytes(self) -> int:
         """Bytes of the weight as it is stored now."""
         return sum(tensor.nbytes for tensor in self.weight_tensors.values())
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        """Adds the guard to the tensors; not on meta, where there are none yet."""
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.guarded and not any(tensor.is_meta for tensor in (*self.parameters(), *self.buffers())):
+            # A view of a number of its own: empty storages all seem to be one, which safetensors would write once.
+            destination[f"{prefix}weight"] = torch.empty(1, device="cpu")[:0]
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, local_metadata: Any, strict: bool, *lists: list[str]
+    ) -> None:
+        """Drops the guard, and refuses a weight: it is not compressed, and would be ignored where strict=False."""
+        weight = state_dict.pop(f"{prefix}weight", None) if self.guarded else None
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, *lists)
+        if weight is not None and weight.numel():
+            error_messages = lists[-1]
+            error_messages.append(
+                f"'{prefix}weight' has shape {list(weight.shape)}, but that layer is compressed and takes no dense "
+                "weight. Load the original checkpoint into the original model."
+            )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Moves and casts as any module does, and notes the dtype."""

@@ -30,6 +30,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from hf_lossless.errors import CheckpointError
+from hf_lossless.storage.entropy.coder import Kernel
 from hf_lossless.storage.entropy.frequencies import MalformedCode
 from hf_lossless.storage.entropy.matrix import CodedMatrix, decode, encode
 from hf_lossless.storage.layers import Layer, LayerKind
@@ -79,18 +80,19 @@ class CodedModule(CompressedModule):
         self.coded.copy_(torch.from_numpy(values.stored))
         self._take(values.matrix)
 
-    def decode(self, name: str) -> None:
+    def decode(self, name: str, kernel: Kernel | None = None) -> None:
         """Decodes the bytes that have been loaded.
 
         Args:
             name: The layer's name, for the error.
+            kernel: What decodes them; None: what suits a layer of this size, where it comes alone.
 
         Raises:
             CheckpointError: They were cut or changed, or are none.
-            ConfigurationError: The coder is not installed.
+            ConfigurationError: They are of version 1, and the library that reads it is not installed.
         """
         try:
-            matrix = decode(self.coded.cpu().numpy(), self.matrix_shape)
+            matrix = decode(self.coded.cpu().numpy(), self.matrix_shape, kernel)
         except MalformedCode as error:
             raise CheckpointError(
                 f"the tensor '{name}.coded' cannot be decoded: {error}. Take the folder again from where it came from."

@@ -59,6 +59,7 @@ class LowRankModule(CompressedModule):
         if grid is not None:
             self.base = PACKED[layer.kind](layer, grid)
             self.base.bias = None
+            self.base.guarded = False
         left, right = self._plain_parts(layer, low_rank.rank)
         self.left = _empty_part(left, low_rank.left, layer)
         self.right = _empty_part(right, low_rank.right, layer)
@@ -79,12 +80,12 @@ class LowRankModule(CompressedModule):
     @property
     def left_matrix(self) -> Tensor:
         """L [out, r], unpacked now where it is packed."""
-        return self.left.weight.flatten(1)
+        return _matrix(self.left)
 
     @property
     def right_matrix(self) -> Tensor:
         """R [r, in], unpacked now where it is packed."""
-        return self.right.weight.flatten(1)
+        return _matrix(self.right)
 
     def matrix(self) -> Tensor:
         """The weight `W [out, in]` in the module's dtype, multiplied out now; no forward pass does this."""
@@ -174,6 +175,10 @@ class LowRankEmbedding(LowRankModule):
         return rows if self.base is None else rows + self.base(indices)
 
 
+def _matrix(part: PlainPart | PackedModule) -> Tensor:
+    return part.matrix() if isinstance(part, PackedModule) else part.weight.flatten(1)
+
+
 def _store(part: PlainPart | PackedModule, values: QuantisedMatrix | Tensor) -> None:
     """Puts a factor into a packed module, or as it is into a plain layer."""
     if isinstance(part, PackedModule):
@@ -192,7 +197,11 @@ def _empty_part(plain: PlainPart, grid: Grid | None, layer: Layer) -> PlainPart 
     plain.weight = nn.Parameter(room, weight.requires_grad)
     kind = kind_of(plain)
     assert kind is not None
-    return plain if grid is None else PACKED[kind](Layer(layer.name, plain, kind), grid)
+    if grid is None:
+        return plain
+    part = PACKED[kind](Layer(layer.name, plain, kind), grid)
+    part.guarded = False
+    return part
 
 
 LOW_RANK: dict[LayerKind, type[LowRankModule]] = {

@@ -7,8 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from hf_lossless.storage.entropy.coder import entropy_bytes
-from hf_lossless.storage.entropy.frequencies import Frequencies
+from hf_lossless.storage.entropy.frequencies import Frequencies, entropy_bytes
 from hf_lossless.storage.entropy.levels import best_levels, model_counts
 from hf_lossless.storage.entropy.matrix import OVERHEAD_BYTES, decode
 from hf_lossless.storage.entropy.steps import encode_steps

@@ -13,7 +13,7 @@ from peers import scores
 
 from hf_lossless import LosslessCompressionConfig
 from hf_lossless.calibration.curvature import second_order_change
-from hf_lossless.candidates.coded import damping_of
+from hf_lossless.candidates.damping import shaped_damping
 from hf_lossless.checkpoints.entry import LosslessCheckpointConfig
 from hf_lossless.checkpoints.guards import state_dict_with_guards
 from hf_lossless.checkpoints.names import with_present_bytes
@@ -133,7 +133,7 @@ def _damping(planner: Planner) -> Callable[[LayerKind], Damping]:
         for candidate in candidates[layer.name]
         if candidate.coded is not None
     }
-    return lambda kind: chosen.get(kind, damping_of(kind, 1.0))
+    return lambda kind: chosen.get(kind, shaped_damping(kind, 1.0))
 
 
 def _counted(names: list[str]) -> dict[str, int]:

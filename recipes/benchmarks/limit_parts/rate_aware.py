@@ -38,7 +38,7 @@ def rate_aware(positions: Tensor, scales: Tensor, share: float) -> Tensor:
 
 @contextmanager
 def rounding_with(share: float) -> Iterator[None]:
-    """Feedback from both sides rounds in this way."""
+    """Feedback from both roots rounds in this way."""
 
     def codes(self: two_sided._Steps, values: Tensor, column: int) -> Tensor:
         positions = values / (self.row_steps * self.column_steps[:, column, None])
@@ -56,14 +56,14 @@ def _round_block(targets: Tensor, steps: Tensor, V: Tensor, U: Tensor, share: fl
     side = targets.shape[1]
     scale = V.diagonal(dim1=1, dim2=2)[:, :, None] * U.diagonal(dim1=1, dim2=2)[:, None]
     scales = targets.abs().mean((1, 2), keepdim=True) / steps
-    carried = torch.zeros_like(targets)  # E U
+    E_U = torch.zeros_like(targets)  # E U
     codes, errors = torch.empty_like(targets), torch.empty_like(targets)
     for diagonal in range(2 * side - 1):
         k = torch.arange(max(0, diagonal - side + 1), min(side - 1, diagonal) + 1)
         i = diagonal - k
-        wanted = targets[:, k, i] + (V[:, :, k] * carried[:, :, i]).sum(1)
+        wanted = targets[:, k, i] + (V[:, :, k] * E_U[:, :, i]).sum(1)
         rounded = rate_aware(wanted / steps[:, k, i], scales[:, k, i], share)
         error = (rounded * steps[:, k, i] - wanted) / scale[:, k, i]
         codes[:, k, i], errors[:, k, i] = rounded, error
-        carried[:, k] += error[:, :, None] * U[:, i]
+        E_U[:, k] += error[:, :, None] * U[:, i]
     return codes, errors

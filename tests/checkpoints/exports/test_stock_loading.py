@@ -1,9 +1,6 @@
 """Exports in stock transformers: one process, in which hf_lossless cannot be imported, loads and runs them all."""
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -12,6 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 import transformers as hf
+from new_process import run_python
+from round_trips import assert_same_outputs, outputs_of
 from safetensors.torch import load_file
 from tiny_exports import Planned, all_kinds, all_widths, dense_reference, save_compressed
 from tiny_models import TINY_MODELS, TinyModel
@@ -31,13 +30,14 @@ for name, class_name, folder in json.load(open(sys.argv[1] + "/jobs.json")):
     model, info = getattr(transformers, class_name).from_pretrained(folder, output_loading_info=True)
     inputs = torch.load(f"{sys.argv[1]}/{name}.inputs")
     with torch.no_grad():
-        output = model(**inputs)[0]
+        outputs = model(**inputs)
     weights = {}
     for key, module in model.named_modules():
         packed = isinstance(module, QuantizedLinear)  # unlike the other format's, not unpacked by a forward pass
         weight = module._dequantize_weights(model.config.dtype) if packed else getattr(module, "weight", None)
         if isinstance(weight, torch.Tensor):
             weights[key] = weight.detach()
+    output = outputs.logits if "logits" in outputs else outputs.last_hidden_state
     found[name] = {"output": output, "weights": weights, "info": {key: list(value) for key, value in info.items()}}
 torch.save(found, sys.argv[1] + "/found")
 try:
@@ -129,13 +129,7 @@ def loaded(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Loaded]:
         jobs.append((name, case.load_as or tiny.model_class.__name__, str(out)))
         torch.save(tiny.inputs(dtype=case.dtype), root / f"{name}.inputs")
     (root / "jobs.json").write_text(json.dumps(jobs))
-    stock = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", STOCK, str(root)],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        env={**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())},
-    )
+    stock = run_python(STOCK, root)
     assert stock.returncode == 0, stock.stderr[-3000:]
     assert stock.stdout.endswith("without hf_lossless\n")
     found = torch.load(root / "found")
@@ -147,17 +141,12 @@ def test_compressed_tensors_is_there():
         pytest.skip("compressed-tensors is not installed, so exports for it are not tested")
 
 
-def output(model: hf.PreTrainedModel, inputs: dict[str, Tensor]) -> Tensor:
-    with torch.no_grad():
-        return model.eval()(**inputs)[0]
-
-
 @pytest.mark.parametrize("name", EXACT)
 def test_the_outputs_are_those_of_the_dense_reference(loaded: dict[str, Loaded], name: str, tmp_path: Path):
     one = loaded[name]
     reference = dense_reference(one.case.tiny, one.compressed, tmp_path)
     reference = reference if one.case.load_as is None else reference.base_model
-    assert torch.equal(one.output, output(reference, one.inputs))
+    assert_same_outputs(one.output, outputs_of(reference.eval(), one.inputs))
     assert one.output.dtype == one.case.dtype
     assert not one.result.rounded
 
@@ -173,7 +162,7 @@ def test_rounded_scales_move_weights_by_no_more_than_is_said(loaded: dict[str, L
         assert bool((moves <= largest_move(torch.bfloat16) * ours.double().abs()).all())
         assert bool(moves.any()) == (layer in one.result.rounded)
         reference.get_submodule(layer).weight.data = theirs
-    assert torch.equal(one.output, output(reference, one.inputs))
+    assert_same_outputs(one.output, outputs_of(reference.eval(), one.inputs))
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -2,7 +2,6 @@
 
 import json
 import random
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +17,6 @@ from tiny_models import VOCABULARY
 from hf_lossless import LosslessCompressionConfig
 from hf_lossless.certification.certificate import Certificate
 from hf_lossless.checkpoints.saved_folder import SavedFolder
-from hf_lossless.cli import main as cli
 
 Row = dict[str, Any]
 SIZES: dict[str, Any] = {"vocab_size": VOCABULARY, "num_hidden_layers": 1, "pad_token_id": 1}
@@ -99,36 +97,23 @@ def folder(case: Case, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
-    def run(*arguments: object) -> str:
-        monkeypatch.setattr(sys, "argv", ["hf-lossless", *map(str, arguments)])
-        with pytest.raises(SystemExit) as exit:
-            cli.main()
-        printed = capsys.readouterr()
-        assert exit.value.code == 0, printed.err
-        return printed.out
-
-    return run
-
-
-def test_by_the_command_line(case: Case, folder: Path, tmp_path: Path, run: Callable[..., str]) -> None:
+def test_by_the_command_line(case: Case, folder: Path, tmp_path: Path, output_of: Callable[..., str]) -> None:
     model, rows, held_out, out = (
         folder / "model",
         folder / "rows.jsonl",
         folder / "held-out.jsonl",
         tmp_path / "small",
     )
-    run("compress", model, "--data", rows, "--ratio", 2, "--bits", "8", "--out", out)
-    beside = json.loads(run("evaluate", out, "--data", held_out, "--against", model, "--json"))
+    output_of("compress", model, "--data", rows, "--ratio", 2, "--bits", "8", "--out", out)
+    beside = json.loads(output_of("evaluate", out, "--data", held_out, "--against", model, "--json"))
     for one in (beside, beside["original"]):
         assert [name for name in one if name in (*case.metrics, "accuracy")] == list(case.metrics)
     assert beside["ratio"] >= 2 and beside["num_examples"] == 510
     assert abs(beside["loss_change"]) < 0.01 * beside["original"]["loss"]
     assert (beside["mean_kl"] is not None) == case.divergence
-    said = run("evaluate", out, "--data", held_out, "--against", model)
+    said = output_of("evaluate", out, "--data", held_out, "--against", model)
     assert all(name in said for name in case.metrics)
-    certified = run(
+    certified = output_of(
         *("certify", out, "--against", model, "--data", held_out, "--json"),
         *("--tolerance", 0.05, "--metric-margin", 0.1),
     )

@@ -12,7 +12,7 @@ from limit_parts.coder import coder_figures
 from limit_parts.rate_aware import rate_aware, rounding_with
 
 from hf_lossless.calibration.curvature import KroneckerFactors
-from hf_lossless.candidates.coded import DAMPING
+from hf_lossless.candidates.damping import SHAPED
 from hf_lossless.candidates.inverse_roots import InverseRoots
 from hf_lossless.candidates.two_sided import round_two_sided
 from hf_lossless.storage.entropy.matrix import CodedMatrix, encode
@@ -82,12 +82,12 @@ def layer():
     generator = torch.Generator().manual_seed(0)
     W = torch.randn(70, 40, generator=generator)
     rows, columns = (torch.randn(3 * size, size, generator=generator) for size in W.shape)
-    return W, InverseRoots.of(KroneckerFactors(rows.T @ rows, columns.T @ columns, 1.0), DAMPING)
+    return W, InverseRoots.of(KroneckerFactors(rows.T @ rows, columns.T @ columns, 1.0), SHAPED)
 
 
-def _codes(W, sides, step=0.5):
-    steps = sides.row_steps(step)[None] * 10, sides.column_steps[None]
-    return round_two_sided(W[None], *steps, [sides.rows], [sides.columns])[0]
+def _codes(W, roots, step=0.5):
+    steps = roots.row_steps(step)[None] * 10, roots.column_steps[None]
+    return round_two_sided(W[None], *steps, [roots.rows], [roots.columns])[0]
 
 
 def test_rounding_that_counts_no_bits_is_that_of_the_package(layer):

@@ -13,6 +13,7 @@ from huggingface_hub import ModelCard
 from loopback_hub import TOKEN, USER, LoopbackHub
 from pushing import REPO, WEIGHTS, Run, card_of, contents_of_files, ratio, uploads_of_weights
 from readmes import blocks
+from round_trips import assert_same_outputs, outputs_of
 from tiny_checkpoints import text_rows, tokenizer
 from transformers import AutoModelForSequenceClassification, BertForSequenceClassification
 
@@ -169,16 +170,15 @@ def in_a_new_process(hub: LoopbackHub, home: Path) -> dict[str, str]:
 
 
 def test_reload_by_repo_id_in_a_new_process(folder: Path, hub: LoopbackHub, tmp_path: Path) -> None:
-    """The code of the card that was pushed is run as it stands there, and computes the same bits."""
+    """The code of the card that was pushed is run as it stands there, and computes the same."""
     push_to_hub(folder, REPO, private=True)
     [code] = re.findall(r"```python\n(.*?)```", card_of(hub), re.DOTALL)
-    inputs = torch.tensor([[5, 6, 7, 8]])
-    with torch.no_grad():
-        expected = BertForSequenceClassification.from_pretrained(folder)(inputs).logits
+    inputs = torch.tensor([[5, 6, 7, 8], [9, 5, 11, 6]])
+    expected = outputs_of(BertForSequenceClassification.from_pretrained(folder), {"input_ids": inputs})
     script = f"""{code}
 import torch
 with torch.no_grad():
-    torch.save(model(torch.tensor([[5, 6, 7, 8]])).logits, "logits.pt")
+    torch.save(model(torch.tensor({inputs.tolist()})).logits, "logits.pt")
 assert tokenizer("w5 w6")["input_ids"] == [5, 6]
 """
     result = subprocess.run(
@@ -189,5 +189,5 @@ assert tokenizer("w5 w6")["input_ids"] == [5, 6]
         text=True,
     )
     assert result.returncode == 0, result.stderr
-    assert torch.equal(torch.load(tmp_path / "logits.pt"), expected)
+    assert_same_outputs(torch.load(tmp_path / "logits.pt"), expected)
     assert hub.asked(rf"^GET /{REPO}/resolve/.*/model\.safetensors$")

@@ -15,7 +15,7 @@ from hf_lossless import (
 from hf_lossless.reports.card.digest import own_text
 
 
-def test_what_is_written_below_the_seal_is_kept(folder: Path, text_folder: Path, hub: LoopbackHub) -> None:
+def test_what_is_written_below_the_digest_line_is_kept(folder: Path, text_folder: Path, hub: LoopbackHub) -> None:
     push_to_hub(folder, REPO)
     before = card_of(hub)
     edited = (before + "\n## Contact\n\nAsk me.\n").replace("\n", "\r\n")  # as web editors save it

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hf_lossless.storage.entropy.frequencies import TOTAL, Frequencies, MalformedCode, read_frequencies
+from hf_lossless.storage.entropy.frequencies import TOTAL, Frequencies, MalformedCode, entropy_bytes, read_frequencies
 
 COUNTS = st.one_of(
     st.lists(st.integers(0, 3), min_size=1, max_size=256),
@@ -81,3 +81,10 @@ def varint(value: int) -> bytes:
 def test_refused(stored, message):
     with pytest.raises(MalformedCode, match=message):
         read_frequencies(stored, 0)
+
+
+def test_entropy_against_its_definition():
+    counts = np.array([3, 0, 1, 4, 0])
+    bits = -sum(count * np.log2(count / 8) for count in (3, 1, 4))
+    assert entropy_bytes(counts) == np.ceil(bits / 8) == 2
+    assert entropy_bytes(np.array([0, 9, 0])) == 0 and entropy_bytes(np.zeros(3, np.int64)) == 0

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from hf_lossless.storage.entropy.coder import entropy_bytes
+from hf_lossless.storage.entropy.frequencies import entropy_bytes
 from hf_lossless.storage.entropy.levels import Blocks, Levels, best_levels, model_counts
 
 SHAPES = st.tuples(st.integers(1, 12), st.integers(1, 12))

@@ -4,6 +4,7 @@ import struct
 import tracemalloc
 import zlib
 from collections.abc import Callable
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -12,8 +13,8 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from numpy.typing import NDArray
 
-from hf_lossless.storage.entropy.coder import entropy_bytes
-from hf_lossless.storage.entropy.frequencies import MalformedCode, read_frequencies
+from hf_lossless.storage.entropy import coder
+from hf_lossless.storage.entropy.frequencies import MalformedCode, entropy_bytes, read_frequencies
 from hf_lossless.storage.entropy.levels import best_levels, model_counts
 from hf_lossless.storage.entropy.matrix import LARGEST_CODE, OVERHEAD_BYTES, CodedMatrix, decode, encode
 from hf_lossless.storage.entropy.steps import decode_steps, encode_steps
@@ -127,14 +128,26 @@ def test_the_bytes_are_pinned():
     rows, columns = np.float32([1.0, 0.5, 3.5]), np.float32([0.25, 0.25, 0.3125, 2.0**-20])
     matrix = CodedMatrix.of(codes, rows, columns)
     assert encode(matrix).tobytes().hex() == GOLDEN
-    found = decode(np.frombuffer(bytes.fromhex(GOLDEN), np.uint8), (3, 4))
-    assert same(found, matrix)
+    for stored in (FIRST_VERSION, GOLDEN):
+        found = decode(np.frombuffer(bytes.fromhex(stored), np.uint8), (3, 4))
+        assert same(found, matrix)
     assert found.codes.tolist() == [[0, 1, -1, 2], [0, 0, 0, 0], [-40, 9, 0, 0]]
     assert found.far_positions.tolist() == [6, 11] and found.far_codes.tolist() == [300, -100_000]
     assert found.row_steps.tolist() == rows.tolist() and found.column_steps.tolist() == columns.tolist()
 
 
 GOLDEN = (
+    "48464c4502e2df03000000040000000200000045010000440cac6ba338cbc8060000000b0000002c0100006079feff17"
+    "e800d62a00000000000000d52a00000000000000000000000000d52a9301680080200000000000000000000000000000"
+    "000000000000000000000000000000000000000000000000000000000000000000000000000000000000000000000000"
+    "000000000000000000000000000000000000000000000000000000000000000000000000000000000000000000000000"
+    "0000000000000000000000000000000000000000000000000000000000000000008040008020180000d62a0000000000"
+    "00000000000000000000d52a000000000000d52a0b000080200080200000008020000000802001000080800100010000"
+    "808001000000010000808001000000010000808001000000000001ffff80800100010200808001000000010100808001"
+    "01000080800100010000808001010000808001000001090080800100000001d8ff80800101000e0000006c1eba00a245"
+)
+
+FIRST_VERSION = (
     "48464c4501e2df03000000040000000200000045010000440cac6bb172d8fc060000000b0000002c0100006079feff17"
     "e800d62a00000000000000d52a00000000000000000000000000d52a9301680080200000000000000000000000000000"
     "000000000000000000000000000000000000000000000000000000000000000000000000000000000000000000000000"
@@ -149,9 +162,9 @@ GOLDEN = (
 def test_the_layout_of_the_header():
     content = encode(spread_out(20, 30, 50.0)).tobytes()
     magic, version, _, _, out, into, far, models, _, checksum = struct.unpack_from("<4sBbbIIIIII", content)
-    assert (magic, version, out, into) == (b"HFLE", 1, 20, 30) and OVERHEAD_BYTES == 31
+    assert (magic, version, out, into) == (b"HFLE", 2, 20, 30) and OVERHEAD_BYTES == 31
     assert far == len(spread_out(20, 30, 50.0).far_codes) > 0
-    assert OVERHEAD_BYTES + 8 * far + models <= len(content) and (len(content) - OVERHEAD_BYTES - models) % 4 == 0
+    assert OVERHEAD_BYTES + 8 * far + models <= len(content) and (len(content) - OVERHEAD_BYTES - models) % 2 == 0
     assert checksum == zlib.crc32(content[OVERHEAD_BYTES:], zlib.crc32(content[:CHECKSUM]))
 
 
@@ -171,41 +184,54 @@ def with_checksum(content: bytes) -> bytes:
     return content[:CHECKSUM] + struct.pack("<I", crc) + content[OVERHEAD_BYTES:]
 
 
-def changed(position: int, change: int) -> bytes:
-    content = bytearray(BYTES)
-    content[position] ^= change
-    return bytes(content)
+def in_lanes() -> bytes:
+    with mock.patch.object(coder, "BYTES_PER_LANE", 12):
+        return encode(SMALL).tobytes()
 
 
-def test_every_flipped_bit_is_refused():
-    for position in range(len(BYTES)):
+EACH_CONTENT = pytest.mark.parametrize("content", [BYTES, in_lanes()], ids=["one-lane", "lanes"])
+
+
+def changed(content: bytes, position: int, change: int) -> bytes:
+    return content[:position] + bytes([content[position] ^ change]) + content[position + 1 :]
+
+
+def test_there_are_lanes_to_spoil():
+    assert read(in_lanes()).checksum == SMALL.checksum and in_lanes() != BYTES
+
+
+@EACH_CONTENT
+def test_every_flipped_bit_is_refused(content):
+    for position in range(len(content)):
         for bit in range(8):
             with pytest.raises(MalformedCode):
-                read(changed(position, 1 << bit))
+                read(changed(content, position, 1 << bit))
 
 
-def test_everything_cut_or_longer_is_refused():
-    for length in range(len(BYTES)):
+@EACH_CONTENT
+def test_everything_cut_or_longer_is_refused(content):
+    for length in range(len(content)):
         with pytest.raises(MalformedCode):
-            read(BYTES[:length])
+            read(content[:length])
         with pytest.raises(MalformedCode):
-            read(BYTES[length:] + BYTES)
-    for more in (b"\0", b"\0\0\0\0", b"\1\2\3\4", BYTES):
+            read(content[length:] + content)
+    for more in (b"\0", b"\0\0\0\0", b"\1\2\3\4", content):
         with pytest.raises(MalformedCode, match="checksum does not match"):
-            read(BYTES + more)
+            read(content + more)
 
 
+@EACH_CONTENT
 @pytest.mark.parametrize("change", [1, 0x80, 0xFF])
-def test_a_change_with_the_checksum_put_right_makes_no_other_matrix(change):
+def test_a_change_with_the_checksum_put_right_makes_no_other_matrix(content, change):
     refused = 0
-    for position in [*range(CHECKSUM), *range(OVERHEAD_BYTES, len(BYTES))]:
+    for position in [*range(CHECKSUM), *range(OVERHEAD_BYTES, len(content))]:
         try:
-            found = read(with_checksum(changed(position, change)))
+            found = read(with_checksum(changed(content, position, change)))
         except MalformedCode:
             refused += 1
         else:
             assert same(found, SMALL)
-    assert refused > 0.9 * (len(BYTES) - 4)
+    assert refused > 0.9 * (len(content) - 4)
 
 
 @pytest.mark.parametrize(
@@ -215,8 +241,8 @@ def test_a_change_with_the_checksum_put_right_makes_no_other_matrix(change):
         (BYTES[:30], r"it is no coded matrix"),
         (b"PK\3\4" + BYTES[4:], r"it is no coded matrix: it begins with b'PK"),
         (b"ELFH" + BYTES[4:], r"its bytes are in another machine's order: it begins with b'ELFH'"),
-        (BYTES[:4] + b"\2" + BYTES[5:], r"it has version 2 of the coding, and this release reads 1"),
-        (with_checksum(BYTES[:4] + b"\2" + BYTES[5:]), r"it has version 2 of the coding"),
+        (BYTES[:4] + b"\3" + BYTES[5:], r"it has version 3 of the coding, and this release reads up to 2"),
+        (with_checksum(BYTES[:4] + b"\3" + BYTES[5:]), r"it has version 3 of the coding"),
         (BYTES[:-1], r"its checksum does not match, so it was cut or changed"),
     ],
     ids=["empty", "half-a-header", "foreign", "byte-order", "newer", "newer-with-checksum", "cut"],

@@ -3,6 +3,7 @@
 import copy
 import pickle
 import sys
+import zlib
 
 import numpy as np
 import pytest
@@ -181,7 +182,8 @@ def test_only_the_bytes_are_saved(name: str):
     matrix = matrix_of(layer, "far")
     module = coded(layer, matrix)
     assert list(module.weight_tensors) == ["coded"] and module.weight_bytes == len(encode(matrix))
-    assert set(module.state_dict()) == {"coded", "bias"} - ({"bias"} if module.bias is None else set())
+    guarded = {"coded", "bias", "weight"} - ({"bias"} if module.bias is None else set())
+    assert set(module.state_dict()) == guarded and not module.state_dict()["weight"].numel()
     assert not any(tensor.requires_grad for tensor in module.buffers())
     assert str(module).endswith(
         f"bits={8 * module.weight_bytes / layer.weight.numel():.2f}, bias={module.bias is not None})"
@@ -271,9 +273,14 @@ def test_on_meta_it_only_has_room():
     assert module.weight.is_meta and module.weight.shape == (14, 20) and module.weight._is_hf_initialized
 
 
-def test_without_the_library(monkeypatch):
-    module = coded(layer_of("linear"), matrix_of(layer_of("linear")))
+def test_without_constriction_only_version_1_cannot_be_read(monkeypatch):
     monkeypatch.setitem(sys.modules, "constriction", None)
+    module = coded(layer_of("linear"), matrix_of(layer_of("linear")))
+    module.decode("layer")
+    header, body = bytearray(module.coded[:27].numpy().tobytes()), module.coded[31:].numpy().tobytes()
+    header[4] = 1
+    content = bytes(header) + zlib.crc32(body, zlib.crc32(header)).to_bytes(4, "little") + body
+    module.coded = torch.frombuffer(bytearray(content), dtype=torch.uint8)
     with pytest.raises(ConfigurationError, match=r"pip install 'hf-lossless\[entropy\]'"):
         module.decode("layer")
 

@@ -12,8 +12,8 @@ from hf_lossless.candidates.uniform import on_grid
 from hf_lossless.data.batches import batch_loss
 from hf_lossless.storage.layers import find_layers
 from hf_lossless.storage.plan import Grid, LowRank
-from hf_lossless.theories import cross_fit as truncation
-from hf_lossless.theories.cross_fit import CrossFit, changes_of_ranks, rounding_change
+from hf_lossless.theories import rank_changes as truncation
+from hf_lossless.theories.rank_changes import RankChanges, changes_of_ranks, rounding_change
 
 
 def random_matrix(rows: int, columns: int, seed: int = 0) -> Tensor:
@@ -54,19 +54,19 @@ def test_in_its_own_metric_more_rank_never_costs_more():
     assert (changes.diff() <= 1e-6).all() and abs(changes[6].item()) < 1e-4 * changes[0].item()
 
 
-def test_cross_fit_is_the_mean_of_both_ways():
+def test_rank_changes_is_the_mean_of_both_ways():
     model = nn.Sequential(nn.Linear(12, 10), nn.Tanh(), nn.Linear(10, 3))
     batches = [(random_matrix(16, 12, seed), torch.arange(16) % 3) for seed in range(3)]
     layer = find_layers(model)[0]
     statistics = calibrate(model, batches, [layer], batch_loss, curvature=True).layers["0"]
     even, odd = statistics.halves
     expected = [changes_of_ranks(layer.matrix, Whitening.of(a), b, 4) for a, b in ((even, odd), (odd, even))]
-    torch.testing.assert_close(CrossFit(statistics).changes(layer.matrix, 4), (expected[0] + expected[1]) / 2)
+    torch.testing.assert_close(RankChanges(statistics).changes(layer.matrix, 4), (expected[0] + expected[1]) / 2)
 
     one = calibrate(model, batches[:1], [layer], batch_loss, curvature=True).layers["0"]
     assert one.halves is None  # one batch: judged by its own rows
     own = changes_of_ranks(layer.matrix, Whitening.of(one.curvature), one.curvature, 4)
-    torch.testing.assert_close(CrossFit(one).changes(layer.matrix, 4), own)
+    torch.testing.assert_close(RankChanges(one).changes(layer.matrix, 4), own)
 
 
 def test_the_cut_looks_better_on_the_rows_it_was_made_for():
@@ -85,7 +85,7 @@ def test_the_cut_looks_better_on_the_rows_it_was_made_for():
         factors = factorise(layer.matrix, Whitening.of(few.curvature)).truncated(rank)
         truth = second_order_change(factors.left @ factors.right - layer.matrix, many.curvature)
         own = changes_of_ranks(layer.matrix, Whitening.of(few.curvature), few.curvature, rank)[rank].item()
-        crossed = CrossFit(few).changes(layer.matrix, rank)[rank].item()
+        crossed = RankChanges(few).changes(layer.matrix, rank)[rank].item()
         assert own < 0.75 * truth, "judged by its own rows the cut looks too good"
         assert 0.8 * truth < crossed < 2 * truth
 

@@ -16,8 +16,9 @@ from hf_lossless.checkpoints.names import forget_compressed_ties, with_present_b
 from hf_lossless.storage.layers import Layer, find_layers, tensor_bytes
 from hf_lossless.storage.modules.base import compressed_layers
 from hf_lossless.storage.modules.tied import Tied
+from hf_lossless.storage.values import EncodedMatrix
 
-Planned = tuple[LayerPlan, Factors | None]
+Planned = tuple[LayerPlan, Factors | EncodedMatrix | None]
 
 
 def all_widths(group_size: int | None = None, **settings) -> Callable[[int, Layer], Planned]:
@@ -59,7 +60,9 @@ def save_compressed(
     before = tensor_bytes(model)
     planned = {layer.name: plan(index, layer) for index, layer in enumerate(find_layers(model))}
     plans = {name: layer_plan for name, (layer_plan, _) in planned.items()}
-    apply_rounded(model, plans, {name: factors for name, (_, factors) in planned.items() if factors is not None})
+    factors = {name: values for name, (_, values) in planned.items() if isinstance(values, Factors)}
+    coded = {name: values for name, (_, values) in planned.items() if isinstance(values, EncodedMatrix)}
+    apply_rounded(model, plans, factors, coded)
     forget_compressed_ties(model)
     activations = "quantised" if any(one.activation for one in plans.values()) else "float"
     whole = CompressionPlan(theory="llc", layers=plans, other_bytes=0, original_bytes=before, activations=activations)

@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 _PATHS = [
     ROOT / "README.md",
     *(path for room in ("hf_lossless", "model_cards", "recipes") for path in sorted((ROOT / room).rglob("README.md"))),

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from hf_lossless.calibration.model_labels import drawn_batches, with_fisher
+from hf_lossless.calibration.fisher import fisher_batches, with_fisher
 from hf_lossless.calibration.statistics import Calibration, calibrate
-from hf_lossless.candidates import damping as module_under_test
-from hf_lossless.candidates.coded import DAMPING
-from hf_lossless.candidates.damping import LADDER, MOST_LAYERS, RESOLUTION, chosen_scale
+from hf_lossless.candidates import damping_choice as module_under_test
+from hf_lossless.candidates.damping import SHAPED
+from hf_lossless.candidates.damping_choice import LADDER, MOST_LAYERS, RESOLUTION, chosen_scale
 from hf_lossless.candidates.inverse_roots import InverseRoots
 from hf_lossless.candidates.round_coded import round_coded
 from hf_lossless.candidates.shaped import step_at
@@ -41,12 +41,12 @@ def batches_of(*sizes: int) -> list[tuple[Tensor, Tensor]]:
 def calibrated(model: nn.Module, batches: list) -> tuple[list[Layer], Calibration]:
     layers = find_layers(model)
     calibration = calibrate(model, batches, layers, batch_loss)
-    return layers, with_fisher(calibration, model, drawn_batches(model, batches, 0), layers)
+    return layers, with_fisher(calibration, model, fisher_batches(model, batches, 0), layers)
 
 
 def criterion(model: nn.Module, batches: list, layers: list[Layer], calibration: Calibration, scale: float) -> float:
     """On a copy with the rounded weights put in, layer by layer, with the metric of the even batches."""
-    damping = Damping(rows=scale * DAMPING.rows, columns=scale * DAMPING.columns)
+    damping = Damping(rows=scale * SHAPED.rows, columns=scale * SHAPED.columns)
     rounded, bits = copy.deepcopy(model), 0
     for layer in layers:
         even = calibration.layers[layer.name].halves[0]

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 import transformers as hf
-from torch import Tensor
+from torch import Tensor, nn
 
 VOCABULARY, LENGTH, LABELS, IMAGE = 96, 8, 3, 32
 
@@ -23,11 +23,18 @@ class TinyModel:
     make_batch: Callable[[int, int], Batch]
 
     def build(self, seed: int = 0) -> hf.PreTrainedModel:
+        """The model in evaluation mode, with activations and scores of order one, that differ from row to row."""
         torch.manual_seed(seed)
         model = self.model_class(self.config).eval()
+        for module in model.modules():  # as transformers makes them, signals fade on the way, some to 1e-27
+            if isinstance(module, nn.Linear | nn.Conv2d | hf.pytorch_utils.Conv1D):
+                is_transposed = isinstance(module, hf.pytorch_utils.Conv1D)
+                nn.init.kaiming_normal_(module.weight, mode="fan_out" if is_transposed else "fan_in")
+            elif isinstance(module, nn.BatchNorm2d):
+                nn.init.ones_(module.weight)
         for name, parameter in model.named_parameters():
             if name.endswith("bias"):  # they start at zero, where a lost one would not be missed
-                torch.nn.init.normal_(parameter, std=0.1)
+                nn.init.normal_(parameter, std=0.1)
         return model
 
     def batch(self, rows: int = 3, seed: int = 0, dtype: torch.dtype = torch.float32) -> Batch:
@@ -60,7 +67,9 @@ def _translation(rows: int, seed: int) -> Batch:
 
 
 def _image(rows: int, seed: int) -> Batch:
-    pixels = torch.randn(rows, 3, IMAGE, IMAGE, generator=torch.Generator().manual_seed(seed))
+    generator = torch.Generator().manual_seed(seed)
+    pixels = torch.randn(rows, 3, IMAGE, IMAGE, generator=generator)
+    pixels += torch.randn(rows, 3, 1, 1, generator=generator)  # brightness, for networks that take means over pixels
     return {"pixel_values": pixels, "labels": torch.arange(rows) % LABELS}
 
 
