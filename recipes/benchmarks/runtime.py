@@ -26,7 +26,7 @@ import transformers
 from torch import Tensor, nn
 
 import hf_lossless
-from hf_lossless.storage.runtime.runtimes import RUNTIMES, VARIABLE
+from hf_lossless.storage.runtime.runtimes import VARIABLE, checked_runtime
 
 TEXT_SHAPES = ((1, 16), (1, 32), (1, 128), (8, 32), (8, 128))
 IMAGE_BATCHES = (1, 8, 32)
@@ -62,13 +62,13 @@ def paired(calls: dict[str, Callable[[], Any]], seconds: float) -> dict[str, dic
     """Milliseconds, and ratios to the first, of calls that are made in turn."""
     taken: dict[str, list[float]] = {name: [] for name in calls}
     end = time.perf_counter() + seconds
-    for turn in range(200):
+    for turn in range(100):
         for name, call in calls.items():
             start = time.perf_counter()
             call()
             if turn >= 2:
                 taken[name].append(time.perf_counter() - start)
-        if turn >= 8 and time.perf_counter() > end:
+        if turn >= 6 and time.perf_counter() > end:
             break
     first = next(iter(taken.values()))
     rounds = {name: [one / base for one, base in zip(times, first, strict=True)] for name, times in taken.items()}
@@ -161,6 +161,7 @@ def main() -> None:
     parser.add_argument("--original", help="folder of the original")
     parser.add_argument("--compressed", action="append", default=[], metavar="NAME=DIR", help="may be repeated")
     parser.add_argument("--data", help="rows for the divergence: jsonl with text, or parquet with image")
+    parser.add_argument("--runtimes", default="auto,fast,exact", help="exact among them")
     parser.add_argument("--seconds", type=float, default=15, help="for each shape")
     parser.add_argument("--name", default="model", help="of the original, in the report")
     parser.add_argument("--out", type=Path, help="JSON; what is there of other models is kept")
@@ -172,21 +173,22 @@ def main() -> None:
         return
     if options.original is None or not options.compressed or options.data is None:
         parser.error("give --original, --compressed and --data")
+    runtimes = [checked_runtime(one, "--runtimes") for one in options.runtimes.split(",")]
     folders = dict(one.split("=", 1) for one in options.compressed)
     report: dict[str, Any] = {"memory": {"original": memory_in_child(options.original, None)}, "divergence": {}}
     models = {"original": load(options.original)}
     batches = held_out(options.original, options.data)
     with torch.inference_mode():
         for name, folder in folders.items():
-            models |= {f"{name}, {runtime}": load(folder, runtime) for runtime in RUNTIMES if runtime != "small"}
+            models |= {f"{name}, {runtime}": load(folder, runtime) for runtime in runtimes}
             expected = logits(models[f"{name}, exact"], batches)
             report["divergence"][f"{name}, exact, from the original"] = divergence(
                 models["original"], expected, batches
             )
-            for runtime in ("auto", "fast"):
+            for runtime in (one for one in runtimes if one != "exact"):
                 label = f"{name}, {runtime}"
                 report["divergence"][label] = divergence(models[label], expected, batches)
-            for runtime in ("auto", "fast", "exact"):
+            for runtime in runtimes:
                 report["memory"][f"{name}, {runtime}"] = memory_in_child(folder, runtime)
         report["time"] = {
             shape: paired(

@@ -28,6 +28,7 @@ from hf_lossless.checkpoints.saved_folder import SavedFolder, tensor_sizes
 from hf_lossless.errors import CheckpointError, ConfigurationError, reason
 from hf_lossless.storage.modules.base import CompressedModule, compressed_layers
 from hf_lossless.storage.plan import json_bytes
+from hf_lossless.storage.runtime.optimize import optimize
 
 _LEFT_BEHIND = (
     *("*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json"),  # written anew
@@ -213,6 +214,8 @@ def _load(saved: SavedFolder) -> PreTrainedModel:
             "lacks: stock transformers could not load an export of it."
         )
     model: PreTrainedModel = model_class.from_pretrained(saved.path)
+    if compressed_layers(model):
+        optimize(model, "exact")  # what is written is compared with the saved values
     return model
 
 

@@ -81,7 +81,7 @@ class Int8Conv2d(Form):
         low = min(scaled.amin().item(), 0.0)
         step = (1.0 - low) / 255
         zero = round(-low / step)
-        codes = torch.quantize_per_tensor(scaled, step, zero, torch.quint8).int_repr()
+        codes = (scaled / step).round_().add_(zero).clamp_(0, 255).to(torch.uint8)
         output: Tensor = torch.ops.onednn.qconv2d_pointwise(
             *(codes, step, zero, self.packed, self.row_steps, self.zeros, None),
             *(*self.arguments, 1.0, 0, torch.float32, "none", [], ""),

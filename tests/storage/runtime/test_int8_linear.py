@@ -69,7 +69,7 @@ def both(storage: str, input: Tensor, name: str = "linear") -> tuple[Tensor, Ten
     layer = layer_of(storage, name)
     with torch.no_grad():
         expected = layer(input)
-        optimize(layer)
+        optimize(layer, "fast")
         assert isinstance(layer.form, Int8Linear)
         return layer(input), expected
 
@@ -102,7 +102,7 @@ def test_columns_with_large_codes_are_exact():
     input[0, 200] = 1
     with torch.no_grad():
         expected = layer(input)
-        optimize(layer)
+        optimize(layer, "fast")
         torch.testing.assert_close(layer(input), expected, rtol=1e-6, atol=1e-7)
 
 
@@ -110,7 +110,7 @@ def test_columns_with_large_codes_are_exact():
 def test_saves_the_same_and_gives_its_codes_back(storage: str):
     layer = layer_of(storage)
     saved, weight = copy.deepcopy(layer.state_dict()), layer.matrix()
-    optimize(layer)
+    optimize(layer, "fast")
     assert storage.startswith("packed") or layer.codes is None  # held once
     assert torch.equal(layer.matrix(), weight)
     assert {name: tensor.tolist() for name, tensor in layer.state_dict().items()} == {
@@ -136,7 +136,7 @@ def test_inputs_of_any_size(storage: str, size: float):
     input = tokens(4).clamp(-3, 3) * size
     with torch.no_grad():
         expected = layer(input)
-        optimize(layer)
+        optimize(layer, "fast")
         assert ((layer(input) - expected) / size).norm() < 0.02 * (expected / size).norm()
 
 
@@ -177,7 +177,7 @@ def test_one_vector_and_zeros(storage: str):
 @EACH_STORAGE
 def test_gradients_go_the_exact_way(storage: str):
     layer, twin = layer_of(storage), layer_of(storage)
-    optimize(layer)
+    optimize(layer, "fast")
     inputs = [tokens(3).requires_grad_() for _ in range(2)]
     outputs = [one(input) for one, input in zip((layer, twin), inputs, strict=True)]
     torch.testing.assert_close(*outputs)
@@ -192,7 +192,7 @@ def test_gradients_go_the_exact_way(storage: str):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=str)
 def test_other_dtypes_go_the_exact_way_and_back(storage: str, dtype: torch.dtype):
     layer, twin = layer_of(storage), layer_of(storage)
-    optimize(layer)
+    optimize(layer, "fast")
     layer.to(dtype)
     twin.to(dtype)
     assert layer.form is None
@@ -206,7 +206,7 @@ def test_other_dtypes_go_the_exact_way_and_back(storage: str, dtype: torch.dtype
 @EACH_STORAGE
 def test_autocast_goes_the_exact_way(storage: str):
     layer, twin = layer_of(storage), layer_of(storage)
-    optimize(layer)
+    optimize(layer, "fast")
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(layer(tokens(3)), twin(tokens(3)))
 
@@ -214,7 +214,7 @@ def test_autocast_goes_the_exact_way(storage: str):
 @EACH_STORAGE
 def test_other_tensors_loaded_are_computed_with(storage: str):
     layer = layer_of(storage)
-    optimize(layer)
+    optimize(layer, "fast")
     other = layer_of(storage)
     with torch.no_grad():
         (other.scales if storage.startswith("packed") else other.bias).mul_(2)
@@ -225,7 +225,7 @@ def test_other_tensors_loaded_are_computed_with(storage: str):
 @EACH_STORAGE
 def test_moves_to_meta(storage: str):
     layer = layer_of(storage)
-    optimize(layer)
+    optimize(layer, "fast")
     layer.to("meta")
     assert layer.form is None
 
@@ -239,7 +239,7 @@ def answer_of(layer: CompressedModule) -> Tensor:
 @EACH_STORAGE
 def test_copies_and_pickles(storage: str):
     layer = layer_of(storage)
-    optimize(layer)
+    optimize(layer, "fast")
     expected = answer_of(layer)
     for twin in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
         assert twin.form.number != layer.form.number
@@ -253,7 +253,7 @@ def _in_child(layer: CompressedModule, queue: "multiprocessing.Queue[list[float]
 @pytest.mark.parametrize("start", ["fork", "spawn"])
 def test_other_processes(start: str):
     layer = layer_of("coded-far")
-    optimize(layer)
+    optimize(layer, "fast")
     context = multiprocessing.get_context(start)
     queue = context.Queue()
     child = context.Process(target=_in_child, args=(layer, queue))
@@ -266,7 +266,7 @@ def test_other_processes(start: str):
 @EACH_STORAGE
 def test_eight_threads_at_once(storage: str):
     layer = layer_of(storage)
-    optimize(layer)
+    optimize(layer, "fast")
     expected = answer_of(layer)
     with ThreadPoolExecutor(8) as threads:
         assert all(torch.equal(one, expected) for one in threads.map(lambda _: answer_of(layer), range(32)))
