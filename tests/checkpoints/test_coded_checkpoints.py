@@ -58,7 +58,8 @@ def planned(trip: RoundTrip) -> set[str]:
 @pytest.mark.parametrize(
     ("name", "setting", "dtype"),
     [
-        *((name, "all", torch.float32) for name in ARCHITECTURES),
+        *((name, "all", torch.float32) for name in ARCHITECTURES if name != "convnext"),
+        ("convnext", "entropy", torch.float32),  # at four bits it would answer the same to everything
         ("bert", "both", torch.float32),
         ("resnet", "entropy", torch.float32),
         ("bert", "all", torch.bfloat16),

@@ -1,11 +1,15 @@
 """A compressed checkpoint loads with another head, as another class, and back, as its original does."""
 
+import copy
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 import transformers as hf
-from tiny_models import LABELS, TINY_MODELS, TinyModel
+from round_trips import RoundTrips
+from safetensors.torch import load_file, save_file
+from tiny_models import LABELS, TinyModel
 from torch import Tensor, nn
 
 from hf_lossless import CheckpointError, LosslessCompressionConfig
@@ -20,13 +24,13 @@ SETTINGS = {
 OTHER_LABELS = {"num_labels": LABELS + 2, "ignore_mismatched_sizes": True}
 
 
-def saved(folder: Path, name: str = "bert", setting: str = "3bit") -> tuple[TinyModel, hf.PreTrainedModel, Path]:
-    tiny = TINY_MODELS[name]
-    tiny.build().save_pretrained(folder / "original")
-    config = LosslessCompressionConfig([tiny.batch()], **SETTINGS[setting])
-    model = tiny.auto_class.from_pretrained(folder / "original", quantization_config=config)
-    model.save_pretrained(folder / "small")
-    return tiny, model, folder / "small"
+@pytest.fixture(scope="module")
+def round_trip(tmp_path_factory: pytest.TempPathFactory) -> RoundTrips:
+    def compressed(tiny: TinyModel, original: Path, setting: str, dtype: torch.dtype) -> hf.PreTrainedModel:
+        config = LosslessCompressionConfig([tiny.batch()], **SETTINGS[setting])
+        return tiny.auto_class.from_pretrained(original, dtype=dtype, quantization_config=config)
+
+    return RoundTrips(tmp_path_factory.mktemp("round-trips"), compressed, "3bit")
 
 
 def hidden(model: hf.PreTrainedModel, inputs: dict[str, Tensor]) -> Tensor:
@@ -35,8 +39,9 @@ def hidden(model: hf.PreTrainedModel, inputs: dict[str, Tensor]) -> Tensor:
 
 
 @pytest.mark.parametrize(("name", "setting"), [*(("bert", one) for one in SETTINGS), ("resnet", "3bit")])
-def test_another_number_of_labels(tmp_path: Path, name: str, setting: str):
-    tiny, model, folder = saved(tmp_path, name, setting)
+def test_another_number_of_labels(round_trip: RoundTrips, tmp_path: Path, name: str, setting: str):
+    trip = round_trip(name, setting)
+    tiny, model, folder = trip.tiny, trip.model, trip.folder
     again, info = tiny.auto_class.from_pretrained(folder, **OTHER_LABELS, output_loading_info=True)
     assert again(**tiny.inputs()).logits.shape[-1] == LABELS + 2
     assert torch.equal(hidden(again, tiny.inputs()), hidden(model, tiny.inputs()))
@@ -51,17 +56,18 @@ def test_another_number_of_labels(tmp_path: Path, name: str, setting: str):
 
 
 @pytest.mark.parametrize("setting", SETTINGS)
-def test_another_number_of_labels_must_be_allowed(tmp_path: Path, setting: str):
-    tiny, _, folder = saved(tmp_path, setting=setting)
+def test_another_number_of_labels_must_be_allowed(round_trip: RoundTrips, setting: str):
+    trip = round_trip("bert", setting)
     with pytest.raises(RuntimeError, match="ignore_mismatched_sizes"):
-        tiny.auto_class.from_pretrained(folder, num_labels=LABELS + 2)
+        trip.tiny.auto_class.from_pretrained(trip.folder, num_labels=LABELS + 2)
 
 
 @pytest.mark.parametrize(
     "auto_class", [hf.AutoModelForTokenClassification, hf.AutoModelForMaskedLM, hf.AutoModelForQuestionAnswering]
 )
-def test_another_head(tmp_path: Path, auto_class: type):
-    tiny, model, folder = saved(tmp_path)
+def test_another_head(round_trip: RoundTrips, tmp_path: Path, auto_class: type):
+    trip = round_trip("bert")
+    tiny, model, folder = trip.tiny, trip.model, trip.folder
     again = auto_class.from_pretrained(folder, **(OTHER_LABELS if "Token" in auto_class.__name__ else {}))
     assert torch.equal(hidden(again, tiny.inputs()), hidden(model, tiny.inputs()))
     again.save_pretrained(tmp_path / "again")
@@ -70,8 +76,9 @@ def test_another_head(tmp_path: Path, auto_class: type):
 
 
 @pytest.mark.parametrize("name", ["bert", "bert-mlm", "gpt2", "vit"])
-def test_base_class_and_back(tmp_path: Path, name: str):
-    tiny, model, folder = saved(tmp_path, name)
+def test_base_class_and_back(round_trip: RoundTrips, tmp_path: Path, name: str):
+    trip = round_trip(name)
+    tiny, model, folder = trip.tiny, trip.model, trip.folder
     base = hf.AutoModel.from_pretrained(folder)
     base.save_pretrained(tmp_path / "base")
     back = tiny.auto_class.from_pretrained(tmp_path / "base")
@@ -79,19 +86,19 @@ def test_base_class_and_back(tmp_path: Path, name: str):
     assert set(compressed_layers(back.base_model)) >= set(compressed_layers(model.base_model))
 
 
-def test_base_class_with_a_pooler_that_was_not_saved(tmp_path: Path):
+def test_base_class_with_a_pooler_that_was_not_saved(round_trip: RoundTrips, tmp_path: Path):
     """As on the original, transformers makes a new one and says so."""
-    tiny, model, _ = saved(tmp_path, "bert-mlm")
+    trip = round_trip("bert-mlm")
+    tiny, model = trip.tiny, copy.deepcopy(trip.model)
     model.bert.save_pretrained(tmp_path / "base")
     base, info = hf.AutoModel.from_pretrained(tmp_path / "base", output_loading_info=True)
     assert info["missing_keys"] == {"pooler.dense.weight", "pooler.dense.bias"}
     assert torch.equal(hidden(base, tiny.inputs()), hidden(model, tiny.inputs()))
 
 
-def test_files_that_are_not_those_saved_are_compared_in_full(tmp_path: Path):
-    from safetensors.torch import load_file, save_file
-
-    tiny, _, folder = saved(tmp_path, setting="kept head")
+def test_files_that_are_not_those_saved_are_compared_in_full(round_trip: RoundTrips, tmp_path: Path):
+    trip = round_trip("bert", "kept head")
+    tiny, folder = trip.tiny, shutil.copytree(trip.folder, tmp_path / "small")
     tensors = load_file(folder / "model.safetensors")
     tensors["classifier.weight"] = torch.zeros(LABELS + 2, 32)
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
