@@ -69,10 +69,10 @@ class Blocks:
     column_ends: NDArray[np.int64]
 
     @classmethod
-    def of(cls, spread: Levels) -> "Blocks":
+    def of(cls, levels: Levels) -> "Blocks":
         """Those of a matrix with these levels; rows of one level stay in their order."""
-        orders = [np.argsort(levels, kind="stable") for levels in (spread.rows, spread.columns)]
-        ends = [np.concatenate([[0], np.bincount(levels).cumsum()]) for levels in (spread.rows, spread.columns)]
+        orders = [np.argsort(side, kind="stable") for side in (levels.rows, levels.columns)]
+        ends = [np.concatenate([[0], np.bincount(side).cumsum()]) for side in (levels.rows, levels.columns)]
         return cls(orders[0], orders[1], ends[0], ends[1])
 
     def of_model(self, model: int) -> Iterator[tuple[slice, slice]]:
@@ -98,15 +98,15 @@ def best_levels(codes: NDArray[np.int8], share: float = 1.0) -> tuple[Levels, in
     counts = _counts(codes, finest)  # [row levels, column levels, values]
     choices = []
     for factor in (1, *_COARSER):
-        spread = finest.merged(factor)
-        choices.append((_coded_bytes(_merged_counts(counts, factor), spread, share), factor))
+        levels = finest.merged(factor)
+        choices.append((_coded_bytes(_merged_counts(counts, factor), levels, share), factor))
     num_bytes, factor = min(choices)
     return finest.merged(factor), num_bytes
 
 
-def model_counts(codes: NDArray[np.int8], spread: Levels) -> NDArray[np.int64]:
+def model_counts(codes: NDArray[np.int8], levels: Levels) -> NDArray[np.int64]:
     """How often each code from -128 to 127 occurs in each model, int64 [models, 256]."""
-    return _by_model(_counts(codes, spread))
+    return _by_model(_counts(codes, levels))
 
 
 def _levels(means: NDArray[np.floating]) -> NDArray[np.int32]:
@@ -115,13 +115,13 @@ def _levels(means: NDArray[np.floating]) -> NDArray[np.int32]:
     return above
 
 
-def _counts(codes: NDArray[np.int8], spread: Levels) -> NDArray[np.int64]:
+def _counts(codes: NDArray[np.int8], levels: Levels) -> NDArray[np.int64]:
     """[row levels, column levels, values]; row level by row level, to save memory."""
-    num_columns = int(spread.columns.max()) + 1
-    counts = np.zeros((int(spread.rows.max()) + 1, num_columns, _VALUES), np.int64)
-    cells = spread.columns * _VALUES + 128
+    num_columns = int(levels.columns.max()) + 1
+    counts = np.zeros((int(levels.rows.max()) + 1, num_columns, _VALUES), np.int64)
+    cells = levels.columns * _VALUES + 128
     for level in range(len(counts)):
-        of_level = codes[spread.rows == level]
+        of_level = codes[levels.rows == level]
         if len(of_level):
             found = np.bincount((of_level + cells).ravel(), minlength=num_columns * _VALUES)
             counts[level] = found.reshape(num_columns, _VALUES)
@@ -142,8 +142,8 @@ def _by_model(counts: NDArray[np.int64]) -> NDArray[np.int64]:
     return models
 
 
-def _coded_bytes(counts: NDArray[np.int64], spread: Levels, share: float) -> int:
+def _coded_bytes(counts: NDArray[np.int64], levels: Levels, share: float) -> int:
     models = _by_model(counts)
     symbols = sum(int(np.ptp(np.flatnonzero(model))) + 1 for model in models if model.any())
-    by_row = sum(map(entropy_bytes, models)) + entropy_bytes(np.bincount(spread.rows))
-    return round(share * by_row + _BYTES_PER_SYMBOL * symbols) + entropy_bytes(np.bincount(spread.columns))
+    by_row = sum(map(entropy_bytes, models)) + entropy_bytes(np.bincount(levels.rows))
+    return round(share * by_row + _BYTES_PER_SYMBOL * symbols) + entropy_bytes(np.bincount(levels.columns))

@@ -97,12 +97,12 @@ def encode(matrix: CodedMatrix) -> NDArray[np.uint8]:
         >>> decode(encode(matrix), (2, 3)).far_codes
         array([300], dtype=int32)
     """
-    spread, _ = best_levels(matrix.codes)
+    levels, _ = best_levels(matrix.codes)
     (rows, row_base), (columns, column_base) = encode_steps(matrix.row_steps), encode_steps(matrix.column_steps)
-    segments: list[Segment] = [_bytes_segment(part) for part in (rows, columns, spread.rows, spread.columns)]
-    blocks = Blocks.of(spread)
+    segments: list[Segment] = [_bytes_segment(part) for part in (rows, columns, levels.rows, levels.columns)]
+    blocks = Blocks.of(levels)
     ordered = matrix.codes[blocks.row_order][:, blocks.column_order]
-    for model, counts in enumerate(model_counts(matrix.codes, spread)):
+    for model, counts in enumerate(model_counts(matrix.codes, levels)):
         parts = [ordered[place].ravel() for place in blocks.of_model(model)]
         symbols = np.concatenate(parts).astype(np.int32) if parts else np.zeros(0, np.int32)
         segments.append((symbols, Frequencies.of(-128, counts)))
@@ -199,14 +199,14 @@ def _read_models(stored: bytes) -> Iterator[Frequencies]:
 
 
 def _decode_codes(
-    spread: Levels, decoder: SegmentDecoder | FirstVersionDecoder, models: Iterator[Frequencies]
+    levels: Levels, decoder: SegmentDecoder | FirstVersionDecoder, models: Iterator[Frequencies]
 ) -> NDArray[np.int8]:
-    for levels in (spread.rows, spread.columns):
-        if levels.max() > LARGEST_LEVEL:
-            raise MalformedCode(f"it has levels from {levels.min()} to {levels.max()}")
-    blocks = Blocks.of(spread)
-    ordered = np.empty((len(spread.rows), len(spread.columns)), np.int8)
-    for model in range(spread.num_models):
+    for side in (levels.rows, levels.columns):
+        if side.max() > LARGEST_LEVEL:
+            raise MalformedCode(f"it has levels from {side.min()} to {side.max()}")
+    blocks = Blocks.of(levels)
+    ordered = np.empty((len(levels.rows), len(levels.columns)), np.int8)
+    for model in range(levels.num_models):
         places = list(blocks.of_model(model))
         shapes = [(rows.stop - rows.start, columns.stop - columns.start) for rows, columns in places]
         sizes = [num_rows * num_columns for num_rows, num_columns in shapes]
