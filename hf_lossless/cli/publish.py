@@ -112,9 +112,7 @@ def export(
     out: Annotated[Path, typer.Option("--out", help="The folder to write; must not exist, or be empty.")],
     allow_dense: Annotated[
         bool,
-        typer.Option(
-            "--allow-dense", help="Keep in floating point what the format cannot carry, quantised inputs too."
-        ),
+        typer.Option("--allow-dense", help="Keep in floating point what the format cannot hold, quantised inputs too."),
     ] = False,
     runtime: Annotated[
         str | None,
@@ -134,11 +132,11 @@ def _lines(folder: Path, out: Path, result: "ExportResult") -> list[str]:
     from hf_lossless.checkpoints.exports.convert import largest_move
     from hf_lossless.checkpoints.exports.export import by_reason
 
-    total = len(result.carried) + len(result.dense)
+    total = len(result.converted) + len(result.dense)
     others = ", the others in floating point:" if result.dense else ""
     lines = [
         f"{out}: {result.size_bytes:,} bytes, format {result.format}; {folder}: {result.compressed_bytes:,} bytes",
-        f"{len(result.carried)} of {total} compressed layers carried{others}",
+        f"{len(result.converted)} of {total} compressed layers converted{others}",
         *(f"  {why}: {', '.join(names)}" for why, names in by_reason(result.dense).items()),
     ]
     if result.difference is not None:

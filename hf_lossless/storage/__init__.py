@@ -1,1 +1,1 @@
-"""What a compressed layer is: its plan, its tensors, its module in a model, and how a model is rebuilt from them."""
+"""A compressed layer: its plan, its tensors and its module in a model, and the rebuilding of models from them."""

@@ -1,12 +1,12 @@
-"""Grids of activations: a tensor to the levels `scale * (code - zero)`, and back, in floating point.
+"""Rounds activations to the levels `scale * (code - zero)` of a uniform grid, in floating point.
 
     scale = (high - low) / (2^b - 1)        zero = round(-low / scale)        low <= 0 <= high
     q(x)  = scale * (clamp(round(x / scale) + zero, 0, 2^b - 1) - zero)
 
-The zero point is a whole number, as integer hardware wants it, and zero is always a level: what a ReLU or a padding
-made zero stays zero. (Jacob et al. 2018, arXiv 1712.05877, section 2.1.) "Static" means that low and high were found
-beforehand, one pair for a whole tensor; "dynamic" that they are those of the values at hand: of each position for a
-linear layer, of each image for a convolution.
+The zero point is a whole number, as integer hardware needs it, and zero is always a level, so that the zeros of a ReLU
+or a padding stay exact (Jacob et al. 2018, arXiv 1712.05877, section 2.1). With a "static" range, low and high come
+from calibration, one pair for a whole tensor; with a "dynamic" range they are those of the current input: of each
+position for a linear layer, of each image for a convolution.
 """
 
 from dataclasses import dataclass
@@ -22,7 +22,7 @@ DYNAMIC_AXES: dict[LayerKind, tuple[int, ...]] = {"linear": (-1,), "conv1d": (-1
 
 @dataclass(frozen=True, eq=False)
 class StaticGrid:
-    """Where the levels of a static grid lie, as it is stored.
+    """Scale and zero point of a static grid, as they are stored.
 
     Attributes:
         scale: Distance between levels, float32 [1].
@@ -34,16 +34,16 @@ class StaticGrid:
 
 
 def may_quantise_input(kind: LayerKind, tied: tuple[str, ...]) -> bool:
-    """Whether a layer's input can be quantised: it is real-valued, and the layer is not tied.
+    """Returns whether a layer's input can be quantised: it is real-valued, and the layer is not tied.
 
-    Modules that share a weight have inputs of their own, and only one of them is the layer's home; the inputs of all of
-    them stay in floating point.
+    Modules that share a weight have different inputs, but only one of them is the layer's home; all of their inputs
+    stay in floating point.
     """
     return kind in DYNAMIC_AXES and not tied
 
 
 def scale_and_zero(low: Tensor, high: Tensor, bits: int) -> tuple[Tensor, Tensor]:
-    """The grid of a range, which is widened to include zero.
+    """Computes scale and zero point of a range, which is widened to include zero.
 
     Args:
         low: Least value, of any shape.
@@ -59,18 +59,18 @@ def scale_and_zero(low: Tensor, high: Tensor, bits: int) -> tuple[Tensor, Tensor
     """
     low, high = low.float().clamp(max=0), high.float().clamp(min=0)
     last_code = 2**bits - 1
-    scale = high / last_code - low / last_code  # the difference itself may leave float32
+    scale = high / last_code - low / last_code  # high - low may overflow float32
     scale = torch.where(scale == 0, 1.0, scale)
     return scale, (-low / scale).round_().clamp_(0, last_code)
 
 
 def dynamic_range(values: Tensor, axes: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-    """Least and largest value over `axes`, which are kept with length 1."""
+    """Computes the least and the largest value over `axes`, which are kept with length 1."""
     return values.amin(axes, keepdim=True), values.amax(axes, keepdim=True)
 
 
 def on_activation_grid(values: Tensor, scale: Tensor, zero: Tensor, bits: int) -> Tensor:
-    """q(x), in the dtype of `values`; what lies outside the range goes to its end, NaN stays NaN.
+    """Rounds values to a grid, q(x), in the dtype of `values`; values outside of the range are clamped, NaN stays NaN.
 
     Args:
         values: x, of any floating dtype; computed in float32.

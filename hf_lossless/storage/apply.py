@@ -1,7 +1,7 @@
-"""Carries out a plan: every planned layer of a model is replaced by its compressed module.
+"""Applies a plan: every planned layer of a model is replaced by its compressed module.
 
-The same code runs on real weights, where it puts in the values that were planned, and on meta tensors, where it only
-makes room for the tensors of a saved checkpoint. It rounds nothing.
+The same code runs on real weights, where it stores the planned values, and on meta tensors, where it only creates empty
+modules for the tensors of a saved checkpoint. It does no rounding.
 """
 
 from collections.abc import Mapping
@@ -27,18 +27,18 @@ _HOOKS = (
     *("_backward_hooks", "_backward_pre_hooks", "_is_full_backward_hook"),
     *("_state_dict_hooks", "_state_dict_pre_hooks", "_load_state_dict_pre_hooks", "_load_state_dict_post_hooks"),
 )
-"""Where torch keeps the hooks of a module."""
+"""Names of the attributes in which torch keeps the hooks of a module."""
 
 
 def apply_plan(model: nn.Module, layer_plans: Mapping[str, LayerPlan]) -> nn.Module:
-    """Makes room in a model on meta for the tensors of a saved plan; see `apply`.
+    """Replaces the layers of a model on meta by empty compressed modules for the tensors of a saved plan; see `apply`.
 
     Args:
-        model: On meta, for there are no values to put in.
-        layer_plans: Layer plans by module name of this very model.
+        model: The model, on meta, because no values are given.
+        layer_plans: Layer plans by module name of this model.
 
     Returns:
-        The model, its planned layers empty: `load_state_dict(tensors, assign=True)` fills them.
+        The model, with empty planned layers: `load_state_dict(tensors, assign=True)` fills them.
 
     Raises:
         PlanError: As for `apply`.
@@ -50,15 +50,15 @@ def apply(model: nn.Module, stored: Mapping[str, StoredLayer]) -> nn.Module:
     """Replaces the layers of a model by compressed modules, in place.
 
     Args:
-        model: On any device. On meta, the new modules are left empty.
-        stored: How each layer is stored, by module name of this very model. On meta, values are not needed.
+        model: The model, on any device. On meta, the new modules are left empty.
+        stored: How each layer is stored, by module name of this model. On meta, values are not needed.
 
     Returns:
         The model.
 
     Raises:
-        PlanError: A layer is not in the model, cannot be compressed, or not in the planned way, or its values are
-            missing or do not fit; nothing has been replaced then.
+        PlanError: A layer is not in the model, cannot be compressed (in the planned way), or its values are missing or
+            do not fit. No layer has been replaced then.
 
     Example:
         >>> import torch
@@ -80,7 +80,7 @@ def apply(model: nn.Module, stored: Mapping[str, StoredLayer]) -> nn.Module:
 
 
 def _compressed(layer: Layer, stored: StoredLayer) -> CompressedModule | None:
-    """A layer's compressed module, filled where there are values to fill it with; None: it is kept."""
+    """Makes a layer's compressed module, filled unless it is on meta; None where the layer is kept."""
     kind = KINDS[stored.plan.kind]
     if kind.module is None:
         return None
@@ -93,7 +93,7 @@ def _compressed(layer: Layer, stored: StoredLayer) -> CompressedModule | None:
 
 
 def _refuse_other_values(layer: Layer, stored: StoredLayer) -> None:
-    """Raises PlanError where the values are missing, or are not those that the plan speaks of."""
+    """Raises PlanError where the values are missing, or differ in type, shape or grid from the plan."""
     plan, values = stored.plan, stored.values
     wanted = KINDS[plan.kind].values
     assert wanted is not None
@@ -123,7 +123,7 @@ def _refuse_other_values(layer: Layer, stored: StoredLayer) -> None:
 def _parts(
     plan: LayerPlan, values: QuantisedMatrix | FactoredMatrix | EncodedMatrix, shape: tuple[int, ...]
 ) -> list[tuple[str, Any, tuple[int, ...], Grid | None]]:
-    """What values consist of, and the shape and grid that the plan gives to each part."""
+    """Lists the parts of a layer's values, with the shape and the grid that the plan gives to each."""
     if isinstance(values, QuantisedMatrix):
         return [("codes", values, shape, plan.grid)]
     if isinstance(values, EncodedMatrix):
@@ -156,7 +156,7 @@ def _activation(layer: Layer, layer_plan: LayerPlan, static: StaticGrid | None) 
 
 
 def quantised_input(layer: Layer, grid: ActivationGrid, static: StaticGrid | None) -> QuantisedInput:
-    """What puts a layer's input on a grid, with its levels where it has a static range and they are known."""
+    """Makes the module that quantises a layer's input, with scale and zero point where they are static and given."""
     module = QuantisedInput(layer.kind, grid, layer.weight.device)
     if grid.range == "static" and static is not None and not layer.weight.is_meta:
         module.store(static.scale, static.zero)
@@ -164,7 +164,7 @@ def quantised_input(layer: Layer, grid: ActivationGrid, static: StaticGrid | Non
 
 
 def resolve(model: nn.Module, name: str, layer_plan: LayerPlan) -> Layer:
-    """The layer that a plan means.
+    """Finds the layer that a plan names.
 
     Raises:
         PlanError: There is no such module, or it is not a layer.
@@ -199,18 +199,18 @@ def _replace(model: nn.Module, layer: Layer, compressed: CompressedModule) -> No
 
 
 def _put(model: nn.Module, name: str, module: nn.Module) -> None:
-    """Sets a submodule, with the hooks of the old one, and Accelerate's, which brings inputs to its device."""
+    """Sets a submodule, with the hooks of the old one, including Accelerate's, which moves inputs to its device."""
     old = model.get_submodule(name)
     carry_hooks(old, module)
     hook = getattr(old, "_hf_hook", None)
     model.set_submodule(name, module if hook is None else add_hook_to_module(module, hook))
     parent = model.get_submodule(name.rpartition(".")[0])
     if isinstance(parent, nn.TransformerEncoderLayer):
-        # Its fast path reads weights and calls no layer. This is what it asks of its activation before it takes that.
+        # Its fast path reads weights and calls no layer; it is not taken where the activation is neither ReLU nor GELU.
         parent.activation_relu_or_gelu = 0
 
 
 def carry_hooks(old: nn.Module, new: nn.Module) -> None:
-    """Gives a module the hooks of the one it replaces: the very dicts, so that a handle still removes its hook."""
+    """Gives a module the hooks of the module it replaces: the same dicts, so that a handle still removes its hook."""
     for name in _HOOKS:
         setattr(new, name, getattr(old, name))

@@ -1,4 +1,4 @@
-"""The way back: layers with plain weights in place of compressed ones, with the values that those stood for."""
+"""Replaces compressed layers by plain ones that have the compressed values as their weights."""
 
 from typing import Any
 
@@ -12,9 +12,9 @@ from hf_lossless.storage.modules.tied import Tied, TiedEmbedding
 
 
 def make_dense(model: nn.Module) -> nn.Module:
-    """Replaces every compressed layer of a model by a plain one, in place; what was tied is tied again.
+    """Replaces every compressed layer of a model by a plain one, in place; tied weights are tied again.
 
-    The values are those that the model computes with. A layer whose input was quantised is no longer so.
+    The weights are those that the model computes with. Inputs that were quantised are not quantised any more.
 
     Returns:
         The model.
@@ -36,7 +36,7 @@ def dense_layer(module: CompressedModule) -> nn.Module:
 
 
 def _layer(module: CompressedModule, kind: LayerKind, weight: nn.Parameter) -> nn.Module:
-    """A layer of a kind with this weight; it is made on meta, so that none is drawn."""
+    """Makes a plain layer of a kind with this weight; it is built on meta, so that no random weight is drawn."""
     out_features, in_features = module.matrix_shape
     has_bias = module.bias is not None
     original: Any = module  # it has the original's attributes

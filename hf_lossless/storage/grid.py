@@ -1,4 +1,4 @@
-"""Uniform grids as they are stored: codes, scales and zeros of a matrix `W [out, in]`, and the way back.
+"""Uniform grids as they are stored, as codes, scales and zeros of a matrix `W [out, in]`, and their dequantisation.
 
 W[o, i] ~ scale[o, g] * (code[o, i] - zero[o, g]),      g = i // group_size
 """
@@ -20,7 +20,7 @@ class QuantisedMatrix:
         codes: uint8 [out, in], each below 2^bits.
         scales: [out, groups], in `grid.scale_dtype`.
         zeros: [out, groups], in `grid.scale_dtype`; None for a symmetric grid.
-        grid: The grid, with the scale dtype that was needed.
+        grid: The grid, with the scale dtype that is stored.
     """
 
     codes: Tensor
@@ -30,22 +30,22 @@ class QuantisedMatrix:
 
     @property
     def dense(self) -> Tensor:
-        """The matrix that it stands for, float32 [out, in]."""
+        """Returns the dequantised matrix, float32 [out, in]."""
         return dequantise(self.codes, self.scales, self.zeros, self.grid)
 
 
 def dequantise(codes: Tensor, scales: Tensor, zeros: Tensor | None, grid: Grid) -> Tensor:
-    """The matrix that codes stand for: `scale * (code - zero)`, float32 [out, in].
+    """Computes the values of codes: `scale * (code - zero)`, float32 [out, in].
 
     Args:
         codes: uint8 [out, in].
         scales: [out, groups].
         zeros: [out, groups], or None for a symmetric grid.
-        grid: The grid they were made with.
+        grid: The grid of the codes.
     """
     values = codes.float()
     start = 0
-    # In place, group by group: spreading the scales over all weights first would be one more pass over a matrix.
+    # In place, group by group: expanding the scales to all weights first would be one more pass over a matrix.
     for block in group_blocks(values, grid):
         groups = slice(start, start := start + block.shape[1])
         block -= symmetric_zero(grid) if zeros is None else zeros[:, groups, None].float()
@@ -54,7 +54,7 @@ def dequantise(codes: Tensor, scales: Tensor, zeros: Tensor | None, grid: Grid) 
 
 
 def per_weight(per_group: Tensor, in_features: int, grid: Grid) -> Tensor:
-    """One number for each group, spread over its weights.
+    """Expands one number per group to one per weight.
 
     Args:
         per_group: [out, groups].
@@ -71,17 +71,17 @@ def per_weight(per_group: Tensor, in_features: int, grid: Grid) -> Tensor:
 
 
 def symmetric_zero(grid: Grid) -> float:
-    """The code that stands for zero on a symmetric grid."""
+    """Returns the code of zero on a symmetric grid."""
     return 2.0 ** (grid.bits - 1) if grid.bits > 1 else 0.5
 
 
 def stored_bytes(out_features: int, in_features: int, grid: Grid, *, rows: int) -> int:
-    """Bytes of codes, scales and zeros of a matrix as stored.
+    """Computes the bytes of codes, scales and zeros of a matrix as stored.
 
     Args:
         out_features: Rows of the matrix.
         in_features: Columns of the matrix.
-        grid: The grid, its scale dtype settled.
+        grid: The grid, with the scale dtype that is stored.
         rows: Rows in which the codes are packed (see `modules`): `out_features` for embeddings, else 1.
     """
     code_bytes = rows * packed_width(out_features * in_features // rows, grid.bits)
@@ -91,7 +91,7 @@ def stored_bytes(out_features: int, in_features: int, grid: Grid, *, rows: int) 
 
 
 def group_blocks(matrix: Tensor, grid: Grid) -> Iterable[Tensor]:
-    """Views [out, groups, size]: all full groups of a row, then the shorter last one if there is one."""
+    """Yields views [out, groups, size]: all full groups of a row, then the shorter last one if there is one."""
     in_features = matrix.shape[1]
     size = grid.group_size or in_features
     full = in_features // size * size

@@ -1,6 +1,6 @@
-"""`KINDS`: all that differs from one kind of storage to the next, in one place.
+"""`KINDS`: everything that differs between kinds of storage, in one place.
 
-Reports, cards, pictures, messages and `apply` ask here; a new kind is a part of `LayerPlan`, a module and a line.
+Reports, cards, pictures, messages and `apply` read it; a new kind is a part of `LayerPlan`, a module and an entry here.
 """
 
 from collections.abc import Callable
@@ -23,13 +23,14 @@ class Kind:
     """A way to store a layer.
 
     Attributes:
-        words: What a person reads, as in "12 layers as codes on a grid".
-        colour: Of its bars, from Okabe and Ito's palette.
-        module: Makes the empty module of a layer with this plan, on the layer's device; None: the layer stays.
-        values: The class of its values; None: it has none.
-        extra: The extra of this package without which it cannot be loaded; None: it needs nothing beside the package.
-        checksum: Whether its bytes vouch for themselves.
-        width: A layer's bits, as a table's cell.
+        words: Words for reports, as in "12 layers as codes on a grid".
+        colour: Colour of its bars, from Okabe and Ito's palette.
+        module: Makes the empty module of a layer with this plan, on the layer's device; None: the layer is not
+            replaced.
+        values: Class of its values (see `storage.values`); None: there are none.
+        extra: The extra of this package that loading requires; None: it requires no extra.
+        checksum: Whether its bytes hold a checksum.
+        width: Returns a layer's bits as the text of a table cell.
     """
 
     words: str
@@ -109,7 +110,7 @@ KINDS: dict[LayerPlanKind, Kind] = {
 
 
 def stored_as(plan: LayerPlan) -> str:
-    """What a person reads of one layer: its kind, and the width of its codes where all have one.
+    """Describes one layer in words: its kind, and the width of its codes where all have the same.
 
     Example:
         >>> from hf_lossless.storage.plan import Grid
@@ -123,6 +124,6 @@ def stored_as(plan: LayerPlan) -> str:
 
 
 def extras_of(plan: CompressionPlan) -> list[str]:
-    """Names of the extras of this package without which a checkpoint with this plan cannot be loaded."""
+    """Returns the names of this package's extras that loading a checkpoint with this plan requires."""
     extras = {KINDS[layer.kind].extra for layer in plan.layers.values()}
     return sorted(extra for extra in extras if extra is not None)

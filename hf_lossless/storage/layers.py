@@ -1,4 +1,4 @@
-"""What can be compressed: layers, each seen as a matrix `W [out, in]`.
+"""Finds the layers that can be compressed, each seen as a matrix `W [out, in]`.
 
 | module                  | weight                        | matrix                      |
 |-------------------------|-------------------------------|-----------------------------|
@@ -7,8 +7,8 @@
 | nn.Conv2d               | [out, in / groups, kh, kw]    | [out, in / groups * kh * kw]|
 | nn.Embedding            | [vocabulary, dim]             | the same                    |
 
-A module counts only when it is used as its class defines it: one whose `forward` is overridden, whose weight is
-computed (parametrised), or that changes its own weight (`max_norm`) is left alone. Modules that share one weight
+A module is a layer only where it is used as its class defines it: one whose `forward` is overridden, whose weight is
+computed (parametrised), or that changes its own weight (`max_norm`) is not compressed. Modules that share one weight
 (tied embeddings) are one layer: the first is its home, the others are listed as tied.
 """
 
@@ -39,8 +39,8 @@ class Layer:
 
     Attributes:
         name: Dotted module name.
-        module: The module that is the weight's home.
-        kind: Which row of the table above it is.
+        module: The home of the weight: the first module that has it.
+        kind: Its row in the table above.
         tied: Names of other modules that use the same weight.
     """
 
@@ -51,31 +51,31 @@ class Layer:
 
     @property
     def weight(self) -> nn.Parameter:
-        """The weight as the module holds it."""
+        """Returns the weight as the module holds it."""
         weight = self.module.weight
         assert isinstance(weight, nn.Parameter)
         return weight
 
     @property
     def matrix(self) -> Tensor:
-        """The weight as `W [out, in]`: a view of its memory, or a copy where a kernel lies in another order."""
+        """Returns the weight as `W [out, in]`: a view, or a copy where a kernel has another memory layout."""
         return as_matrix(self.weight, self.kind)
 
     @property
     def packed_rows(self) -> int:
-        """Rows in which codes are packed: one for each embedding, so that rows can be looked up alone; else one."""
+        """Returns the number of rows in which codes are packed: one per embedding, for separate look-up; else one."""
         return self.matrix.shape[0] if self.kind == "embedding" else 1
 
 
 def as_matrix(weight: Tensor, kind: LayerKind) -> Tensor:
-    """A weight, or its gradient, as `[out, in]`."""
+    """Reshapes a weight, or its gradient, to `[out, in]`."""
     if kind == "conv1d":
         return weight.T
     return weight.flatten(1) if kind == "conv2d" else weight
 
 
 def kind_of(module: nn.Module) -> LayerKind | None:
-    """The kind of a module, or None where it cannot be compressed."""
+    """Returns the kind of a module, or None where it cannot be compressed."""
     base = next((base for base in _KINDS if isinstance(module, base)), None)
     if base is None or type(module).forward is not base.forward:
         return None
@@ -85,21 +85,22 @@ def kind_of(module: nn.Module) -> LayerKind | None:
         return None
     if isinstance(module, nn.Embedding) and module.max_norm is not None:
         return None
-    if "bias" in module._buffers:  # a compressed module takes its bias over as a parameter
+    if "bias" in module._buffers:  # a compressed module registers its bias as a parameter
         return None
     weight = module._parameters.get("weight")
     return _KINDS[base] if weight is not None and weight.is_floating_point() and weight.numel() else None
 
 
 def find_layers(model: nn.Module, exclude: Iterable[str] = ()) -> list[Layer]:
-    """All layers of a model, in the order of its modules.
+    """Finds all layers of a model, in the order of its modules.
 
     Args:
         model: Any module, on any device, meta included.
-        exclude: Module names to leave alone: a full name, a parent's name, the last part of a name, or a glob pattern.
+        exclude: Modules that are not compressed: a full name, a parent's name, the last part of a name, or a glob
+            pattern.
 
     Returns:
-        The layers; a weight that is shared appears once. A shared weight is excluded with any of its names.
+        The layers; a shared weight is one layer, and is excluded with any of its names.
 
     Raises:
         ConfigurationError: An entry of `exclude` matches no module.
@@ -129,8 +130,8 @@ def find_layers(model: nn.Module, exclude: Iterable[str] = ()) -> list[Layer]:
     layers = []
     for identity, users in homes.items():
         name, module, kind = users[0]
-        # A transposed or flattened view cannot stand in for a plain one, and a module that is no layer cannot do
-        # without its tensor: such sharing is left alone.
+        # A transposed or flattened view cannot replace a plain weight, and a module that is no layer needs its tensor,
+        # so weights shared in such ways are not compressed.
         tieable = len(users) == 1 or all(user_kind in ("linear", "embedding") for _, _, user_kind in users)
         tieable = tieable and names_of_weight[identity] == len(users)
         if tieable and not any(user in excluded for user, _, _ in users):
@@ -139,14 +140,14 @@ def find_layers(model: nn.Module, exclude: Iterable[str] = ()) -> list[Layer]:
 
 
 def left_out_bytes(model: nn.Module, layers: Iterable[Layer]) -> dict[str, int]:
-    """Bytes of the matrices that are no layers and so stay as they are, by name, the largest first.
+    """Computes the bytes of the matrices that are not compressed because they are no layers, by name, largest first.
 
     Args:
         model: The model.
-        layers: What can be compressed of it.
+        layers: The layers of the model.
 
     Returns:
-        Parameters of two dimensions and more; those of one (biases, norms) are left out, for they are small.
+        Parameters of two dimensions or more; vectors (biases, norms) are omitted, because they are small.
     """
     covered = {id(layer.weight) for layer in layers}
     found = {
@@ -158,7 +159,7 @@ def left_out_bytes(model: nn.Module, layers: Iterable[Layer]) -> dict[str, int]:
 
 
 def left_out_text(model: nn.Module, layers: Iterable[Layer]) -> str | None:
-    """What is left out in a sentence, with its bytes and the classes it lies in; None where there is nothing."""
+    """Describes the matrices that are no layers, with bytes and classes, in a sentence; None where there are none."""
     layers = list(layers)
     found = left_out_bytes(model, layers)
     if not found:
@@ -174,23 +175,23 @@ def left_out_text(model: nn.Module, layers: Iterable[Layer]) -> str | None:
 
 
 def matches(name: str, pattern: str) -> bool:
-    """Whether a module's name is meant: by its full name, its last part, a parent's name, or a glob pattern."""
+    """Returns whether a pattern matches a module's name: its full name, its last part, a parent's name, or a glob."""
     if any(character in pattern for character in "*?["):
         return fnmatch.fnmatchcase(name, pattern)
     return name == pattern or name.startswith(pattern + ".") or name.endswith("." + pattern) or f".{pattern}." in name
 
 
 def modules_of(model: nn.Module, layer: Layer) -> list[nn.Module]:
-    """The modules that use a layer's weight; a module that has several names, once."""
+    """Returns the modules that use a layer's weight; a module with several names appears once."""
     modules = [model.get_submodule(name) for name in (layer.name, *layer.tied)]
     return list({id(module): module for module in modules}.values())
 
 
 def tensor_bytes(model: nn.Module) -> int:
-    """Bytes of all tensors that a checkpoint of the model holds; shared ones once."""
+    """Computes the bytes of all tensors that a checkpoint of the model holds; shared ones count once."""
     unsaved = getattr(model, "_keys_to_ignore_on_save", None) or ()
     storages = {
-        # What is offloaded has no memory now.
+        # Offloaded tensors have no storage at the moment.
         name if tensor.is_meta else (tensor.untyped_storage().data_ptr(), tensor.storage_offset(), tensor.shape): (
             tensor.nbytes
         )

@@ -1,4 +1,4 @@
-"""Codes of 1 to 8 bits in exactly that many bits: unpack(pack(codes)) == codes.
+"""Packs codes of 1 to 8 bits into exactly that many bits: unpack(pack(codes)) == codes.
 
 A row of codes is padded with zeros to 8S codes and cut into eight slots of S codes, a = row[:S] to h = row[7S:]. Its
 packed form is `bits` planes of S bytes, one after the other. Column j, code j of every slot, becomes byte j of every
@@ -12,9 +12,9 @@ still free at the top of the bytes hold the slots that are left, read from plane
                  spare                                plane 3      h3 h2 h1 h0   d3 d2 d1 d0
 
 Slots and planes are contiguous, so a shift and a mask of whole arrays move a field of bits in all columns at once, in
-at most 8 moves. Planes of 2 + 1 bits for 3, or 4 + 2 + 1 for 7, would make every code from two or three fields; here
-most codes are one field. The cost: up to 7 codes of padding a row. Blocks that fit the cache were tried and left out:
-each of their many short operators waits for all threads.
+at most 8 moves. Planes of 2 + 1 bits for 3, or 4 + 2 + 1 for 7, would split every code into two or three fields; here
+most codes are one field. The cost is up to 7 codes of padding per row. Blocks that fit the cache were tried and
+rejected: each of their many short operators waits for all threads.
 """
 
 from collections.abc import Iterator
@@ -37,7 +37,7 @@ class _Field(NamedTuple):
 
 
 def _fields(bits: int) -> Iterator[_Field]:
-    """Cut the module's drawing into fields; those of one code or one byte come lowest bit first."""
+    """Splits the layout of the module docstring into fields; those of one code or one byte come lowest bit first."""
     used = 8 // bits * bits  # bits of a byte that whole codes fill; also the slots, of eight, that go there
     for bit in range(0, used, bits):
         yield _Field(slice(bit, bit + bits), 0, slice(0, bits), bit, bits)
@@ -53,7 +53,7 @@ def _fields(bits: int) -> Iterator[_Field]:
 
 
 def _move(source: Tensor, source_bit: int, source_bits: int, target: Tensor, target_bit: int, width: int) -> None:
-    """Copy `width` bits of every byte from source_bit of source to target_bit of target.
+    """Copies `width` bits of every byte from source_bit of source to target_bit of target.
 
     Values of source have source_bits bits. A move to bit 0 overwrites the byte of target, any other adds to it.
     """
@@ -69,7 +69,7 @@ def _move(source: Tensor, source_bit: int, source_bits: int, target: Tensor, tar
 
 
 def _regroup(matrix: Tensor, groups: int, columns: int) -> Tensor:
-    """Rearrange "r (g c) -> g (r c)", which is its own inverse; a view if r or columns is 1."""
+    """Rearranges "r (g c) -> g (r c)", which is its own inverse; a view if r or columns is 1."""
     r = matrix.shape[0]
     return matrix.reshape(r, groups, columns).transpose(0, 1).reshape(groups, r * columns)
 
@@ -81,7 +81,7 @@ def _check_matrix(name: str, matrix: Tensor) -> None:
 
 
 def packed_width(num_codes: int, bits: int) -> int:
-    """Bytes of one packed row, ceil(num_codes / 8) * bits.
+    """Computes the bytes of one packed row, ceil(num_codes / 8) * bits.
 
     Raises:
         ConfigurationError: num_codes is negative, or bits is not 1 to 8.
@@ -98,7 +98,7 @@ def packed_width(num_codes: int, bits: int) -> int:
 
 
 def pack(codes: Tensor, bits: int) -> Tensor:
-    """Pack every row of codes, each on its own, in the layout that the module draws.
+    """Packs every row of codes separately, in the layout of the module docstring.
 
     Args:
         codes: (rows, num_codes) torch.uint8, every value below 2**bits (unchecked on the meta device).
@@ -131,10 +131,10 @@ def pack(codes: Tensor, bits: int) -> Tensor:
 
 
 def unpack(packed: Tensor, bits: int, num_codes: int) -> Tensor:
-    """The codes that pack was given.
+    """Unpacks codes that `pack` packed.
 
     Args:
-        packed: (rows, packed_width(num_codes, bits)) torch.uint8, any rows that pack made.
+        packed: (rows, packed_width(num_codes, bits)) torch.uint8, rows of the result of `pack`.
         bits: bits of a code, as given to pack.
         num_codes: codes in a row before packing.
 

@@ -1,4 +1,4 @@
-"""What config.json keeps: frozen records, checked field by field when read, for anyone may have edited them."""
+"""Frozen records that config.json keeps, validated field by field when read, because anyone may have edited them."""
 
 import json
 import reprlib
@@ -19,17 +19,17 @@ AnyRecord = TypeVar("AnyRecord", bound=Record)
 
 
 def read_record(kind: type[AnyRecord], values: Any, what: str, error: type[LosslessError], remedy: str) -> AnyRecord:
-    """A record of JSON values.
+    """Reads a record from JSON values.
 
     Args:
-        kind: Its class.
-        values: JSON values, perhaps by way of a file.
-        what: What an error calls it, say "the compression plan".
-        error: The error to raise.
-        remedy: The sentence that an error ends with.
+        kind: Class of the record.
+        values: JSON values, possibly read from a file.
+        what: Name of the record in errors, such as "the compression plan".
+        error: Class of the error to raise.
+        remedy: Last sentence of the error's message.
 
     Raises:
-        LosslessError: Of the class `error`: a field is missing, unknown, or of the wrong type or range.
+        LosslessError: An error of the class `error`: a field is missing, unknown, or of the wrong type or range.
     """
     try:
         text = json.dumps(values)
@@ -40,5 +40,5 @@ def read_record(kind: type[AnyRecord], values: Any, what: str, error: type[Lossl
     except ValidationError as problem:
         first = problem.errors()[0]
         place = ".".join(str(part) for part in first["loc"])
-        got = reprlib.repr(first["input"])  # shortened: it may be the whole record
+        got = reprlib.repr(first["input"])  # shortened, because it may be the whole record
         raise error(f"{what} is malformed at {place or 'its top'}: {first['msg']} (got {got}). {remedy}") from problem

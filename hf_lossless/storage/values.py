@@ -1,4 +1,4 @@
-"""`StoredLayer`: a layer's plan with the values that go into its module, as they will lie on disk.
+"""`StoredLayer`: a layer's plan with the values of its compressed module, exactly as they are saved.
 
 | kind                | values           | what they hold                                             |
 |---------------------|------------------|------------------------------------------------------------|
@@ -7,7 +7,7 @@
 | "coded"             | EncodedMatrix    | codes and steps, and the bytes that they are coded to      |
 | "kept"              | None             | the layer stays as it is                                   |
 
-Nothing that carries out a plan rounds: what is put into a model is what was planned, measured and saved.
+Applying a plan rounds nothing: the values in the model are those that were planned, measured and saved.
 """
 
 from dataclasses import dataclass
@@ -25,10 +25,10 @@ from hf_lossless.storage.plan import LayerPlan
 
 @dataclass(frozen=True)
 class FactoredMatrix:
-    """A matrix as two factors, and perhaps a grid that their product is added to: `L [out, r] @ R [r, in] + base`.
+    """A matrix as two factors, with an optional grid that is added to their product: `L [out, r] @ R [r, in] + base`.
 
     Attributes:
-        left: L, on a grid or in the dtype that the layer computes in.
+        left: L, on a grid or in the layer's dtype.
         right: R, the same.
         base: The grid [out, in]; None where there is none.
     """
@@ -39,7 +39,7 @@ class FactoredMatrix:
 
     @property
     def dense(self) -> Tensor:
-        """The matrix that they stand for, float32 [out, in]."""
+        """Computes the product, with the base added, float32 [out, in]."""
         left, right = (
             one.dense if isinstance(one, QuantisedMatrix) else one.float() for one in (self.left, self.right)
         )
@@ -53,7 +53,7 @@ class EncodedMatrix:
 
     Attributes:
         matrix: Codes and steps.
-        stored: What `entropy.matrix.encode` makes of them, uint8.
+        stored: The bytes from `entropy.matrix.encode`, uint8.
     """
 
     matrix: CodedMatrix
@@ -61,7 +61,7 @@ class EncodedMatrix:
 
     @property
     def dense(self) -> Tensor:
-        """The matrix that it stands for, float32 [out, in]."""
+        """Computes the decoded matrix, float32 [out, in]."""
         levels = torch.from_numpy(self.matrix.codes).float()
         levels.view(-1)[torch.from_numpy(self.matrix.far_positions)] = torch.from_numpy(self.matrix.far_codes).float()
         row_steps, column_steps = (torch.from_numpy(one) for one in (self.matrix.row_steps, self.matrix.column_steps))
@@ -70,12 +70,12 @@ class EncodedMatrix:
 
 @dataclass(frozen=True)
 class StoredLayer:
-    """How a layer is stored, and what is stored of it.
+    """A layer's plan, with its values.
 
     Attributes:
         plan: The layer's plan.
-        values: Of the plan's kind; None: the layer is kept, or there is only room for values that a file holds.
-        static: The levels of its input, where the plan gives that a static range.
+        values: Values of the plan's kind; None: the layer is kept, or its values are loaded from a file later.
+        static: Scale and zero point of its input, where the plan gives it a static range.
     """
 
     plan: LayerPlan

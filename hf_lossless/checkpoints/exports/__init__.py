@@ -31,7 +31,7 @@ class Format:
 
     @property
     def store(self) -> "Callable[[PreTrainedModel, str, LayerPlan], Stored]":
-        """Stores a layer as the format holds it, or raises NotCarried."""
+        """Stores a layer as the format holds it, or raises NotConvertible."""
         found: Callable[[PreTrainedModel, str, LayerPlan], Stored] = self._module.store
         return found
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from hf_lossless.checkpoints.exports.convert import (
-    NotCarried,
+    NotConvertible,
     Stored,
     compressed_module,
     model_dtype,
@@ -34,15 +34,15 @@ def store(model: PreTrainedModel, name: str, layer_plan: LayerPlan) -> Stored:
     """A linear layer's codes and scales.
 
     Raises:
-        NotCarried: It is no linear layer, or its grid is none of the format's.
+        NotConvertible: It is no linear layer, or its grid is none of the format's.
     """
     module = compressed_module(model, name)
     if module.kind != "linear":
-        raise NotCarried(_OTHER_KINDS[module.kind])
+        raise NotConvertible(_OTHER_KINDS[module.kind])
     numbers = whole_numbers(module, layer_plan, model_dtype(model))
     out_features, in_features = module.matrix_shape
     if numbers.group_size is not None and in_features % numbers.group_size:
-        raise NotCarried(f"its {in_features} inputs are no whole number of groups of {numbers.group_size}")
+        raise NotConvertible(f"its {in_features} inputs are no whole number of groups of {numbers.group_size}")
     return Stored(
         {
             "weight_packed": pack_words(numbers.codes, numbers.bits),

@@ -36,7 +36,7 @@ from hf_lossless.storage.plan import LayerPlan
 _CONTAINERS = {1: 2, 2: 2, 3: 4, 4: 4, 5: 8, 6: 8, 7: 8, 8: 8}
 
 
-class NotCarried(Exception):
+class NotConvertible(Exception):
     """A format has no place for a layer; the message is the reason, as the predicate of "because"."""
 
 
@@ -77,11 +77,11 @@ class WholeNumbers:
 
 
 def compressed_module(model: PreTrainedModel, name: str) -> CompressedModule:
-    """A layer of a loaded model; raises NotCarried where its input is quantised, for which no format has a place."""
+    """A layer of a loaded model; raises NotConvertible where its input is quantised, for which no format has a place."""
     module = model.get_submodule(name)
     assert isinstance(module, CompressedModule)
     if module.activation is not None:
-        raise NotCarried("its input is quantised")
+        raise NotConvertible("its input is quantised")
     return module
 
 
@@ -101,17 +101,17 @@ def whole_numbers(module: CompressedModule, layer_plan: LayerPlan, dtype: torch.
         dtype: That of the model.
 
     Raises:
-        NotCarried: It is no symmetric grid, or other modules use its weight, or the dtype has no room for its scales.
+        NotConvertible: It is no symmetric grid, or other modules use its weight, or the dtype has no room for its scales.
     """
     if layer_plan.tied:
-        raise NotCarried(f"it shares its weight with {', '.join(layer_plan.tied)}")
+        raise NotConvertible(f"it shares its weight with {', '.join(layer_plan.tied)}")
     if layer_plan.kind != "grid" or not isinstance(module, PackedModule):
-        raise NotCarried(f"it is stored as {KINDS[layer_plan.kind].words}")
+        raise NotConvertible(f"it is stored as {KINDS[layer_plan.kind].words}")
     grid, (out_features, in_features) = module.grid, module.matrix_shape
     if not grid.symmetric:
-        raise NotCarried("its grid has zero points")
+        raise NotConvertible("its grid has zero points")
     if module.dtype != dtype:
-        raise NotCarried(f"transformers computes it in {module.dtype} and the rest in {dtype}")
+        raise NotConvertible(f"transformers computes it in {module.dtype} and the rest in {dtype}")
     bits = _CONTAINERS[grid.bits]
     rows = len(module.codes)
     codes = unpack(module.codes, grid.bits, out_features * in_features // rows).view(out_features, in_features)
@@ -140,12 +140,12 @@ def largest_move(dtype: torch.dtype) -> float:
 
 
 def _moved(theirs: Tensor, ours: Tensor) -> bool:
-    """Whether two matrices differ; raises NotCarried where they differ by more than rounding explains."""
+    """Whether two matrices differ; raises NotConvertible where they differ by more than rounding explains."""
     if torch.equal(theirs, ours):
         return False
     moves = (theirs.double() - ours.double()).abs()
     if not bool((moves <= largest_move(ours.dtype) * ours.double().abs()).all()):
-        raise NotCarried(f"its scales do not fit into {ours.dtype}")
+        raise NotConvertible(f"its scales do not fit into {ours.dtype}")
     return True
 
 

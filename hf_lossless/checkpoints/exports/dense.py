@@ -15,7 +15,7 @@ from hf_lossless.storage.plan import LayerPlan
 
 
 def store(model: PreTrainedModel, name: str, layer_plan: LayerPlan) -> Stored:
-    """The weight of a layer; raises NotCarried where its input is quantised."""
+    """The weight of a layer; raises NotConvertible where its input is quantised."""
     return store_weight(compressed_module(model, name))
 
 

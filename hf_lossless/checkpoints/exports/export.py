@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 
 from hf_lossless.checkpoints.entry import meet_demand
 from hf_lossless.checkpoints.exports import FORMATS, dense
-from hf_lossless.checkpoints.exports.convert import NotCarried, Stored, model_dtype
+from hf_lossless.checkpoints.exports.convert import NotConvertible, Stored, model_dtype
 from hf_lossless.checkpoints.files import new_folder, refuse_occupied
 from hf_lossless.checkpoints.saved_folder import SavedFolder, tensor_sizes
 from hf_lossless.errors import CheckpointError, ConfigurationError, reason
@@ -46,7 +46,7 @@ class ExportResult:
         format: Name of the format.
         size_bytes: All tensors, and the entry "quantization_config" of config.json; or an ONNX file.
         compressed_bytes: The same of the checkpoint it was made from.
-        carried: Names of the layers that the format carries.
+        converted: Names of the layers that are stored in the format.
         dense: Why the other compressed layers are in floating point now, by their names.
         dtype: That of the model.
         rounded: Names of the layers whose scales had to be rounded to it (the bound is in `exports.convert`).
@@ -59,7 +59,7 @@ class ExportResult:
     format: str
     size_bytes: int
     compressed_bytes: int
-    carried: tuple[str, ...]
+    converted: tuple[str, ...]
     dense: dict[str, str]
     dtype: torch.dtype
     rounded: tuple[str, ...]
@@ -86,7 +86,7 @@ def export(
         folder: A folder with a compressed checkpoint.
         out: The folder to write; must not exist, or be empty. It is written whole or not at all.
         format: "dense", "compressed-tensors", "gemma" or "onnx".
-        allow_dense: Keep in floating point what the format cannot carry: weights, and the inputs of layers where they
+        allow_dense: Keep in floating point what the format cannot hold: weights, and the inputs of layers where they
             are quantised. The format "onnx" carries all.
         runtime: What a graph of the format "onnx" is for: "fast" (the default), "small" or "standard".
 
@@ -95,7 +95,7 @@ def export(
 
     Raises:
         CheckpointError: `folder` holds no compressed checkpoint, or `out` cannot be written or lies inside it.
-        ConfigurationError: The format is unknown, needs a package that is not there, cannot carry some layers (they are
+        ConfigurationError: The format is unknown, needs a package that is not there, cannot hold some layers (they are
             listed), or stock transformers does not load what it makes of this architecture; or the runtime is unknown,
             or given for another format than "onnx".
 
@@ -127,7 +127,7 @@ Give a folder written by hf_lossless.
     for name in modules:
         try:
             stored[name] = chosen.store(model, name, plans[name])
-        except NotCarried as error:
+        except NotConvertible as error:
             refused[name] = str(error)
     pointless = not stored and format != "dense"
     if pointless or (refused and not allow_dense):
@@ -143,7 +143,7 @@ Give a folder written by hf_lossless.
         format=format,
         size_bytes=tensor_bytes + (0 if settings is None else json_bytes(settings)),
         compressed_bytes=saved.entry.size_bytes,
-        carried=tuple(stored),
+        converted=tuple(stored),
         dense=refused,
         dtype=dtype,
         rounded=tuple(name for name, layer in stored.items() if layer.rounded),
@@ -167,7 +167,7 @@ def _export_graph(saved: SavedFolder, out: Path, runtime: str) -> ExportResult:
         format="onnx",
         size_bytes=written.num_bytes,
         compressed_bytes=saved.entry.size_bytes,
-        carried=names,
+        converted=names,
         dense={},
         dtype=dtype,
         rounded=(),
@@ -190,7 +190,7 @@ def _refusal(format: str, refused: Mapping[str, str], total: int, pointless: boo
     remedy = "Keep these in floating point with allow_dense=True (--allow-dense), or take another format."
     return "\n".join(
         [
-            f"the format {format} cannot carry {len(refused)} of {total} compressed layers:",
+            f"the format {format} cannot hold {len(refused)} of {total} compressed layers:",
             *(f"  {why}: {', '.join(names)}" for why, names in by_reason(refused).items()),
             "Take another format." if pointless else remedy,
         ]

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from transformers.quantizers.quantizers_utils import should_convert_module
 
 from hf_lossless.checkpoints.exports.convert import (
-    NotCarried,
+    NotConvertible,
     Stored,
     compressed_module,
     model_dtype,
@@ -35,16 +35,16 @@ def store(model: PreTrainedModel, name: str, layer_plan: LayerPlan) -> Stored:
     """A layer's codes and scales.
 
     Raises:
-        NotCarried: It is a convolution or a Conv1D, or its grid is none of the format's.
+        NotConvertible: It is a convolution or a Conv1D, or its grid is none of the format's.
     """
     module = compressed_module(model, name)
     if module.kind in _OTHER_KINDS:
-        raise NotCarried(_OTHER_KINDS[module.kind])
+        raise NotConvertible(_OTHER_KINDS[module.kind])
     if not should_convert_module(name, list(model._keep_in_fp32_modules or ())):
-        raise NotCarried("transformers keeps it in float32")
+        raise NotConvertible("transformers keeps it in float32")
     numbers = whole_numbers(module, layer_plan, model_dtype(model))
     if numbers.group_size is not None:
-        raise NotCarried(f"groups of {numbers.group_size} inputs have a scale each, and not all inputs together")
+        raise NotConvertible(f"groups of {numbers.group_size} inputs have a scale each, and not all inputs together")
     codes, scales = pack_numbers(numbers.codes, numbers.bits), numbers.scales.float()
     if module.kind == "embedding":
         tensors = {"embedding_quantized": codes, "embedding_scale": scales}

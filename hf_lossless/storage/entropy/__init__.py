@@ -1,1 +1,1 @@
-"""Entropy coding: matrices of whole numbers in as many bytes as their distribution asks for."""
+"""Entropy coding: matrices of whole numbers in as many bytes as the entropy of their distribution."""

@@ -1,15 +1,15 @@
-"""The entropy coder: a stream that lanes decode side by side.
+"""The entropy coder: one stream whose symbols are decoded in parallel lanes.
 
     lanes    uint16            L
-    symbols  uint32            how many of them the lanes decode; the others follow in the tail
-    states   uint32 [lanes]    where the lanes begin
-    words    uint16            what the lanes read, see `kernels`
+    symbols   uint32           number of symbols in the lanes; the others follow in the tail
+    states    uint32 [lanes]   initial states of the lanes
+    words     uint16           the words that the lanes read, see `kernels`
 
-All is little-endian; where no symbol takes bits, there is no stream at all.
+All numbers are little-endian; where no symbol takes bits, the stream is empty.
 
-A lane ends in the state with which its encoder began. It may be any of 2^16 ... 2^17 - 1, so that its low 16 bits are
-room for a word: the words of the lanes, one after the other, are a stream of one lane more, the tail, with the last
-symbols. A lane so takes 1 byte beside its symbols, and not 3, and a layer can have three times as many of them.
+A lane ends in the initial state of its encoder. This may be any of 2^16 ... 2^17 - 1, so its low 16 bits have room for
+a word: these words of all lanes, one after the other, are the stream of one more lane, the tail, which holds the last
+symbols. A lane so takes 1 byte beside its symbols instead of 3, and a layer can have three times as many lanes.
 """
 
 import struct
@@ -25,12 +25,12 @@ from hf_lossless.storage.entropy.kernels import LOW, TOTAL_BITS
 _HEADER = struct.Struct("<HI")
 
 BYTES_PER_LANE = 1500
-"""Bytes of a stream for each of its lanes, so that lanes take less than 0.1 % of it."""
+"""Bytes of a stream per lane, so that lanes take less than 0.1 % of it."""
 
 _MOST_LANES = 2**16 - 1
 
 COMPILED_FROM = 2**23
-"""Symbols of a model from which numba pays: its import takes half a second, in which numpy decodes about as many."""
+"""Number of symbols from which numba pays: its import takes half a second, in which numpy decodes about as many."""
 
 _PARTS_OF_A_BIT = 256
 
@@ -38,11 +38,11 @@ Kernel = Callable[
     [NDArray[np.uint16], int, NDArray[np.uint32], int, Frequencies, NDArray[np.uint8]],
     int,
 ]
-"""What decodes symbols of one model, see `kernels.decode_lanes`."""
+"""A function that decodes symbols of one model, see `kernels.decode_lanes`."""
 
 
 def encode_segments(segments: Sequence[Segment]) -> bytes:
-    """Encodes all segments as one stream; the same for the same segments on every machine."""
+    """Encodes all segments as one stream; the bytes are the same on every machine."""
     coded = [(symbols - model.first, model) for symbols, model in segments if model.takes_bits and len(symbols)]
     if not coded:
         return b""
@@ -58,13 +58,13 @@ def encode_segments(segments: Sequence[Segment]) -> bytes:
 
 
 class SegmentDecoder:
-    """Decodes the segments of a stream, one after the other."""
+    """Decodes the segments of a stream in order."""
 
     def __init__(self, stream: bytes, kernel: Kernel = kernels.decode_lanes) -> None:
-        """Takes what `encode_segments` gave, and what decodes it.
+        """Reads the header of a stream.
 
         Raises:
-            MalformedCode: It is shorter than its lanes, or they begin in a state that no lane has.
+            MalformedCode: The stream is shorter than its lanes, or a lane has an impossible initial state.
         """
         lanes, self._left = _HEADER.unpack_from(stream.ljust(_HEADER.size, b"\0"))
         end = _HEADER.size + 4 * lanes
@@ -82,7 +82,7 @@ class SegmentDecoder:
         """Decodes the next `size` symbols, modulo 256.
 
         Raises:
-            MalformedCode: There is no model for them, or the stream ends before they do.
+            MalformedCode: The symbols have no model, or the stream ends too early.
         """
         frequencies.check(size)
         if not size or not frequencies.takes_bits:
@@ -102,7 +102,7 @@ class SegmentDecoder:
         return symbols
 
     def finish(self) -> None:
-        """Raises MalformedCode where the stream holds more than was read."""
+        """Raises MalformedCode where the stream holds more than was decoded."""
         if len(self._states) > 1 and not self._left and not self._in_tail:
             self._enter_tail()
         zeros = self._words[self._position :]
@@ -110,7 +110,7 @@ class SegmentDecoder:
             raise MalformedCode("a stream that does not end where its symbols do")
 
     def _enter_tail(self) -> None:
-        """Goes on with the words that the lanes leave in their states."""
+        """Continues with the tail: the words that the lanes hold in their final states."""
         rooms, ones = (self._states % LOW).astype(np.uint16), self._states // LOW
         if len(rooms) < 2:
             raise MalformedCode("a stream that ends before its symbols do")
@@ -125,18 +125,18 @@ class SegmentDecoder:
 
 
 def _number_of_lanes(coded: Sequence[Segment]) -> int:
-    """One for so many bytes; what symbols take is summed up in whole numbers, so that no machine rounds otherwise."""
+    """Computes the number of lanes from the size of the stream, in whole numbers, so that all machines agree."""
     parts = 0
     for places, model in coded:
         counts = np.bincount(places, minlength=len(model.weights))
         for count, weight in zip(counts.tolist(), model.weights.tolist(), strict=True):
-            if count:  # log2 to 1/256
+            if count:  # log2, rounded to 1/256
                 parts += count * (_PARTS_OF_A_BIT * TOTAL_BITS - (weight**_PARTS_OF_A_BIT).bit_length() + 1)
     return min(max(1, parts // (8 * _PARTS_OF_A_BIT * BYTES_PER_LANE)), _MOST_LANES)
 
 
 def choose_kernel(num_symbols: int) -> Kernel:
-    """Chooses numba's decoder where it is installed and there is so much to decode that it pays, and else numpy's."""
+    """Chooses numba's decoder where it is installed and pays for so many symbols, else numpy's."""
     if num_symbols >= COMPILED_FROM:
         try:
             from hf_lossless.storage.entropy import compiled

@@ -1,8 +1,8 @@
-"""The decoder with lanes, compiled by numba: the symbols of `kernels.decode_lanes`, many times as fast.
+"""The decoder with lanes, compiled by numba: the same symbols as `kernels.decode_lanes`, many times as fast.
 
-It releases Python's lock, so that layers are decoded in threads. It is compiled when this module is imported, which
-takes half a second; numba keeps the machine code in a cache, beside this file, in the user's cache directory, or where
-NUMBA_CACHE_DIR says. Where none of these can be written to, each process compiles anew.
+It releases Python's lock, so that layers can be decoded in threads. It is compiled when this module is imported, which
+takes half a second; numba caches the machine code beside this file, in the user's cache directory, or in
+NUMBA_CACHE_DIR. Where none of these is writable, each process compiles anew.
 """
 
 from collections.abc import Callable
@@ -62,7 +62,7 @@ def _loop(
 def _compile() -> Callable[..., Any]:
     try:
         compiled: Callable[..., Any] = numba.njit(_SIGNATURE, nogil=True, cache=True)(_loop)
-    except RuntimeError:  # no directory for the cache can be written to
+    except RuntimeError:  # no cache directory is writable
         compiled = numba.njit(_SIGNATURE, nogil=True)(_loop)
     return compiled
 

@@ -1,4 +1,4 @@
-"""The coder of version 1, which is read and no longer written: one state, by the library constriction."""
+"""The decoder of version 1, which is no longer written: a single state, decoded by the library constriction."""
 
 from typing import Any
 
@@ -10,10 +10,10 @@ from hf_lossless.storage.entropy.frequencies import TOTAL, Frequencies, Malforme
 
 
 def require_constriction() -> Any:
-    """Imports the library, or says how to get it.
+    """Imports the library constriction.
 
     Raises:
-        ConfigurationError: It is not installed.
+        ConfigurationError: It is not installed; the message says how to install it.
     """
     try:
         import constriction  # an extra, and only streams of version 1 need it
@@ -26,13 +26,13 @@ def require_constriction() -> Any:
 
 
 class FirstVersionDecoder:
-    """Decodes the segments of a stream of version 1, one after the other."""
+    """Decodes the segments of a stream of version 1 in order."""
 
     def __init__(self, stream: bytes) -> None:
-        """Takes a stream of little-endian 32-bit words.
+        """Reads a stream of little-endian 32-bit words.
 
         Raises:
-            MalformedCode: It is no whole number of words, or ends in a word that no stream ends in.
+            MalformedCode: The stream is no whole number of words, or ends in a word that no stream ends in.
             ConfigurationError: The library is not installed.
         """
         library = require_constriction()
@@ -48,7 +48,7 @@ class FirstVersionDecoder:
         """Decodes the next `size` symbols, modulo 256.
 
         Raises:
-            MalformedCode: There is no model for them.
+            MalformedCode: The symbols have no model.
         """
         frequencies.check(size)
         if not size or not frequencies.takes_bits:
@@ -57,12 +57,12 @@ class FirstVersionDecoder:
         return (symbols + frequencies.first).astype(np.uint8)
 
     def finish(self) -> None:
-        """Raises MalformedCode where the stream holds more than was read."""
+        """Raises MalformedCode where the stream holds more than was decoded."""
         if not self._coder.is_empty():
             raise MalformedCode("a stream that does not end where its symbols do")
 
 
 def _model(frequencies: Frequencies) -> Any:
-    # Whole numbers below 2^24 are exact in float32, and a sum of 2^14 leaves nothing to be rounded.
+    # Whole numbers below 2^24 are exact in float32, and with a sum of 2^14 the probabilities are exact as well.
     library = require_constriction()
     return library.stream.model.Categorical((frequencies.weights / TOTAL).astype(np.float32), perfect=False)

@@ -1,6 +1,6 @@
-"""Static models of symbols: how often each is expected, as whole numbers that add up to 2^14.
+"""Static models of symbols: the expected frequency of each symbol, as whole numbers that add up to 2^14.
 
-As bytes a model is
+A model is stored as
 
     number of symbols (a varint; 0: there are none)   first symbol, int16   one varint for each symbol
 
@@ -15,12 +15,12 @@ from numpy.typing import NDArray
 
 
 class MalformedCode(ValueError):
-    """Bytes cannot be decoded; the message says what is wrong with them, for the caller to name their place."""
+    """Coded bytes cannot be decoded; the message says what is wrong, and the caller adds the tensor's name."""
 
 
 TOTAL = 2**14
-"""What the frequencies add up to. Finer ones would take more bytes than they save: at 2^14 the codes of MiniLM take
-0.02 % more than their entropy."""
+"""The sum of the frequencies. A finer resolution would take more bytes than it saves: with 2^14, the codes of MiniLM
+take 0.02 % more than their entropy."""
 
 _LARGEST_ALPHABET = 256
 
@@ -31,7 +31,7 @@ class Frequencies:
 
     Attributes:
         first: The least symbol.
-        weights: int64 [symbols], which add up to `TOTAL`; empty where no symbol is to be coded.
+        weights: int64 [symbols], which add up to `TOTAL`; empty where no symbol is coded.
     """
 
     first: int
@@ -39,7 +39,7 @@ class Frequencies:
 
     @classmethod
     def of(cls, first: int, counts: NDArray[np.int64]) -> "Frequencies":
-        """Those of symbols that were counted, each that occurs at least 1.
+        """Computes frequencies from counts; every symbol that occurs has at least 1.
 
         Args:
             first: The symbol of the first count.
@@ -56,29 +56,29 @@ class Frequencies:
         shares = counts * (TOTAL / counts.sum())
         weights = np.where(counts > 0, np.maximum(1, np.floor(shares)), 0).astype(np.int64)
         missing = TOTAL - int(weights.sum())
-        weights[np.argsort(weights - shares, kind="stable")[: max(0, missing)]] += 1  # those that lost most
+        weights[np.argsort(weights - shares, kind="stable")[: max(0, missing)]] += 1  # those that rounding lowered most
         for _ in range(-missing):
             weights[weights.argmax()] -= 1
         return cls(first, weights)
 
     @property
     def takes_bits(self) -> bool:
-        """Whether a symbol takes any bits: an only one is known."""
+        """Returns whether a symbol takes any bits: the only symbol of a model takes none."""
         return len(self.weights) > 1
 
     @property
     def starts(self) -> NDArray[np.int64]:
-        """Sum of the frequencies before each symbol, int64 [symbols]."""
+        """Returns the sum of the frequencies before each symbol, int64 [symbols]."""
         before: NDArray[np.int64] = self.weights.cumsum() - self.weights
         return before
 
     def check(self, size: int) -> None:
-        """Raises MalformedCode where `size` symbols have no model."""
+        """Raises MalformedCode where there are symbols, and the model has none."""
         if size and not len(self.weights):
             raise MalformedCode(f"{size} symbols have an empty model")
 
     def to_bytes(self) -> bytes:
-        """The model as it is stored."""
+        """Serialises the model."""
         if not len(self.weights):
             return _varint(0)
         first = int(self.first).to_bytes(2, "little", signed=True)
@@ -86,20 +86,20 @@ class Frequencies:
 
 
 Segment = tuple[NDArray[np.int32], Frequencies]
-"""Symbols that follow each other, and their model."""
+"""Consecutive symbols, and their model."""
 
 
 def entropy_bytes(counts: NDArray[np.int64]) -> int:
-    """Bytes that symbols take which occur so often, coded with their own frequencies."""
+    """Computes the bytes of symbols with these counts, coded at the entropy of their own frequencies."""
     present = counts[counts > 0]
     return math.ceil(-(present * np.log2(present / counts.sum())).sum() / 8) if len(present) else 0
 
 
 def read_frequencies(stored: bytes, start: int) -> tuple[Frequencies, int]:
-    """The model that begins at a byte, and where the next begins.
+    """Reads the model that begins at byte `start`, and returns it with the position of the next.
 
     Raises:
-        MalformedCode: It ends too early, has too many symbols, or its frequencies do not add up.
+        MalformedCode: The model ends too early, has too many symbols, or its frequencies do not add up.
     """
     size, start = _read_varint(stored, start)
     if size == 0:

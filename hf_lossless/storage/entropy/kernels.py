@@ -10,8 +10,8 @@ the sum of all,
               if x < 2^16: x = 2^16 x + the next word
 
 Symbol i belongs to lane i mod L, and all lanes read from one sequence of words (Giesen 2014, "Interleaved entropy
-coders"): L consecutive symbols are decoded by one call of numpy. `compiled` has the decoder for numba, which gives the
-same symbols. All is in whole numbers, so that all machines write the same bytes.
+coders"), so that one call of numpy decodes L consecutive symbols. `compiled` has the same decoder for numba. All
+arithmetic is on whole numbers, so that all machines write the same bytes.
 """
 
 from bisect import bisect_right
@@ -22,29 +22,29 @@ from numpy.typing import NDArray
 from hf_lossless.storage.entropy.frequencies import TOTAL, Frequencies
 
 LOW = 2**16
-"""The least state, and what a word counts to."""
+"""The least state, and the number of values of a word."""
 
 TOTAL_BITS = TOTAL.bit_length() - 1
 
 _FEW_LANES = 24
-"""With fewer, a loop in Python over single symbols is as fast as calls of numpy."""
+"""With fewer lanes, a Python loop over single symbols is as fast as calls of numpy."""
 
 _ROWS = 256
-"""Rows of symbols whose slots are kept until they are looked up."""
+"""Rows of symbols whose slots are collected before they are looked up at once."""
 
 
 def encode_lanes(
     weights: NDArray[np.uint16], starts: NDArray[np.uint16], states: NDArray[np.int64]
 ) -> NDArray[np.uint16]:
-    """Encodes symbols, the last first, and returns the words in the order in which they are decoded.
+    """Encodes symbols from the last to the first, and returns the words in decoding order.
 
     Args:
         weights: f of each symbol, [symbols].
         starts: F of each symbol, [symbols].
-        states: x of each lane, [lanes]; updated.
+        states: x of each lane, [lanes]; updated in place.
     """
     lanes = len(states)
-    words = np.empty(len(weights), np.uint16)  # a symbol emits no more than one
+    words = np.empty(len(weights), np.uint16)  # a symbol emits at most one
     first = len(words)
     for begin in reversed(range(0, len(weights), lanes)):
         f, before = weights[begin : begin + lanes].astype(np.int64), starts[begin : begin + lanes]
@@ -62,11 +62,11 @@ def encode_lanes(
 def encode_tail(
     weights: NDArray[np.uint16], starts: NDArray[np.uint16], num_words: int
 ) -> tuple[int, NDArray[np.uint16]]:
-    """Encodes as many of the last symbols as fit, with one state, into so many words.
+    """Encodes as many of the last symbols as fit into `num_words` words, with a single state.
 
     Returns:
-        How many symbols are left, and the words: the state, its low 16 bits first, then what it emitted in the order
-        in which it is decoded, then zeros.
+        The number of symbols that are left, and the words: the state, low 16 bits first, then the emitted words in
+        decoding order, then zeros.
     """
     state, emitted, left = LOW, list[int](), len(weights)
     while left:
@@ -94,21 +94,21 @@ def decode_lanes(
     """Decodes symbols of one model.
 
     Args:
-        words: All of them, [words].
-        position: The next word.
-        states: x of each lane, [lanes]; updated.
-        lane: That of the first symbol.
-        frequencies: The model.
-        symbols: Takes them, modulo 256.
+        words: All words of the stream, [words].
+        position: Index of the next word.
+        states: x of each lane, [lanes]; updated in place.
+        lane: Lane of the first symbol.
+        frequencies: The model of the symbols.
+        symbols: Output array for the symbols, modulo 256.
 
     Returns:
-        The next word; -1 where there were too few.
+        Index of the next word; -1 where there were too few words.
     """
     if len(states) < _FEW_LANES:
         return _decode_one_by_one(words, position, states, lane, frequencies, symbols)
     by_slot = _BySlot(frequencies)
     done, lanes = 0, len(states)
-    x = states.astype(np.int64)  # the type of indices
+    x = states.astype(np.int64)  # the dtype of numpy's indices
     while done < len(symbols) and position >= 0:
         left = len(symbols) - done
         # The rest of a row that another model began, then many whole rows at a time, then the beginning of a row.
@@ -125,7 +125,7 @@ def decode_lanes(
 
 
 class _BySlot:
-    """A model, looked up by slot."""
+    """A model's symbols, frequencies and their sums, by slot."""
 
     def __init__(self, frequencies: Frequencies) -> None:
         places = np.repeat(np.arange(len(frequencies.weights)), frequencies.weights)
@@ -137,7 +137,7 @@ class _BySlot:
 def _decode_rows(
     words: NDArray[np.uint16], position: int, x: NDArray[np.int64], by_slot: _BySlot, slots: NDArray[np.int64]
 ) -> int:
-    """Decodes rows of one symbol a lane, and notes their slots [rows, lanes]. Every call counts: rows are short."""
+    """Decodes rows of one symbol a lane and stores their slots [rows, lanes]; rows are short, so each call counts."""
     weight, offset = np.empty_like(x), np.empty_like(x)
     take_weight, take_offset = by_slot.weights.take, by_slot.offsets.take
     for row in slots:

@@ -1,9 +1,9 @@
-"""Which weights share a model: those of like spread.
+"""Assigns the weights of a matrix to models: weights of similar mean |code| share one.
 
-The codes of a matrix differ in spread from row to row and from column to column, for their steps do. Row k gets a level
-a_k, column i a level b_i, both the logarithm of the mean |code|, and the entry (k, i) is coded with the model number
-a_k + b_i: the product of the two spreads. Rows and columns of one level, put side by side, make rectangles, so that no
-model number is ever written out for a single weight.
+The mean |code| differs between rows and between columns, because their steps differ. Row k gets a level a_k, column i a
+level b_i, each the logarithm of its mean |code|, and the entry (k, i) is coded with model number a_k + b_i: the product
+of the two means. Rows and columns of one level, put side by side, form rectangles, so no model number is stored for a
+single weight.
 """
 
 from collections.abc import Iterator
@@ -16,16 +16,16 @@ from hf_lossless.storage.entropy.frequencies import entropy_bytes
 
 _FINEST_OCTAVES = 0.5
 _COARSER = (1, 2, 4, 64)
-"""Merged levels that are tried; 64 leaves one."""
+"""Numbers of levels that are merged into one, all tried; 64 leaves a single level."""
 
 LARGEST_LEVEL = 31
-"""Of rows and of columns; what lies more levels above the narrowest counts as this one."""
+"""The largest level of rows and of columns; levels above it are clamped to it."""
 
 _NEGLIGIBLE = 2.0**-8
-"""A mean |code| below it counts as it."""
+"""Lower bound of the mean |code| whose logarithm is the level."""
 
 _BYTES_PER_SYMBOL = 1.5
-"""What one more symbol in a model takes, about."""
+"""Approximate bytes of one more symbol in a model."""
 
 _VALUES = 256
 
@@ -44,11 +44,11 @@ class Levels:
 
     @property
     def num_models(self) -> int:
-        """Model numbers there may be: 0 to the largest sum of levels."""
+        """Returns the number of model numbers: 0 to the largest sum of levels."""
         return int(self.rows.max()) + int(self.columns.max()) + 1
 
     def merged(self, factor: int) -> "Levels":
-        """With `factor` levels as one."""
+        """Merges each `factor` consecutive levels into one."""
         return Levels(self.rows // factor, self.columns // factor)
 
 
@@ -57,8 +57,8 @@ class Blocks:
     """A matrix with rows and columns ordered by level.
 
     Attributes:
-        row_order: [out].
-        column_order: [in].
+        row_order: Indices of the rows, by level, [out].
+        column_order: Indices of the columns, by level, [in].
         row_ends: Where the rows of each level end, [levels + 1], from 0.
         column_ends: The same for columns.
     """
@@ -69,14 +69,14 @@ class Blocks:
     column_ends: NDArray[np.int64]
 
     @classmethod
-    def of(cls, spread: Levels) -> "Blocks":
-        """Those of a matrix with these levels; rows of one level stay in their order."""
-        orders = [np.argsort(levels, kind="stable") for levels in (spread.rows, spread.columns)]
-        ends = [np.concatenate([[0], np.bincount(levels).cumsum()]) for levels in (spread.rows, spread.columns)]
+    def of(cls, levels: Levels) -> "Blocks":
+        """Orders the rows and columns of a matrix by level; rows of one level keep their order."""
+        orders = [np.argsort(side, kind="stable") for side in (levels.rows, levels.columns)]
+        ends = [np.concatenate([[0], np.bincount(side).cumsum()]) for side in (levels.rows, levels.columns)]
         return cls(orders[0], orders[1], ends[0], ends[1])
 
     def of_model(self, model: int) -> Iterator[tuple[slice, slice]]:
-        """The rectangles of the ordered matrix that have a model, from the rows of the lowest level up."""
+        """Yields the rectangles of the ordered matrix that are coded with a model, by ascending row level."""
         row_levels, column_levels = len(self.row_ends) - 1, len(self.column_ends) - 1
         for level in range(max(0, model - column_levels + 1), min(row_levels, model + 1)):
             other = model - level
@@ -87,26 +87,26 @@ class Blocks:
 
 
 def best_levels(codes: NDArray[np.int8], share: float = 1.0) -> tuple[Levels, int]:
-    """The levels with which the codes of a matrix take the fewest bytes, and how many they take, models included.
+    """Computes the levels with which the codes of a matrix take the fewest bytes, and these bytes, models included.
 
     Args:
         codes: int8 [out, in].
-        share: How many rows each of these stands for.
+        share: Number of rows of the matrix per row of `codes`, where these are a sample.
     """
     magnitudes = np.abs(codes.astype(np.int16))
     finest = Levels(_levels(magnitudes.mean(1)), _levels(magnitudes.mean(0)))
     counts = _counts(codes, finest)  # [row levels, column levels, values]
     choices = []
     for factor in (1, *_COARSER):
-        spread = finest.merged(factor)
-        choices.append((_coded_bytes(_merged_counts(counts, factor), spread, share), factor))
+        levels = finest.merged(factor)
+        choices.append((_coded_bytes(_merged_counts(counts, factor), levels, share), factor))
     num_bytes, factor = min(choices)
     return finest.merged(factor), num_bytes
 
 
-def model_counts(codes: NDArray[np.int8], spread: Levels) -> NDArray[np.int64]:
-    """How often each code from -128 to 127 occurs in each model, int64 [models, 256]."""
-    return _by_model(_counts(codes, spread))
+def model_counts(codes: NDArray[np.int8], levels: Levels) -> NDArray[np.int64]:
+    """Counts how often each code from -128 to 127 occurs in each model, int64 [models, 256]."""
+    return _by_model(_counts(codes, levels))
 
 
 def _levels(means: NDArray[np.floating]) -> NDArray[np.int32]:
@@ -115,13 +115,13 @@ def _levels(means: NDArray[np.floating]) -> NDArray[np.int32]:
     return above
 
 
-def _counts(codes: NDArray[np.int8], spread: Levels) -> NDArray[np.int64]:
-    """[row levels, column levels, values]; row level by row level, to save memory."""
-    num_columns = int(spread.columns.max()) + 1
-    counts = np.zeros((int(spread.rows.max()) + 1, num_columns, _VALUES), np.int64)
-    cells = spread.columns * _VALUES + 128
+def _counts(codes: NDArray[np.int8], levels: Levels) -> NDArray[np.int64]:
+    """Counts codes by levels, [row levels, column levels, values]; row level by row level, to save memory."""
+    num_columns = int(levels.columns.max()) + 1
+    counts = np.zeros((int(levels.rows.max()) + 1, num_columns, _VALUES), np.int64)
+    cells = levels.columns * _VALUES + 128
     for level in range(len(counts)):
-        of_level = codes[spread.rows == level]
+        of_level = codes[levels.rows == level]
         if len(of_level):
             found = np.bincount((of_level + cells).ravel(), minlength=num_columns * _VALUES)
             counts[level] = found.reshape(num_columns, _VALUES)
@@ -134,7 +134,7 @@ def _merged_counts(counts: NDArray[np.int64], factor: int) -> NDArray[np.int64]:
 
 
 def _by_model(counts: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Sums over the anti-diagonals of levels."""
+    """Sums counts over the anti-diagonals of levels, which share a model."""
     row_levels, column_levels, _ = counts.shape
     models = np.zeros((row_levels + column_levels - 1, _VALUES), np.int64)
     for level in range(row_levels):
@@ -142,8 +142,8 @@ def _by_model(counts: NDArray[np.int64]) -> NDArray[np.int64]:
     return models
 
 
-def _coded_bytes(counts: NDArray[np.int64], spread: Levels, share: float) -> int:
+def _coded_bytes(counts: NDArray[np.int64], levels: Levels, share: float) -> int:
     models = _by_model(counts)
     symbols = sum(int(np.ptp(np.flatnonzero(model))) + 1 for model in models if model.any())
-    by_row = sum(map(entropy_bytes, models)) + entropy_bytes(np.bincount(spread.rows))
-    return round(share * by_row + _BYTES_PER_SYMBOL * symbols) + entropy_bytes(np.bincount(spread.columns))
+    by_row = sum(map(entropy_bytes, models)) + entropy_bytes(np.bincount(levels.rows))
+    return round(share * by_row + _BYTES_PER_SYMBOL * symbols) + entropy_bytes(np.bincount(levels.columns))

@@ -1,4 +1,4 @@
-"""A matrix on steps of its own, `W[k, i] = row_steps[k] column_steps[i] code[k, i]`, in one tensor of bytes.
+"""Encodes a matrix with a step per row and column, `W[k, i] = row_steps[k] column_steps[i] code[k, i]`, as bytes.
 
     magic            4 bytes   b"HFLE"
     version          uint8     of the stream, 1 or 2
@@ -7,15 +7,15 @@
     out, in          uint32    shape of the matrix
     far              uint32    number of codes that do not fit into a byte
     models           uint32    bytes of the models
-    codes' checksum  uint32    CRC-32 of what is decoded
-    checksum         uint32    CRC-32 of all that precedes it and follows it
+    codes' checksum  uint32    CRC-32 of the decoded matrix
+    checksum         uint32    CRC-32 of everything before and after it
     far positions    uint32 each, in the matrix laid out row by row
     far codes        int32 each
     models           see `frequencies`: of row steps, column steps, row levels, column levels, and of each model number
     stream           the same in that order; see `coder`, or `first_version` for version 1
 
-All numbers are little-endian, whatever the machine. Codes from -127 to 127 go through the coder; one beyond is coded
-as 0 and listed as far. Every tensor stands for itself, so that layers can be read alone and at the same time.
+All numbers are little-endian. Codes from -127 to 127 are entropy-coded; a larger one is coded as 0 and listed as far.
+Every tensor is self-contained, so that layers can be read separately and in parallel.
 """
 
 import struct
@@ -37,27 +37,27 @@ LARGEST_NEAR = 127
 """The largest |code| that a byte holds."""
 
 LARGEST_CODE = 2**24
-"""The largest |code| at all: float32 has no exact whole numbers beyond."""
+"""The largest |code| at all: larger whole numbers are not exact in float32."""
 
 _MAGIC = b"HFLE"
 _VERSION = 2
-"""Of the streams that are written; the older is read."""
+"""Version of the streams that are written; version 1 can be read."""
 
 _HEADER = struct.Struct("<4sBbbIIIII")
 _CHECKSUM = struct.Struct("<I")
 OVERHEAD_BYTES = _HEADER.size + _CHECKSUM.size
-"""Bytes of a coded matrix beside its far codes, models and stream."""
+"""Bytes of a coded matrix without its far codes, models and stream."""
 
 
 @dataclass(frozen=True)
 class CodedMatrix:
-    """Codes and steps, as the run time uses them.
+    """Codes and steps of a matrix in the form that the run time uses.
 
     Attributes:
         codes: int8 [out, in]; 0 where the code is far.
         row_steps: float32 [out].
         column_steps: float32 [in].
-        far_positions: int64 [far], rising, of codes beyond a byte in the matrix laid out row by row.
+        far_positions: int64 [far], ascending, of codes that do not fit into a byte, in the matrix laid out row by row.
         far_codes: int32 [far].
     """
 
@@ -71,7 +71,7 @@ class CodedMatrix:
     def of(
         cls, codes: NDArray[np.int32], row_steps: NDArray[np.float32], column_steps: NDArray[np.float32]
     ) -> "CodedMatrix":
-        """Takes whole codes [out, in] apart; steps have to be such as `steps.decode_steps` gives."""
+        """Splits integer codes [out, in] into near and far ones; steps must be values of `steps.decode_steps`."""
         codes = np.ascontiguousarray(codes)
         far = np.abs(codes) > LARGEST_NEAR
         positions = np.flatnonzero(far)
@@ -80,7 +80,7 @@ class CodedMatrix:
 
     @property
     def checksum(self) -> int:
-        """CRC-32 of codes and steps."""
+        """Computes the CRC-32 of codes and steps."""
         parts = (self.codes, self.far_positions.astype("<i8"), self.far_codes.astype("<i4"))
         crc = 0
         for part in (*parts, self.row_steps.astype("<f4"), self.column_steps.astype("<f4")):
@@ -89,7 +89,7 @@ class CodedMatrix:
 
 
 def encode(matrix: CodedMatrix) -> NDArray[np.uint8]:
-    """The bytes of a matrix; the same for the same matrix.
+    """Encodes a matrix as bytes; equal matrices give equal bytes.
 
     Example:
         >>> codes = np.array([[0, 1, -1], [2, 300, 0]], dtype=np.int32)
@@ -97,12 +97,12 @@ def encode(matrix: CodedMatrix) -> NDArray[np.uint8]:
         >>> decode(encode(matrix), (2, 3)).far_codes
         array([300], dtype=int32)
     """
-    spread, _ = best_levels(matrix.codes)
+    levels, _ = best_levels(matrix.codes)
     (rows, row_base), (columns, column_base) = encode_steps(matrix.row_steps), encode_steps(matrix.column_steps)
-    segments: list[Segment] = [_bytes_segment(part) for part in (rows, columns, spread.rows, spread.columns)]
-    blocks = Blocks.of(spread)
+    segments: list[Segment] = [_bytes_segment(part) for part in (rows, columns, levels.rows, levels.columns)]
+    blocks = Blocks.of(levels)
     ordered = matrix.codes[blocks.row_order][:, blocks.column_order]
-    for model, counts in enumerate(model_counts(matrix.codes, spread)):
+    for model, counts in enumerate(model_counts(matrix.codes, levels)):
         parts = [ordered[place].ravel() for place in blocks.of_model(model)]
         symbols = np.concatenate(parts).astype(np.int32) if parts else np.zeros(0, np.int32)
         segments.append((symbols, Frequencies.of(-128, counts)))
@@ -119,16 +119,16 @@ def encode(matrix: CodedMatrix) -> NDArray[np.uint8]:
 
 
 def decode(stored: NDArray[np.uint8], shape: tuple[int, int], kernel: Kernel | None = None) -> CodedMatrix:
-    """The matrix that bytes stand for.
+    """Decodes the bytes of a matrix.
 
     Args:
-        stored: What `encode` gave.
-        shape: (out, in) that the matrix has to have.
-        kernel: What decodes a stream with lanes; None: what suits a matrix of this size, where it comes alone.
+        stored: The bytes, as `encode` gives them.
+        shape: Expected shape (out, in) of the matrix.
+        kernel: The decoder of streams with lanes; None: chosen for a single matrix of this size.
 
     Raises:
-        MalformedCode: They have been cut or changed, are of a newer version, of another shape, or no coded matrix.
-        ConfigurationError: They are of version 1, and the library that reads it is not installed.
+        MalformedCode: The bytes were cut or changed, are of a newer version or another shape, or are no coded matrix.
+        ConfigurationError: The bytes are of version 1, and the library that reads it is not installed.
     """
     header, body = _checked(stored.tobytes(), shape)
     far_end = 8 * header.num_far
@@ -169,7 +169,7 @@ class _Header(NamedTuple):
 
 
 def _checked(content: bytes, shape: tuple[int, int]) -> tuple[_Header, bytes]:
-    """Header and body, once all that can be said of them without decoding is right."""
+    """Splits bytes into header and body, after all checks that need no decoding."""
     start = _HEADER.size + _CHECKSUM.size
     if len(content) < start or content[: len(_MAGIC)] != _MAGIC:
         backwards = content[: len(_MAGIC)] == _MAGIC[::-1]
@@ -190,7 +190,7 @@ def _checked(content: bytes, shape: tuple[int, int]) -> tuple[_Header, bytes]:
 
 
 def _read_models(stored: bytes) -> Iterator[Frequencies]:
-    """One model after the other."""
+    """Yields the models in order."""
     start = 0
     while start < len(stored):
         frequencies, start = read_frequencies(stored, start)
@@ -199,21 +199,21 @@ def _read_models(stored: bytes) -> Iterator[Frequencies]:
 
 
 def _decode_codes(
-    spread: Levels, decoder: SegmentDecoder | FirstVersionDecoder, models: Iterator[Frequencies]
+    levels: Levels, decoder: SegmentDecoder | FirstVersionDecoder, models: Iterator[Frequencies]
 ) -> NDArray[np.int8]:
-    for levels in (spread.rows, spread.columns):
-        if levels.max() > LARGEST_LEVEL:
-            raise MalformedCode(f"it has levels from {levels.min()} to {levels.max()}")
-    blocks = Blocks.of(spread)
-    ordered = np.empty((len(spread.rows), len(spread.columns)), np.int8)
-    for model in range(spread.num_models):
+    for side in (levels.rows, levels.columns):
+        if side.max() > LARGEST_LEVEL:
+            raise MalformedCode(f"it has levels from {side.min()} to {side.max()}")
+    blocks = Blocks.of(levels)
+    ordered = np.empty((len(levels.rows), len(levels.columns)), np.int8)
+    for model in range(levels.num_models):
         places = list(blocks.of_model(model))
         shapes = [(rows.stop - rows.start, columns.stop - columns.start) for rows, columns in places]
         sizes = [num_rows * num_columns for num_rows, num_columns in shapes]
         symbols = decoder.decode(sum(sizes), next(models)).view(np.int8)
         for place, shape, part in zip(places, shapes, np.split(symbols, np.cumsum(sizes))[:-1], strict=True):
             ordered[place] = part.reshape(shape)
-    # `take` leaves the rows one after the other in memory, as indices in brackets would not.
+    # `take` leaves the rows contiguous in memory; indexing with brackets would not.
     return ordered.take(np.argsort(blocks.row_order), 0).take(np.argsort(blocks.column_order), 1)
 
 

@@ -2,9 +2,10 @@
 
     step = (1 + m / 8) 2^(e + base),      e = byte // 8,  m = byte % 8
 
-with one base for all steps of a side. A step so is within 1/16 of what was asked. A grid may have any step, as long as
-its codes are made with the very step that is stored; the loss is flat around the best one. Powers of two and eighths
-are exact in every floating-point format, so that all machines read the same steps.
+with one base for all steps of the rows, and one for those of the columns. The stored step is within 1/16 of the given
+one. A grid may have any step, as long as its codes are made with the step that is stored; the loss is flat around the
+optimal step. Powers of two and eighths are exact in every floating-point format, so that all machines read the same
+steps.
 """
 
 import numpy as np
@@ -13,18 +14,18 @@ from numpy.typing import NDArray
 _EXPONENTS = 32
 
 _SMALLEST_BASE = -128
-"""The base is stored in a byte."""
+"""The base is stored in an int8."""
 
 LARGEST_BASE = 96
-"""Beyond it the largest step would not be finite in float32."""
+"""With a larger base, the largest step would overflow float32."""
 
 
 def encode_steps(steps: NDArray[np.float32]) -> tuple[NDArray[np.uint8], int]:
-    """The nearest bytes, and the base.
+    """Encodes steps as the nearest bytes, and returns these with the base.
 
     Args:
-        steps: Positive and finite. One more than 32 octaves below the largest, or below 2^-128, is stored as the
-            smallest there is.
+        steps: Positive and finite. A step more than 32 octaves below the largest, or below 2^-128, is stored as the
+            smallest possible one.
 
     Example:
         >>> encode_steps(np.array([1.0, 1.5, 0.26], dtype=np.float32))
@@ -37,7 +38,7 @@ def encode_steps(steps: NDArray[np.float32]) -> tuple[NDArray[np.uint8], int]:
 
 
 def decode_steps(codes: NDArray[np.uint8], base: int) -> NDArray[np.float32]:
-    """The steps that bytes stand for.
+    """Decodes the bytes of steps.
 
     Example:
         >>> decode_steps(np.array([248, 252, 232], dtype=np.uint8), -31)

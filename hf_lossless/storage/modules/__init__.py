@@ -1,1 +1,1 @@
-"""What stands in a model in place of a compressed layer: packed codes, two factors, or another layer's weight."""
+"""Modules that replace compressed layers in a model: packed or coded weights, two factors, or a shared weight."""

@@ -1,10 +1,10 @@
-"""The input of a compressed layer, put on a grid and back before the layer computes with it.
+"""Quantises the input of a compressed layer to a grid before the layer computes with it.
 
     scale    float32 [1]     only for a static range
     zero     uint8   [1]     the same
 
-What integer hardware would do with 8-bit or 4-bit inputs is computed in floating point here: the error is that of the
-hardware, the speed is not.
+Integer arithmetic on 8-bit or 4-bit inputs is simulated in floating point: the error is that of integer hardware, the
+speed is not.
 """
 
 from collections.abc import Callable, Iterable
@@ -19,12 +19,12 @@ from hf_lossless.storage.plan import ActivationGrid
 
 
 def keeping_dtype(fn: Callable[[Tensor], Tensor], held: Iterable[Tensor | None]) -> Callable[[Tensor], Tensor]:
-    """What `nn.Module._apply` is to do: `fn`, but without its cast for the tensors in `held`."""
+    """Makes a function for `nn.Module._apply`: `fn`, but without its cast for the tensors in `held`."""
     held = [tensor for tensor in held if tensor is not None]
 
     def apply(tensor: Tensor) -> Tensor:
-        if any(tensor is one for one in held):  # a cast leaves whole numbers alone, so they pass as bytes
-            if not tensor.numel():  # an empty one may have a stride that bytes cannot have
+        if any(tensor is one for one in held):  # a cast leaves integers unchanged, so they are passed as bytes
+            if not tensor.numel():  # an empty tensor may have a stride that a view as bytes does not allow
                 return fn(tensor).to(tensor.dtype)
             return fn(tensor.view(torch.uint8)).view(tensor.dtype)
         return fn(tensor)
@@ -46,9 +46,9 @@ class QuantisedInput(nn.Module):
         """Makes an empty module for a layer of this kind; `store` fills one with a static range.
 
         Args:
-            kind: Kind of the layer, not an embedding: it says what shares a dynamic range.
+            kind: Kind of the layer, not an embedding; it determines the axes that share a dynamic range.
             grid: Width and kind of range.
-            device: Where the layer is.
+            device: Device of the layer.
         """
         super().__init__()
         self.grid = grid
@@ -58,13 +58,13 @@ class QuantisedInput(nn.Module):
         self.register_buffer("zero", torch.empty(1, device=device, dtype=torch.uint8) if static else None)
 
     def store(self, scale: Tensor, zero: Tensor) -> None:
-        """Takes in scale and zero of a static range."""
+        """Stores scale and zero point of a static range."""
         assert self.scale is not None and self.zero is not None
         self.scale.copy_(scale)
         self.zero.copy_(zero)
 
     def forward(self, input: Tensor) -> Tensor:
-        """The input on its grid. Its gradient passes unchanged: rounding by itself would have none."""
+        """Rounds the input to the grid; the gradient passes unchanged, because that of rounding is zero."""
         with torch.no_grad():
             if self.scale is not None and self.zero is not None:
                 scale, zero = self.scale, self.zero
@@ -74,10 +74,10 @@ class QuantisedInput(nn.Module):
         return quantised + (input - input.detach()) if input.requires_grad else quantised
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """Moves as any module does, but a change of dtype leaves the scale alone."""
+        """Moves as any module does, but keeps the scale's dtype in casts."""
         super()._apply(keeping_dtype(fn, (self.scale,)), recurse)  # type: ignore[no-untyped-call]
         return self
 
     def extra_repr(self) -> str:
-        """Width and range, for `print(model)`."""
+        """Returns width and range, for `print(model)`."""
         return f"bits={self.grid.bits}, range={self.grid.range}"

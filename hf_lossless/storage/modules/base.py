@@ -1,15 +1,15 @@
-"""What every compressed layer offers to the model around it, however it is stored.
+"""`CompressedModule`: the interface of all compressed layers to the model around them, however they are stored.
 
-A compressed module stands where the original stood, with the same attributes and its bias under the same name. Modules
-are replaced rather than tensor types: that is easier to read, to debug and to save.
+A compressed module replaces the original, with the same attributes and its bias under the same name. Modules are
+replaced rather than tensor types, which is easier to read, to debug and to save.
 
 Names matter to transformers: no tensor of a compressed module has a name that begins with "weight" (its tying code
-matches prefixes), and what is no trainable weight is a buffer, for a float parameter would come back trainable and
-could pass for the model's dtype.
+matches prefixes), and everything but trainable weights is a buffer, because a float parameter would come back trainable
+and could be mistaken for the model's dtype.
 
-The state dict of a compressed layer holds one thing more, the guard: an empty tensor under the name "weight". So it
-goes wherever the tensors go (save_pretrained, a part saved alone, a Trainer's checkpoint, torch.save), and stops a
-program that knows nothing of this package from filling the layer with random weights: no weight has the shape [0].
+The state dict of a compressed layer holds a guard too: an empty tensor under the name "weight". It is saved wherever
+the tensors are (save_pretrained, a part saved alone, a Trainer's checkpoint, torch.save), and stops programs without
+this package from filling the layer with random weights: no weight has the shape [0].
 """
 
 import itertools
@@ -36,7 +36,7 @@ _ATTRIBUTES: dict[LayerKind, tuple[str, ...]] = {
     ),
     "embedding": ("num_embeddings", "embedding_dim", "padding_idx"),
 }
-"""What model code reads of a layer beside its weight and bias."""
+"""The attributes of a layer, beside weight and bias, that model code reads."""
 
 
 class CompressedModule(Running, ABC):
@@ -46,10 +46,10 @@ class CompressedModule(Running, ABC):
         kind: Kind of the original layer.
         weight_shape: Shape of the original weight.
         matrix_shape: (out, in) of the weight as a matrix.
-        dtype: In what dtype the module computes; follows `.to(dtype)` as a weight would.
-        bias: The original's bias, where it had one.
+        dtype: Dtype in which the module computes; follows `.to(dtype)` as a weight would.
+        bias: The original's bias; None where it had none.
         activation: Quantises the layer's input; None: it stays in floating point.
-        guarded: Whether its state dict holds a guard: not where it is a part of another compressed layer.
+        guarded: Whether its state dict holds a guard; False for parts of another compressed layer.
     """
 
     kind: LayerKind
@@ -58,7 +58,7 @@ class CompressedModule(Running, ABC):
     guarded: bool = True
 
     def __init__(self, layer: Layer) -> None:
-        """Takes over the attributes and the bias of `layer`; the stored tensors are for the subclass to make."""
+        """Takes over the attributes and the bias of `layer`; subclasses make the stored tensors."""
         super().__init__()
         self.kind = layer.kind
         self.weight_shape = layer.weight.shape
@@ -72,16 +72,16 @@ class CompressedModule(Running, ABC):
         self.activation = None
 
     def quantised(self, input: Tensor) -> Tensor:
-        """The layer's own input on its grid, or as it is."""
+        """Quantises the layer's input, or returns it unchanged where `activation` is None."""
         return input if self.activation is None else self.activation(input)
 
     @abstractmethod
     def store(self, values: Any) -> None:
-        """Takes in the values of a layer that is stored this way (see `storage.values`)."""
+        """Stores the values of the layer (see `storage.values`)."""
 
     @abstractmethod
     def matrix(self) -> Tensor:
-        """The weight `W [out, in]` in the module's dtype, rebuilt now: for code that looks at it."""
+        """Rebuilds the weight `W [out, in]` in the module's dtype, at each call."""
 
     @abstractmethod
     def linear(self, input: Tensor, bias: Tensor | None) -> Tensor:
@@ -96,13 +96,13 @@ class CompressedModule(Running, ABC):
         """
 
     def linear_now(self, input: Tensor, bias: Tensor | None) -> Tensor:
-        """Computes y = x W' + b in the layer's run-time form, where it has one that takes the input."""
+        """Computes y = x W' + b in the layer's run-time form, where it has one that supports the input."""
         output = self.in_form(input, bias) if self.form is not None else None
         return self.linear(input, bias) if output is None else output
 
     @abstractmethod
     def embedding(self, indices: Tensor) -> Tensor:
-        """Rows of W, whatever the layer's kind.
+        """Looks up rows of W, whatever the layer's kind.
 
         Args:
             indices: Row numbers, of any shape [...].
@@ -116,14 +116,14 @@ class CompressedModule(Running, ABC):
 
     @property
     def weight(self) -> Tensor:
-        """The weight in its original shape, rebuilt now: for code that looks at it; a write to it raises."""
+        """Rebuilds the weight in its original shape, at each access; writing to it raises an error."""
         matrix = self.matrix()
         weight = read_only(matrix.T if self.kind == "conv1d" else matrix.view(self.weight_shape))
         weight._is_hf_initialized = True  # type: ignore[attr-defined]  # transformers must not initialise it anew
         return weight
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """Refuses another weight: the layer would not compute with it."""
+        """Refuses a new weight, with which the layer would not compute."""
         if name == "weight":
             raise ConfigurationError(
                 "a compressed layer takes no other weight: it computes with its codes. Replace the whole layer, or get "
@@ -133,26 +133,27 @@ class CompressedModule(Running, ABC):
 
     @property
     def weight_tensors(self) -> dict[str, Tensor]:
-        """All tensors of the module but the bias, by their names in its state dict: they are what the weight became."""
+        """Returns all tensors that store the weight (all but the bias), by their names in the module's state dict."""
         tensors = self.state_dict(keep_vars=True)
         return {name: tensor for name, tensor in tensors.items() if name not in ("bias", "weight")}
 
     @property
     def weight_bytes(self) -> int:
-        """Bytes of the weight as it is stored now."""
+        """Returns the bytes of the weight as it is stored now."""
         return sum(tensor.nbytes for tensor in self.weight_tensors.values())
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        """Adds the guard to the tensors; not on meta, where there are none yet."""
+        """Adds the guard to the tensors, unless the module is on meta."""
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if self.guarded and not any(tensor.is_meta for tensor in (*self.parameters(), *self.buffers())):
-            # A view of a number of its own: empty storages all seem to be one, which safetensors would write once.
+            # A view of one element: safetensors takes all empty storages for the same one, and would write one guard
+            # only.
             destination[f"{prefix}weight"] = torch.empty(1, device="cpu")[:0]
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, local_metadata: Any, strict: bool, *lists: list[str]
     ) -> None:
-        """Drops the guard, and refuses a weight: it is not compressed, and would be ignored where strict=False."""
+        """Drops the guard, and refuses a dense weight, which would otherwise be ignored with strict=False."""
         weight = state_dict.pop(f"{prefix}weight", None) if self.guarded else None
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, *lists)
         if weight is not None and weight.numel():
@@ -163,14 +164,14 @@ class CompressedModule(Running, ABC):
             )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """Moves and casts as any module does, and notes the dtype."""
+        """Moves and casts as any module does, and tracks the dtype."""
         device = next(itertools.chain(self.buffers(), self.parameters())).device
         self.dtype = fn(torch.empty(0, dtype=self.dtype, device=device)).dtype
         return super()._apply(fn, recurse)
 
 
 def compressed_layers(model: nn.Module) -> dict[str, CompressedModule]:
-    """The compressed layers of a model by name; what a compressed layer is made of is not a layer of its own."""
+    """Finds the compressed layers of a model, by name; modules inside of a compressed layer are not listed."""
     found = {name: module for name, module in model.named_modules() if isinstance(module, CompressedModule)}
     parts = {part for module in found.values() for part in module.children()}
     return {name: module for name, module in found.items() if module not in parts}
@@ -193,7 +194,7 @@ class WholeConv2d(CompressedModule):
     groups: int
 
     def forward(self, input: Tensor) -> Tensor:
-        """The convolution with the kernel made now."""
+        """Computes the convolution with the rebuilt kernel."""
         input = self.quantised(input)
         if self.form is not None:
             output = self.in_form(input, None if self.bias is None else self.bias.view(-1, 1, 1))
@@ -204,8 +205,8 @@ class WholeConv2d(CompressedModule):
 
 
 class WholeEmbedding(CompressedModule):
-    """nn.Embedding; makes only the rows that it looks up."""
+    """nn.Embedding; rebuilds only the rows that it looks up."""
 
     def forward(self, input: Tensor) -> Tensor:
-        """Rows of the weight at `input`."""
+        """Looks up the rows of the weight at `input`."""
         return self.embedding(input)

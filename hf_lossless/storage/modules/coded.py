@@ -1,24 +1,25 @@
-"""Layers whose codes are stored at their entropy, and decoded once, when they are loaded.
+"""Layers with entropy-coded codes, which are decoded once, when they are loaded.
 
     coded            uint8   what is saved: steps, models and stream of the whole matrix (see `storage.entropy.matrix`)
-                             empty once it has been decoded and forgotten; made again, the same, where it is asked for
-    bias             as it came, where there was one
+                             empty where it was freed after decoding; encoded again, to the same bytes, when needed
+    bias             of the original, where it had one
 
-and, made of it and not saved,
+and, decoded from it and not saved,
 
     codes            int8    [out, in]
     row_steps        float32 [out]
     column_steps     float32 [in]
-    far_positions: int64, far_codes float32: the few codes beyond a byte, exactly
+    far_positions: int64, far_codes float32: positions and values of the few codes beyond a byte
 
-An embedding that has such codes finds those of a row in lists of one length, so that shapes do not depend on indices:
+An embedding with codes beyond a byte finds those of a row in lists of equal length, so that shapes do not depend on the
+indices:
 
-    far_rows         int32   [vocabulary]      which list a row has; list 0 is that of all rows without such codes
-    far_columns      int64   [lists, longest]  columns, filled up with 0
-    far_lists        float32 [lists, longest]  codes, filled up with 0
+    far_rows         int32   [vocabulary]      index of each row's list; list 0 is that of all rows without such codes
+    far_columns      int64   [lists, longest]  columns, padded with 0
+    far_lists        float32 [lists, longest]  codes, padded with 0
 
-The weight is `W = row_steps code column_steps`. A full-precision matrix stands in memory only while a layer runs; a
-linear layer computes `y = row_steps (Z (column_steps x))` and has none of it scaled at all.
+The weight is `W = row_steps code column_steps`. A full-precision matrix is in memory only while a layer runs; a linear
+layer computes `y = row_steps (Z (column_steps x))` and never scales the matrix.
 """
 
 from collections.abc import Callable
@@ -43,12 +44,12 @@ _FAR_ROWS = ("far_rows", "far_columns", "far_lists")
 
 
 class CodedModule(CompressedModule):
-    """Base of the coded layers: the bytes, and what they decode to.
+    """Base of the entropy-coded layers: the coded bytes and what is decoded from them.
 
     Attributes:
-        coded: The bytes; empty where they were forgotten.
-        num_bytes: How many they are.
-        codes: None until they are decoded, as are the others, and where the run-time form holds them.
+        coded: The coded bytes; empty where they were freed.
+        num_bytes: Number of coded bytes.
+        codes: The decoded codes; None (as are the steps) before decoding, and where the run-time form holds the codes.
     """
 
     coded: Tensor
@@ -63,7 +64,7 @@ class CodedModule(CompressedModule):
     far_lists: Tensor | None
 
     def __init__(self, layer: Layer, num_bytes: int) -> None:
-        """Makes an empty module for `layer`, on its device; `store` fills it, or a file and then `decode`.
+        """Makes an empty module for `layer`, on its device; it is filled by `store`, or by loading a file and `decode`.
 
         Args:
             layer: The layer.
@@ -76,20 +77,20 @@ class CodedModule(CompressedModule):
             self.register_buffer(name, None, persistent=False)
 
     def store(self, values: EncodedMatrix) -> None:
-        """Takes in a matrix and its bytes."""
+        """Stores a matrix and its coded bytes."""
         self.coded.copy_(torch.from_numpy(values.stored))
         self._take(values.matrix)
 
     def decode(self, name: str, kernel: Kernel | None = None) -> None:
-        """Decodes the bytes that have been loaded.
+        """Decodes the loaded bytes.
 
         Args:
-            name: The layer's name, for the error.
-            kernel: What decodes them; None: what suits a layer of this size, where it comes alone.
+            name: The layer's name, for error messages.
+            kernel: The decoder; None: chosen for a single layer of this size.
 
         Raises:
-            CheckpointError: They were cut or changed, or are none.
-            ConfigurationError: They are of version 1, and the library that reads it is not installed.
+            CheckpointError: The bytes were cut or changed, or are no coded matrix.
+            ConfigurationError: The bytes are of version 1, and the library that reads it is not installed.
         """
         try:
             matrix = decode(self.coded.cpu().numpy(), self.matrix_shape, kernel)
@@ -124,11 +125,11 @@ class CodedModule(CompressedModule):
         self.far_rows[found] = torch.arange(1, len(found) + 1, dtype=torch.int32, device=codes.device)
 
     def near_codes(self) -> Tensor | None:
-        """The codes, int8 [out, in], that the layer or its run-time form holds; None before they are decoded."""
+        """Returns the codes, int8 [out, in], of the layer or of its run-time form; None before they are decoded."""
         return self.codes if self.codes is not None or self.form is None else self.form.codes()
 
     def recode(self) -> None:
-        """Makes the bytes again, where they were forgotten: the same that the codes were decoded from."""
+        """Encodes the codes again where the bytes were freed; the bytes are the same as before."""
         if len(self.coded):
             return
         near, (row_steps, column_steps) = self.near_codes(), self.steps()
@@ -144,12 +145,12 @@ class CodedModule(CompressedModule):
         self.num_bytes = len(self.coded)
 
     def forget_bytes(self) -> None:
-        """Frees the bytes, where they have been decoded."""
+        """Frees the coded bytes, where they have been decoded."""
         if self.row_steps is not None:
             self.coded = self.coded.new_empty(0)
 
     def levels(self, dtype: torch.dtype) -> Tensor:
-        """The codes Z [out, in], those beyond a byte included."""
+        """Computes the codes Z [out, in], including those beyond a byte."""
         near = self.near_codes()
         assert near is not None and self.far_positions is not None and self.far_codes is not None
         levels = near.to(dtype)
@@ -158,13 +159,13 @@ class CodedModule(CompressedModule):
         return levels
 
     def steps(self) -> tuple[Tensor, Tensor]:
-        """Steps of rows and columns, float32."""
+        """Returns the steps of rows and columns, float32."""
         assert self.row_steps is not None and self.column_steps is not None
         return self.row_steps, self.column_steps
 
     def matrix(self) -> Tensor:
-        """The weight `W [out, in]` in the module's dtype, made now; on meta as long as nothing has been decoded."""
-        if self.row_steps is None:  # some models look at their weights to initialise them, before `decode` can have run
+        """Rebuilds the weight `W [out, in]` in the module's dtype at each call; on meta before decoding."""
+        if self.row_steps is None:  # some models initialise their weights before `decode` can have run
             return torch.empty(self.matrix_shape, dtype=self.dtype, device="meta")
         row_steps, column_steps = self.steps()
         return self.levels(torch.float32).mul_(column_steps).mul_(row_steps[:, None]).to(self.dtype)
@@ -174,7 +175,7 @@ class CodedModule(CompressedModule):
         device = input.device.type
         autocast = torch.is_autocast_enabled(device)
         if (torch.get_autocast_dtype(device) if autocast else self.dtype) is torch.float16:
-            # Z, and Z (column_steps x), may be beyond its range where y is not.
+            # Z, and Z (column_steps x), may overflow its range where y does not.
             return F.linear(input, self.matrix(), bias)
         row_steps, column_steps = self.steps()
         output = F.linear(input * column_steps.to(input.dtype), self.levels(self.dtype))
@@ -182,7 +183,7 @@ class CodedModule(CompressedModule):
         return output if bias is None else output + bias.to(output.dtype)  # autocast
 
     def embedding(self, indices: Tensor) -> Tensor:
-        """Rows of the weight; only these are made."""
+        """Looks up rows of the weight; only these are rebuilt."""
         near = self.near_codes()
         assert near is not None
         row_steps, column_steps = self.steps()
@@ -191,29 +192,29 @@ class CodedModule(CompressedModule):
         if self.far_lists is not None and self.far_columns is not None and self.far_rows is not None:
             lists = self.far_rows.index_select(0, flat)
             columns, codes = self.far_columns.index_select(0, lists), self.far_lists.index_select(0, lists)
-            rows.scatter_add_(1, columns, codes)  # the codes are zero there
+            rows.scatter_add_(1, columns, codes)  # the near codes are zero there
         rows = rows.mul_(column_steps).mul_(row_steps.index_select(0, flat)[:, None]).to(self.dtype)
         return rows.view(*indices.shape, rows.shape[1])
 
     def renew(self) -> None:
-        """Leaves the codes to a form that holds them; an embedding looks its rows up in its own."""
+        """Frees the codes where the run-time form holds them; an embedding keeps its own for look-ups."""
         super().renew()
         if self.form is not None and self.form.holds_codes and self.kind != "embedding":
             self.codes = None
 
     def release(self) -> None:
-        """Takes back the codes that the form holds."""
+        """Moves the codes that the run-time form holds back into the layer."""
         self.codes = self.near_codes()
         super().release()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """Moves as any module does, but a change of dtype leaves the steps alone and only sets `self.dtype`."""
+        """Moves as any module does, but a cast keeps the steps' dtype and only sets `self.dtype`."""
         return super()._apply(
             keeping_dtype(fn, (self.row_steps, self.column_steps, self.far_codes, self.far_lists)), recurse
         )
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        """Saves the bytes; where they were forgotten, they are made for this once."""
+        """Saves the coded bytes; where they were freed, they are encoded again for this call."""
         forgotten = not len(self.coded)
         self.recode()
         super()._save_to_state_dict(destination, prefix, keep_vars)
@@ -230,7 +231,7 @@ class CodedModule(CompressedModule):
             self.decode(prefix.removesuffix("."))
 
     def extra_repr(self) -> str:
-        """Shape and bits of a weight, for `print(model)`."""
+        """Returns shape and average bits of a weight, for `print(model)`."""
         out_features, in_features = self.matrix_shape
         bits = 8 * self.num_bytes / (out_features * in_features)
         return f"{out_features}x{in_features}, bits={bits:.2f}, bias={self.bias is not None}"
@@ -245,7 +246,7 @@ class CodedConv2d(WholeConv2d, CodedModule):
 
 
 class CodedEmbedding(WholeEmbedding, CodedModule):
-    """nn.Embedding; makes only the rows that it looks up."""
+    """nn.Embedding; rebuilds only the rows that it looks up."""
 
 
 CODED: dict[LayerKind, type[CodedModule]] = {

@@ -1,6 +1,6 @@
 """Layers stored as two factors, `W [out, in] ~ L [out, r] @ R [r, in]`, or as a grid plus two factors.
 
-A low-rank layer is two layers without bias, each stored like any other: in floating point, or packed on a grid.
+A low-rank layer consists of two layers without bias, each in floating point or packed on a grid.
 
     right    R   the original's kind with r outputs (for an embedding: a linear layer)
     left     L   a layer of r inputs (for a convolution: a 1x1 convolution; for an embedding: an embedding of width r)
@@ -9,11 +9,11 @@ A low-rank layer is two layers without bias, each stored like any other: in floa
 
     y = left(right(x)) + base(x) + bias          rows at i = left(i) @ R + base(i)
 
-Where the input is quantised, x is what its grid makes of it, for right and base alike; what right gives to left stays
-in floating point.
+Where the input is quantised, x is the quantised input, for right and base alike; the output of right stays in floating
+point.
 
-The product L R is never built: r (out + in) multiplications stand for out * in, and an embedding looks up only the rows
-it needs. A base is unpacked at each call, as it would be alone.
+The product L R is never built: a layer takes r (out + in) multiplications instead of out * in, and an embedding looks
+up only the rows it needs. A base is unpacked at each call, as a packed layer is.
 """
 
 from abc import abstractmethod
@@ -36,9 +36,9 @@ class LowRankModule(CompressedModule):
     """Base of the low-rank layers.
 
     Attributes:
-        left: Holds L as its weight.
-        right: Holds R as its weight.
-        base: Holds the grid that the product is added to; None where there is none.
+        left: Module with L as its weight.
+        right: Module with R as its weight.
+        base: Module with the grid that is added to the product; None where there is none.
     """
 
     left: PlainPart | PackedModule
@@ -68,10 +68,10 @@ class LowRankModule(CompressedModule):
     @staticmethod
     @abstractmethod
     def _plain_parts(layer: Layer, rank: int) -> tuple[PlainPart, PlainPart]:
-        """Left and right as plain layers on meta: made there, they draw nothing from torch's random generator."""
+        """Makes left and right as plain layers on meta, so that torch's random generator is not advanced."""
 
     def store(self, values: FactoredMatrix) -> None:
-        """Takes in the factors, and the base where there is one."""
+        """Stores the factors, and the base where there is one."""
         _store(self.left, values.left)
         _store(self.right, values.right)
         if self.base is not None and values.base is not None:
@@ -79,31 +79,31 @@ class LowRankModule(CompressedModule):
 
     @property
     def left_matrix(self) -> Tensor:
-        """L [out, r], unpacked now where it is packed."""
+        """Returns L [out, r], unpacked at each access where it is packed."""
         return _matrix(self.left)
 
     @property
     def right_matrix(self) -> Tensor:
-        """R [r, in], unpacked now where it is packed."""
+        """Returns R [r, in], unpacked at each access where it is packed."""
         return _matrix(self.right)
 
     def matrix(self) -> Tensor:
-        """The weight `W [out, in]` in the module's dtype, multiplied out now; no forward pass does this."""
+        """Computes the weight `W [out, in]` as a product, in the module's dtype; forward passes do not call this."""
         product = self.left_matrix @ self.right_matrix
         return product if self.base is None else product + self.base.matrix()
 
     def linear(self, input: Tensor, bias: Tensor | None) -> Tensor:
-        """Computes y = (x R') L' + b, and adds that of the base."""
+        """Computes y = (x R') L' + b, and adds the output of the base."""
         output = F.linear(F.linear(input, self.right_matrix), self.left_matrix, bias)
         return output if self.base is None else output + self.base.linear(input, None)
 
     def embedding(self, indices: Tensor) -> Tensor:
-        """Rows of L times R, and added those of the base."""
+        """Looks up rows of L, multiplies them by R, and adds the rows of the base."""
         rows = F.embedding(indices, self.left_matrix) @ self.right_matrix
         return rows if self.base is None else rows + self.base.embedding(indices)
 
     def extra_repr(self) -> str:
-        """Shape and rank, for `print(model)`."""
+        """Returns shape and rank, for `print(model)`."""
         out_features, in_features = self.matrix_shape
         return f"{out_features}x{in_features}, rank={self.rank}, bias={self.bias is not None}"
 
@@ -118,7 +118,7 @@ class LowRankLinear(LowRankModule):
         return left, nn.Linear(in_features, rank, bias=False, device="meta")
 
     def forward(self, input: Tensor) -> Tensor:
-        """Computes y = (x R') L' + b, and adds that of the base."""
+        """Computes y = (x R') L' + b, and adds the output of the base."""
         input = self.quantised(input)
         output: Tensor = self.left(self.right(input))
         if self.base is not None:
@@ -146,7 +146,7 @@ class LowRankConv2d(LowRankModule):
         return nn.Conv2d(rank, original.out_channels, 1, bias=False, device="meta"), right
 
     def forward(self, input: Tensor) -> Tensor:
-        """The two convolutions, and that of the base."""
+        """Computes the two convolutions in sequence, and adds the output of the base."""
         input = self.quantised(input)
         output: Tensor = self.left(self.right(input))
         if self.base is not None:
@@ -165,11 +165,11 @@ class LowRankEmbedding(LowRankModule):
         return left, nn.Linear(original.embedding_dim, rank, bias=False, device="meta")
 
     def forward(self, input: Tensor) -> Tensor:
-        """Rows of the weight at `input`."""
+        """Looks up the rows of the weight at `input`."""
         return self.embedding(input)
 
     def embedding(self, indices: Tensor) -> Tensor:
-        """Rows of L times R, and added those of the base; only these rows are looked up."""
+        """Looks up rows of L, multiplies only these by R, and adds the rows of the base."""
         left_rows: Tensor = self.left(indices)
         rows = (left_rows @ self.right_matrix).to(left_rows.dtype)  # autocast
         return rows if self.base is None else rows + self.base(indices)
@@ -180,7 +180,7 @@ def _matrix(part: PlainPart | PackedModule) -> Tensor:
 
 
 def _store(part: PlainPart | PackedModule, values: QuantisedMatrix | Tensor) -> None:
-    """Puts a factor into a packed module, or as it is into a plain layer."""
+    """Stores a factor in a packed module, or unchanged in a plain layer."""
     if isinstance(part, PackedModule):
         assert isinstance(values, QuantisedMatrix)
         part.store(values)
@@ -191,7 +191,7 @@ def _store(part: PlainPart | PackedModule, values: QuantisedMatrix | Tensor) -> 
 
 
 def _empty_part(plain: PlainPart, grid: Grid | None, layer: Layer) -> PlainPart | PackedModule:
-    """A part with room for its factor where the layer's weight is: in floating point, or packed on a grid."""
+    """Makes an empty module for a factor, on the device of the layer's weight: plain, or packed on a grid."""
     weight = layer.weight
     room = torch.empty(plain.weight.shape, dtype=weight.dtype, device=weight.device)
     plain.weight = nn.Parameter(room, weight.requires_grad)

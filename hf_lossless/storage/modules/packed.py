@@ -5,8 +5,8 @@
     zeros    like scales; only for an asymmetric grid
     bias     as it came, where there was one
 
-A module unpacks its weight anew for each call and keeps nothing of it, so that memory stays small; an embedding unpacks
-only the rows it looks up.
+A module unpacks its weight at each call and does not keep it, so that memory stays small; an embedding unpacks only the
+rows it looks up.
 """
 
 from collections.abc import Callable
@@ -25,11 +25,11 @@ from hf_lossless.storage.plan import Grid
 
 
 class PackedModule(CompressedModule):
-    """Base of the packed layers: the codes and how to read them.
+    """Base of the packed layers: the codes and the grid to unpack them.
 
     Attributes:
         grid: The grid of the codes.
-        dtype: In what dtype the module computes; follows `.to(dtype)` as a weight would, while scales keep theirs.
+        dtype: Dtype in which the module computes; follows `.to(dtype)` as a weight would, while scales keep theirs.
     """
 
     codes: Tensor
@@ -52,14 +52,14 @@ class PackedModule(CompressedModule):
         self.register_buffer("zeros", zeros)
 
     def store(self, quantised: QuantisedMatrix) -> None:
-        """Takes in the codes, scales and zeros of a matrix."""
+        """Stores the codes, scales and zeros of a matrix."""
         self.codes.copy_(pack(quantised.codes.reshape(len(self.codes), -1), self.grid.bits))
         self.scales.copy_(quantised.scales)
         if self.zeros is not None and quantised.zeros is not None:
             self.zeros.copy_(quantised.zeros)
 
     def matrix(self) -> Tensor:
-        """The weight `W [out, in]` in the module's dtype, unpacked now."""
+        """Unpacks the weight `W [out, in]` in the module's dtype."""
         out_features, in_features = self.matrix_shape
         per_row = out_features * in_features // len(self.codes)
         codes = unpack(self.codes, self.grid.bits, per_row).view(out_features, in_features)
@@ -70,15 +70,15 @@ class PackedModule(CompressedModule):
         return F.linear(input, self.matrix(), bias)
 
     def embedding(self, indices: Tensor) -> Tensor:
-        """Rows of the unpacked weight."""
+        """Looks up rows of the unpacked weight."""
         return F.embedding(indices, self.matrix())
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """Moves as any module does, but a change of dtype leaves the scales alone and only sets `self.dtype`."""
+        """Moves as any module does, but a cast keeps the scales' dtype and only sets `self.dtype`."""
         return super()._apply(keeping_dtype(fn, (self.scales, self.zeros)), recurse)
 
     def extra_repr(self) -> str:
-        """Shape and grid, for `print(model)`."""
+        """Returns shape and grid, for `print(model)`."""
         out_features, in_features = self.matrix_shape
         group = self.grid.group_size or "row"
         return f"{out_features}x{in_features}, bits={self.grid.bits}, group_size={group}, bias={self.bias is not None}"
@@ -96,7 +96,7 @@ class PackedEmbedding(WholeEmbedding, PackedModule):
     """nn.Embedding; looks up packed rows and unpacks only those."""
 
     def embedding(self, indices: Tensor) -> Tensor:
-        """Rows of the weight, only these unpacked."""
+        """Looks up rows of the weight, and unpacks only these."""
         flat, dim = indices.reshape(-1), self.matrix_shape[1]
         codes = unpack(self.codes.index_select(0, flat), self.grid.bits, dim)  # refuses index -1
         zeros = None if self.zeros is None else self.zeros.index_select(0, flat)

@@ -1,6 +1,6 @@
-"""The weight of a compressed layer as other code reads it: a tensor made now, which refuses to be written to.
+"""The weight of a compressed layer as other code reads it: a rebuilt tensor that refuses to be written to.
 
-What is written to a copy is lost, and the model computes as before. So a write raises: in place, by `.data`, by
+Writing to a rebuilt copy would not change what the model computes. So every write raises: in place, by `.data`, by
 `requires_grad=True`, by `out=`, and through a view. Results of other operations are plain tensors.
 """
 
@@ -34,13 +34,13 @@ _NO_WRITES = {"share_memory_", "detach_"}
 
 
 class ReadOnlyWeight(Tensor):
-    """A weight that was made of something else, so that writing to it would change nothing."""
+    """A rebuilt weight; writing to it raises, because it would not change the layer."""
 
     @classmethod
     def __torch_function__(
         cls, function: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        """Runs an operation on the plain tensors, and refuses one that writes."""
+        """Runs an operation on the plain tensors, and refuses operations that write."""
         kwargs = kwargs or {}
         if _writes(function, args, kwargs):
             raise ConfigurationError(
@@ -48,7 +48,7 @@ class ReadOnlyWeight(Tensor):
                 "it is read, so that nothing would change. Write to a copy (weight.clone()), merge adapters and prune "
                 "before compressing, or get a dense model back with model.dequantize()."
             )
-        if _is_about_gradients(function):  # there are none to turn off
+        if _is_about_gradients(function):  # the weight has no gradients to turn off
             return args[0]
         with torch._C.DisableTorchFunctionSubclass():
             result = function(*args, **kwargs)
@@ -59,7 +59,7 @@ class ReadOnlyWeight(Tensor):
 
 
 def read_only(weight: Tensor) -> Tensor:
-    """The weight as a tensor that refuses to be written to; in a graph that is being compiled, as it is."""
+    """Returns the weight as a tensor that refuses to be written to, or unchanged in a graph that is being compiled."""
     return weight if torch.compiler.is_compiling() else weight.as_subclass(ReadOnlyWeight)
 
 
@@ -69,7 +69,7 @@ def _name(function: Any) -> str:
 
 
 def _writes(function: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
-    """Whether an operation writes to a weight: one that is its first argument, or that `out=` names."""
+    """Returns whether an operation writes to a weight: to its first argument, or to that of `out=`."""
     if _is_weight(kwargs.get("out")):
         return True
     target = args[0] if args else next(iter(kwargs.values()), None)
@@ -100,7 +100,7 @@ def _memory(tensor: Tensor) -> tuple[Any, int] | None:
 
 
 def _protected(result: Any, owners: set[Any]) -> Any:
-    """A result, read-only where it is a view of the weight."""
+    """Makes a result read-only where it is a view of the weight."""
     if isinstance(result, Tensor):
         if isinstance(result, ReadOnlyWeight):
             return result

@@ -1,7 +1,7 @@
-"""What a compressed layer has to do with its run-time form: it makes one, keeps it true, and gives it up again.
+"""The run-time form of a compressed layer: how it is made, kept up to date and released.
 
-A form is made of the layer's tensors and may hold some of them in the layer's place. Whatever changes these tensors
-(a move, a cast, a load) is preceded by `release` and followed by a new form.
+A form is made from the layer's tensors and may hold some of them in the layer's place. Every change of these tensors (a
+move, a cast, a load) is preceded by `release` and followed by a new form.
 """
 
 from collections.abc import Callable
@@ -14,15 +14,15 @@ from hf_lossless.storage.runtime.form import Form, compiled_product
 from hf_lossless.storage.runtime.runtimes import Runtime
 
 FormMaker = Callable[[Any], Form | None]
-"""Makes the form of a layer, or None: the layer's own floating-point path."""
+"""A function that makes the form of a layer, or None for the layer's own floating-point path."""
 
 
 class Running(nn.Module):
-    """Base of the compressed layers: the form that they are computed in.
+    """Base of the compressed layers: the run-time form in which they are computed.
 
     Attributes:
-        form: How the layer is computed; None: in floating point, of its stored tensors.
-        runtime: What was asked for.
+        form: The run-time form; None: computed in floating point from the stored tensors.
+        runtime: The run time that was requested.
     """
 
     form: Form | None = None
@@ -30,27 +30,27 @@ class Running(nn.Module):
     _make_form: FormMaker | None = None
 
     def run_in(self, make_form: FormMaker, runtime: Runtime) -> None:
-        """Gives the layer a form, now and whenever its tensors have changed.
+        """Sets a layer's run-time form, now and again whenever its tensors have changed.
 
         Args:
-            make_form: What makes it.
-            runtime: What was asked for.
+            make_form: Makes the form.
+            runtime: The run time that was requested.
         """
         self.release()
         self._make_form, self.runtime = make_form, runtime
         self.renew()
 
     def release(self) -> None:
-        """Gives up the form; the layer has all its tensors again."""
+        """Drops the form; the layer holds all of its tensors again."""
         self.form = None
 
     def renew(self) -> None:
-        """Makes the form anew."""
+        """Makes the form again from the present tensors."""
         if self._make_form is not None:
             self.form = self._make_form(self)
 
     def in_form(self, input: Tensor, bias: Tensor | None) -> Tensor | None:
-        """Y = x W' + b in the layer's form; None where it has none, or none for such an input."""
+        """Computes y = x W' + b in the layer's form; None where it has no form for this input."""
         form = self.form
         if form is None or not form.takes(input):
             return None

@@ -1,4 +1,4 @@
-"""Modules that compute with the weight of another, compressed layer, their home, and hold none themselves."""
+"""Modules without a weight of their own, which compute with that of a compressed layer, their home."""
 
 from torch import Tensor, nn
 
@@ -10,7 +10,7 @@ class Tied(nn.Module):
     """Base of the modules without a weight of their own.
 
     The home is referred to without being registered, so that its tensors are saved and moved once. A deep copy of the
-    model copies both, and the copy refers to the copy.
+    model copies both, and the copied module refers to the copied home.
     """
 
     def __init__(self, home: CompressedModule, bias: nn.Parameter | None) -> None:
@@ -24,7 +24,7 @@ class Tied(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The home's weight."""
+        """Rebuilds the home's weight, at each access."""
         return self.home.weight
 
 
@@ -49,7 +49,7 @@ class TiedEmbedding(Tied):
         self.padding_idx = getattr(home, "padding_idx", None)
 
     def forward(self, input: Tensor) -> Tensor:
-        """Rows of the home's weight at `input`."""
+        """Looks up the rows of the home's weight at `input`."""
         return self.home.embedding(input)
 
 

@@ -28,8 +28,8 @@ def coder_figures(layers: Iterable[EncodedMatrix]) -> dict[str, Any]:
     num_weights = 0
     for layer in layers:
         matrix = layer.matrix
-        spread, _ = best_levels(matrix.codes)
-        counts = model_counts(matrix.codes, spread)
+        levels, _ = best_levels(matrix.codes)
+        counts = model_counts(matrix.codes, levels)
         entropy += sum(map(_entropy_bits, counts)) / 8
         zeroth += _entropy_bits(counts.sum(0)) / 8
         num_weights += matrix.codes.size
@@ -40,8 +40,8 @@ def coder_figures(layers: Iterable[EncodedMatrix]) -> dict[str, Any]:
         for kind, symbols in (
             ("steps", encode_steps(matrix.row_steps)[0]),
             ("steps", encode_steps(matrix.column_steps)[0]),
-            ("levels", spread.rows),
-            ("levels", spread.columns),
+            ("levels", levels.rows),
+            ("levels", levels.columns),
         ):
             occurrences = np.bincount(symbols)
             parts["models"] += len(Frequencies.of(0, occurrences).to_bytes())

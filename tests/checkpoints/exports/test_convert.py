@@ -14,7 +14,13 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 
 from hf_lossless import Grid, LayerPlan
 from hf_lossless.checkpoints.exports.compressed_tensors import pack_words
-from hf_lossless.checkpoints.exports.convert import NotCarried, largest_move, name_pattern, pack_bytes, whole_numbers
+from hf_lossless.checkpoints.exports.convert import (
+    NotConvertible,
+    largest_move,
+    name_pattern,
+    pack_bytes,
+    whole_numbers,
+)
 from hf_lossless.checkpoints.exports.gemma import pack_numbers
 from hf_lossless.storage.grid import QuantisedMatrix
 from hf_lossless.storage.layers import find_layers
@@ -120,10 +126,10 @@ def test_the_narrowest_width_that_holds_a_layer_exactly(bits: int, container: in
     assert whole_numbers(module, plan, torch.float32).bits == container
 
 
-def test_scales_that_a_dtype_cannot_hold_are_not_carried():
+def test_scales_that_a_dtype_cannot_hold_are_not_convertible():
     grid = Grid(bits=4, scale_dtype="float32")
     module, plan = packed_layer(random_codes(4, 2, 8, 0), torch.full((2, 1), 1e-8), grid, torch.float16)
-    with pytest.raises(NotCarried, match=r"^its scales do not fit into torch\.float16$"):
+    with pytest.raises(NotConvertible, match=r"^its scales do not fit into torch\.float16$"):
         whole_numbers(module, plan, torch.float16)
 
 
@@ -137,7 +143,7 @@ def test_scales_that_a_dtype_cannot_hold_are_not_carried():
         ("coded", {}, "it is stored as codes at their entropy"),
     ],
 )
-def test_why_a_layer_is_not_carried(kind: str, settings: dict[str, int], why: str):
+def test_why_a_layer_is_not_convertible(kind: str, settings: dict[str, int], why: str):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(16, 8))
     [layer] = find_layers(model)
@@ -149,13 +155,13 @@ def test_why_a_layer_is_not_carried(kind: str, settings: dict[str, int], why: st
         plan = plan.model_copy(update={"tied": ("decoder",)})
     if kind == "coded":
         plan = plan.model_copy(update={"kind": "coded"})
-    with pytest.raises(NotCarried, match=f"^{re.escape(why)}$"):
+    with pytest.raises(NotConvertible, match=f"^{re.escape(why)}$"):
         whole_numbers(model[0], plan, torch.float32)
 
 
-def test_a_layer_of_another_dtype_is_not_carried():
+def test_a_layer_of_another_dtype_is_not_convertible():
     module, plan = packed_layer(random_codes(4, 2, 8, 0), torch.ones(2, 1).half(), Grid(bits=4), torch.float32)
-    with pytest.raises(NotCarried, match=r"computes it in torch\.float32 and the rest in torch\.float16"):
+    with pytest.raises(NotConvertible, match=r"computes it in torch\.float32 and the rest in torch\.float16"):
         whole_numbers(module, plan, torch.float16)
 
 

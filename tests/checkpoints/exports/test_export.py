@@ -73,7 +73,7 @@ def test_layers_that_a_format_cannot_carry_are_listed(small: Path, tmp_path: Pat
     with pytest.raises(ConfigurationError) as refused:
         export(small, tmp_path / "out", "gemma")
     message = str(refused.value)
-    assert message.startswith("the format gemma cannot carry 17 of 17 compressed layers:\n")
+    assert message.startswith("the format gemma cannot hold 17 of 17 compressed layers:\n")
     assert message.endswith("\nTake another format.")  # none is left for it to carry
     for name in SavedFolder.read(small).entry.plan.layers:
         assert name in message
@@ -87,17 +87,17 @@ def test_layers_that_a_format_cannot_carry_are_listed(small: Path, tmp_path: Pat
 def test_a_part_that_a_format_cannot_carry_can_be_kept_dense(small: Path, tmp_path: Path):
     embeddings = [f"bert.embeddings.{name}_embeddings" for name in ("word", "position", "token_type")]
     listed = f"  it is an embedding: {', '.join(embeddings)}\nKeep these in floating point with allow_dense=True"
-    with pytest.raises(ConfigurationError, match=f"cannot carry 3 of 17 compressed layers:\n{re.escape(listed)}"):
+    with pytest.raises(ConfigurationError, match=f"cannot hold 3 of 17 compressed layers:\n{re.escape(listed)}"):
         export(small, tmp_path / "out", "compressed-tensors")
     assert not list(tmp_path.iterdir())
     result = export(small, tmp_path / "out", "compressed-tensors", allow_dense=True)
     assert result.dense == dict.fromkeys(embeddings, "it is an embedding")
-    assert len(result.carried) == 14 and not result.rounded and not result.float_inputs
+    assert len(result.converted) == 14 and not result.rounded and not result.float_inputs
     assert result.compressed_bytes == SavedFolder.read(small).entry.size_bytes
 
 
 @needs_compressed_tensors
-def test_groups_that_do_not_divide_a_row_are_not_carried(tmp_path: Path):
+def test_groups_that_do_not_divide_a_row_are_not_convertible(tmp_path: Path):
     save_compressed(BERT, tmp_path / "small", all_widths(20))
     why = r"\n  its 32 inputs are no whole number of groups of 20: .*\n  its 48 inputs are no .*: .*output\.dense"
     with pytest.raises(ConfigurationError, match=why):
@@ -116,11 +116,11 @@ def test_kinds_that_transformers_would_fill_with_random_weights(name: str, why: 
 @pytest.mark.parametrize("format", ["dense", "gemma"])
 def test_quantised_inputs_are_dropped_only_when_that_is_allowed(small_inputs: Path, tmp_path: Path, format: str):
     with pytest.raises(
-        ConfigurationError, match=r"cannot carry 14 of 17 compressed layers:\n  its input is quantised: "
+        ConfigurationError, match=r"cannot hold 14 of 17 compressed layers:\n  its input is quantised: "
     ):
         export(small_inputs, tmp_path / "out", format)
     result = export(small_inputs, tmp_path / "out", format, allow_dense=True)
-    assert len(result.float_inputs) == len(result.dense) == 14 and len(result.carried) == 3
+    assert len(result.float_inputs) == len(result.dense) == 14 and len(result.converted) == 3
     compressed = AutoModelForSequenceClassification.from_pretrained(small_inputs)
     again = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out")
     without = outputs_of(again, BERT.inputs())
@@ -199,11 +199,11 @@ def test_the_command(small: Path, tmp_path: Path, run: Run):
     header = 8 + int.from_bytes((out / "model.safetensors").read_bytes()[:8], "little")
     before = SavedFolder.read(small).entry.size_bytes
     assert said == (
-        f"{out}: {size - header:,} bytes, format dense; {small}: {before:,} bytes\n17 of 17 compressed layers carried\n"
+        f"{out}: {size - header:,} bytes, format dense; {small}: {before:,} bytes\n17 of 17 compressed layers converted\n"
     )
     status, said, complaint = run("export", small, "--format", "gemma", "--out", tmp_path / "gemma")
     assert status == 1 and not said
-    assert "error: the format gemma cannot carry 17 of 17 compressed layers:\n" in complaint
+    assert "error: the format gemma cannot hold 17 of 17 compressed layers:\n" in complaint
     assert "Traceback" not in complaint
 
 
@@ -212,7 +212,7 @@ def test_the_command_says_what_is_another_model(small_inputs: Path, tmp_path: Pa
     arguments = ("export", small_inputs, "--format", "dense", "--out", out, "--allow-dense")
     status, said, _ = run(*arguments)
     assert status == 0
-    assert "3 of 17 compressed layers carried, the others in floating point:\n  its input is quantised: bert" in said
+    assert "3 of 17 compressed layers converted, the others in floating point:\n  its input is quantised: bert" in said
     assert f"{out} is another model than {small_inputs}: 14 layers have quantised inputs there, and none here" in said
 
 

@@ -154,7 +154,7 @@ def test_the_outputs_are_those_of_the_dense_reference(loaded: dict[str, Loaded],
 @pytest.mark.parametrize("name", ROUNDED)
 def test_rounded_scales_move_weights_by_no_more_than_is_said(loaded: dict[str, Loaded], name: str, tmp_path: Path):
     one = loaded[name]
-    assert one.result.rounded and set(one.result.rounded) <= set(one.result.carried)
+    assert one.result.rounded and set(one.result.rounded) <= set(one.result.converted)
     reference = dense_reference(one.case.tiny, one.compressed, tmp_path)
     for layer, module in compressed_layers(one.compressed).items():
         theirs, ours = one.weights[layer], module.weight.detach()
@@ -196,10 +196,10 @@ def test_what_is_written_is_what_is_said(loaded: dict[str, Loaded], name: str):
     elif not one.case.allow_dense:
         assert not one.result.dense
     modules = compressed_layers(one.compressed)
-    assert modules.keys() == {*one.result.carried, *one.result.dense}
+    assert modules.keys() == {*one.result.converted, *one.result.dense}
     if one.case.format == "compressed-tensors":
         packed = {key.removesuffix(".weight_packed") for key in stored if key.endswith(".weight_packed")}
-        assert packed == set(one.result.carried)
+        assert packed == set(one.result.converted)
     for layer in one.result.dense:
         assert stored[f"{layer}.weight"].is_floating_point()
 

@@ -21,36 +21,36 @@ def laplacian(row_spreads, column_spreads, seed: int = 0):
 
 @given(CODES)
 def test_every_entry_has_the_model_of_its_two_levels(codes):
-    spread, num_bytes = best_levels(codes)
-    assert spread.rows.min() >= 0 and spread.columns.min() >= 0 and num_bytes >= 0
-    blocks = Blocks.of(spread)
+    levels, num_bytes = best_levels(codes)
+    assert levels.rows.min() >= 0 and levels.columns.min() >= 0 and num_bytes >= 0
+    blocks = Blocks.of(levels)
     numbers = np.full(codes.shape, -1)
-    for model in range(spread.num_models):
+    for model in range(levels.num_models):
         for rows, columns in blocks.of_model(model):
             assert (numbers[rows, columns] == -1).all()
             numbers[rows, columns] = model
-    expected = spread.rows[blocks.row_order][:, None] + spread.columns[blocks.column_order]
+    expected = levels.rows[blocks.row_order][:, None] + levels.columns[blocks.column_order]
     assert np.array_equal(numbers, expected)
 
-    counts = np.zeros((spread.num_models, 256), np.int64)
+    counts = np.zeros((levels.num_models, 256), np.int64)
     for (row, column), code in np.ndenumerate(codes):
-        counts[spread.rows[row] + spread.columns[column], int(code) + 128] += 1
-    assert np.array_equal(model_counts(codes, spread), counts)
+        counts[levels.rows[row] + levels.columns[column], int(code) + 128] += 1
+    assert np.array_equal(model_counts(codes, levels), counts)
 
 
 def test_rows_of_one_level_stay_in_their_order():
-    spread = Levels(np.array([1, 0, 1, 0], np.int32), np.array([0], np.int32))
-    assert Blocks.of(spread).row_order.tolist() == [1, 3, 0, 2]
+    levels = Levels(np.array([1, 0, 1, 0], np.int32), np.array([0], np.int32))
+    assert Blocks.of(levels).row_order.tolist() == [1, 3, 0, 2]
 
 
 @given(CODES, st.integers(1, 64))
 def test_merged_levels(codes, factor):
-    spread, _ = best_levels(codes)
-    merged = spread.merged(factor)
-    assert np.array_equal(merged.rows, spread.rows // factor) and np.array_equal(
-        merged.columns, spread.columns // factor
+    levels, _ = best_levels(codes)
+    merged = levels.merged(factor)
+    assert np.array_equal(merged.rows, levels.rows // factor) and np.array_equal(
+        merged.columns, levels.columns // factor
     )
-    assert merged.num_models <= spread.num_models
+    assert merged.num_models <= levels.num_models
 
 
 def test_like_spreads_get_one_model_and_unlike_ones_several():

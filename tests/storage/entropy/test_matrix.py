@@ -109,15 +109,15 @@ def test_a_matrix_of_zeros_takes_hardly_anything():
 @pytest.mark.parametrize("width", [0.2, 1.0, 8.0])
 def test_size_is_within_two_per_cent_of_the_entropy(width):
     matrix = spread_out(512, 768, width)
-    spread, estimated = best_levels(matrix.codes)
-    of_codes = sum(map(entropy_bytes, model_counts(matrix.codes, spread)))
-    of_sides = sum(entropy_bytes(np.bincount(side)) for side in (spread.rows, spread.columns))
+    levels, estimated = best_levels(matrix.codes)
+    of_codes = sum(map(entropy_bytes, model_counts(matrix.codes, levels)))
+    of_sides = sum(entropy_bytes(np.bincount(side)) for side in (levels.rows, levels.columns))
     of_steps = sum(
         entropy_bytes(np.bincount(encode_steps(side)[0])) for side in (matrix.row_steps, matrix.column_steps)
     )
     size = len(encode(matrix)) - OVERHEAD_BYTES - 8 * len(matrix.far_codes)
     entropy = of_codes + of_sides + of_steps
-    models = 2 * 256 * 4 + 3 * 256 * spread.num_models
+    models = 2 * 256 * 4 + 3 * 256 * levels.num_models
     assert entropy <= size <= 1.02 * of_codes + of_sides + of_steps + models
     assert size - of_steps == pytest.approx(estimated, rel=0.02)
 

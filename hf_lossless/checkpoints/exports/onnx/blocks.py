@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from hf_lossless.checkpoints.exports.convert import NotCarried, pack_bytes
+from hf_lossless.checkpoints.exports.convert import NotConvertible, pack_bytes
 from hf_lossless.checkpoints.exports.onnx.folded import FoldedMatrix
 from hf_lossless.checkpoints.exports.onnx.levels import Levels, Split, split
 from hf_lossless.checkpoints.exports.onnx.operators import matmul_nbits
@@ -53,7 +53,7 @@ class BlockLinear(nn.Module):
             level: onnxruntime's accuracy level, 0 or 4.
 
         Raises:
-            NotCarried: Its groups are no whole number of blocks, or have zero points and codes of more than 4 bits.
+            NotConvertible: Its groups are no whole number of blocks, or have zero points and codes of more than 4 bits.
         """
         super().__init__()
         self.bits, self.block_size, halves = _layout(levels)
@@ -100,7 +100,7 @@ def _layout(levels: Levels) -> _Layout:
                 blocks = -(-in_features // size)
                 layouts[blocks * out_features * (size * bits // 8 + 4) + rest_bytes] = _Layout(bits, size, halves)
     if not layouts:
-        raise NotCarried(
+        raise NotConvertible(
             f"its groups of {levels.group_size} inputs are no whole number of blocks of 16, or have zero points and "
             "more than 4 bits"
         )

@@ -13,7 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from hf_lossless.checkpoints.exports.convert import NotCarried
+from hf_lossless.checkpoints.exports.convert import NotConvertible
 from hf_lossless.checkpoints.exports.onnx.blocks import BlockLinear
 from hf_lossless.checkpoints.exports.onnx.folded import FoldedMatrix
 from hf_lossless.checkpoints.exports.onnx.int8 import Int8Linear, SharedInputs
@@ -36,7 +36,7 @@ def _small(levels: Levels, module: Leaf, shared: SharedInputs) -> nn.Module:
     """Blocks, or standard operators where these have no place for the layer."""
     try:
         return BlockLinear(levels, _FLOAT_INPUTS if module.activation is not None else _INT8_INPUTS)
-    except NotCarried:
+    except NotConvertible:
         return StandardLinear(levels)
 
 
