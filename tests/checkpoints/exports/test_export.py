@@ -199,7 +199,8 @@ def test_the_command(small: Path, tmp_path: Path, run: Run):
     header = 8 + int.from_bytes((out / "model.safetensors").read_bytes()[:8], "little")
     before = SavedFolder.read(small).entry.size_bytes
     assert said == (
-        f"{out}: {size - header:,} bytes, format dense; {small}: {before:,} bytes\n17 of 17 compressed layers converted\n"
+        f"{out}: {size - header:,} bytes, format dense; {small}: {before:,} bytes\n"
+        "17 of 17 compressed layers converted\n"
     )
     status, said, complaint = run("export", small, "--format", "gemma", "--out", tmp_path / "gemma")
     assert status == 1 and not said
