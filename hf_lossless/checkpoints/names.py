@@ -203,13 +203,15 @@ def forget_compressed_ties(model: PreTrainedModel) -> None:
     shortened list.
     """
     tied = (name for name, module in model.named_modules() if isinstance(module, Tied))
-    gone = {f"{name}.weight" for name in (*compressed_layers(model), *tied)}
+    compressed = {f"{name}.weight" for name in (*compressed_layers(model), *tied)}
     for prefix, submodel in model.named_modules():
         if not isinstance(submodel, PreTrainedModel):
             continue
         dotted = f"{prefix}." if prefix else ""
         ties = submodel.all_tied_weights_keys
-        kept = {target: source for target, source in ties.items() if not {dotted + target, dotted + source} & gone}
+        kept = {
+            target: source for target, source in ties.items() if not {dotted + target, dotted + source} & compressed
+        }
         if kept != ties:
             submodel._tied_weights_keys = dict(kept)
             submodel.all_tied_weights_keys = kept

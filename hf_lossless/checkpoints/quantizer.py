@@ -203,12 +203,12 @@ class LosslessHfQuantizer(HfQuantizer):
             return dict(model.state_dict()), {}
         plan = self.quantization_config.plan
         refuse_other_layers(model, plan)
-        forgotten = [module for module in _coded_modules(model) if not len(module.coded)]
-        for module in forgotten:
+        freed = [module for module in _coded_modules(model) if not len(module.coded)]
+        for module in freed:
             module.recode()
         self._describe(model, with_present_bytes(model, plan), self.quantization_config.certificate)
         tensors = state_dict_with_guards(model)
-        for module in forgotten:
+        for module in freed:
             module.forget_bytes()
         return tensors, {}
 

@@ -223,8 +223,8 @@ def _tensors(
     model: PreTrainedModel, modules: Mapping[str, CompressedModule], stored: Mapping[str, Stored]
 ) -> dict[str, Tensor]:
     """Collects all tensors to save: compressed layers in their new form, biases and all others unchanged."""
-    gone = {f"{name}.{part}" for name, module in modules.items() for part in (*module.weight_tensors, "weight")}
-    kept = {name: tensor for name, tensor in model.state_dict().items() if name not in gone}
+    weight_names = {f"{name}.{part}" for name, module in modules.items() for part in (*module.weight_tensors, "weight")}
+    kept = {name: tensor for name, tensor in model.state_dict().items() if name not in weight_names}
     replaced = {f"{name}.{part}": tensor for name, layer in stored.items() for part, tensor in layer.tensors.items()}
     return {**kept, **replaced}
 
@@ -261,11 +261,13 @@ def _refuse_unreadable(
         raise ConfigurationError(f"{about}: {type(error).__name__}: {reason(error)}. Take another format.") from error
     again, found = loading
     loaded = again.state_dict()
-    astray = sorted(name for name, tensor in tensors.items() if not _same(loaded.get(name), tensor))
-    astray += [str(name) for names in found.values() for name in names]
-    if astray:
-        more = f" and {len(astray) - 1} more" if len(astray) > 1 else ""
-        raise ConfigurationError(f"{about}: the tensor {astray[0]!r}{more} is not what was saved. Take another format.")
+    changed = sorted(name for name, tensor in tensors.items() if not _same(loaded.get(name), tensor))
+    changed += [str(name) for names in found.values() for name in names]
+    if changed:
+        more = f" and {len(changed) - 1} more" if len(changed) > 1 else ""
+        raise ConfigurationError(
+            f"{about}: the tensor {changed[0]!r}{more} is not what was saved. Take another format."
+        )
 
 
 def _same(loaded: Tensor | None, saved: Tensor) -> bool:
