@@ -13,8 +13,6 @@ import hf_lossless
 COMMANDS = ("judging", "making", "publish")  # typer prints their docstrings as help, in the imperative
 EXEMPT = (
     "hf_lossless.__main__",
-    "hf_lossless.storage.runtime",
-    "hf_lossless.checkpoints.exports.onnx",
     *(f"hf_lossless.cli.{name}" for name in COMMANDS),
 )
 NO_VERBS = (
