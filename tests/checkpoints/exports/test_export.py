@@ -74,7 +74,7 @@ def test_layers_that_a_format_cannot_carry_are_listed(small: Path, tmp_path: Pat
         export(small, tmp_path / "out", "gemma")
     message = str(refused.value)
     assert message.startswith("the format gemma cannot hold 17 of 17 compressed layers:\n")
-    assert message.endswith("\nTake another format.")  # none is left for it to carry
+    assert message.endswith("\nTake another format.")  # no layer is left that it can hold
     for name in SavedFolder.read(small).entry.plan.layers:
         assert name in message
     assert "\n  groups of 8 inputs have a scale each, and not all inputs together: bert.embeddings.word_emb" in message
