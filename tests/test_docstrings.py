@@ -13,8 +13,6 @@ import hf_lossless
 COMMANDS = ("judging", "making", "publish")  # typer prints their docstrings as help, in the imperative
 EXEMPT = (
     "hf_lossless.__main__",
-    "hf_lossless.storage",
-    "hf_lossless.checkpoints",
     *(f"hf_lossless.cli.{name}" for name in COMMANDS),
 )
 NO_VERBS = (
@@ -44,6 +42,8 @@ def first_words(module_name: str) -> Iterator[tuple[str, str]]:
 
 @pytest.mark.parametrize("module", MODULES)
 def test_docstrings_begin_with_a_verb(module: str) -> None:
+    if module == "hf_lossless.checkpoints.adapters":
+        pytest.importorskip("peft")  # whose import imports the module
     wrong = [
         f"{name}: {word}"
         for name, word in first_words(module)

@@ -1,1 +1,1 @@
-"""The plug-in of transformers, and saved folders: reading, writing, loading, exporting."""
+"""The plug-in for transformers, and saved folders: reading, writing, loading and exporting them."""

@@ -1,9 +1,9 @@
-"""LoRA of peft on compressed layers: `y = layer(x) + B A x`, with A and B trained and the layer as it is.
+"""LoRA of peft on compressed layers: `y = layer(x) + B A x`, with A and B trained and the layer unchanged.
 
-Peft chooses an adapter by the class of a layer; compressed layers are added to its choice when peft is imported after
-`import hf_lossless`, or before. An adapter is saved and loaded by peft as any other. It cannot be merged: the sum of
-codes and adapter has no codes. A head that peft trains in full (`modules_to_save`, as it does for classifiers) is
-trained as a plain layer that begins with the compressed layer's values.
+Peft chooses an adapter by the class of a layer; compressed layers are added to its choices, whether peft is imported
+before or after `hf_lossless`. Peft saves and loads such an adapter as any other. It cannot be merged, because the sum
+of weight and adapter has no codes. A head that peft trains in full (`modules_to_save`, as it does for classifiers) is
+trained as a plain layer, initialised with the compressed layer's values.
 """
 
 from typing import Any
@@ -24,7 +24,7 @@ from hf_lossless.storage.modules.tied import Tied, TiedEmbedding
 
 
 class _OnCompressed(LoraLayer):
-    """What differs where the layer below is compressed."""
+    """Overrides of peft's methods for compressed layers."""
 
     def _get_in_out_features(self, module: Any) -> tuple[int, int]:
         if getattr(module, "kind", None) == "conv2d":
@@ -35,7 +35,7 @@ class _OnCompressed(LoraLayer):
         return (out_features, in_features) if looked_up else (in_features, out_features)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Refuses: the sum of codes and adapter has no codes."""
+        """Refuses to merge, because the sum of weight and adapter has no codes."""
         raise ConfigurationError(
             "an adapter cannot be merged into a compressed layer: the sum has no codes. Keep it beside the layer "
             "(save_pretrained of the peft model saves it), or merge it into the original model and compress that."
@@ -43,7 +43,7 @@ class _OnCompressed(LoraLayer):
 
 
 class LoraLinear(_OnCompressed, Linear):
-    """LoRA of a compressed linear layer, of transformers' Conv1D too."""
+    """LoRA of a compressed linear layer, including transformers' Conv1D."""
 
 
 class LoraEmbedding(_OnCompressed, Embedding):
@@ -60,17 +60,17 @@ class LoraConv2d(_OnCompressed, Conv2d):
     _plain: nn.Conv2d | None = None
 
     def get_base_layer(self) -> nn.Module:
-        """The compressed layer; while A and B are made, a plain convolution of its shape, which peft copies."""
+        """Returns the compressed layer, or, while A and B are made, a plain convolution of its shape."""
         return super().get_base_layer() if self._plain is None else self._plain
 
     def update_layer(self, *args: Any, **kwargs: Any) -> None:
-        """Makes A and B."""
+        """Makes A and B from a plain convolution of the same shape."""
         layer = self.get_base_layer()
         assert isinstance(layer, CompressedModule)
         names = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups")
         with torch.device("meta"):
             plain = nn.Conv2d(**{name: getattr(layer, name) for name in names}, bias=layer.bias is not None)
-        # Of the weight only shape, dtype and device are looked at: it takes no memory.
+        # Peft reads only shape, dtype and device of the weight, so it is on meta and takes no memory.
         first = next(iter(layer.weight_tensors.values()))
         number = torch.zeros((), dtype=layer.dtype, device=first.device)
         plain.weight = nn.Parameter(number.expand(layer.weight_shape), requires_grad=False)
@@ -82,7 +82,7 @@ class LoraConv2d(_OnCompressed, Conv2d):
 
 
 def _adapter_class(layer: nn.Module) -> Any:
-    """The adapter of a compressed or tied layer; None for another."""
+    """Chooses the adapter class of a compressed or tied layer; None for other modules."""
     if isinstance(layer, Tied):
         return LoraEmbedding if isinstance(layer, TiedEmbedding) else LoraLinear
     if not isinstance(layer, CompressedModule):
@@ -91,12 +91,12 @@ def _adapter_class(layer: nn.Module) -> Any:
 
 
 def _create(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
-    """Stands before peft's own choice of an adapter."""
+    """Wraps peft's own choice of an adapter."""
 
     def chosen(lora_config: Any, adapter_name: str, target: nn.Module, **settings: Any) -> Any:
         layer = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
         adapter = _adapter_class(layer)
-        if adapter is None or isinstance(layer, tuple(lora_config._custom_modules or ())):  # a user's own choice
+        if adapter is None or isinstance(layer, tuple(lora_config._custom_modules or ())):  # the user's own choice
             return wrapped(lora_config, adapter_name, target, **settings)
         if settings.get("parameter_name") is not None:
             raise ConfigurationError(
@@ -109,7 +109,7 @@ def _create(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
 
 
 def _copy_to_train(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
-    """Makes plain layers of the compressed ones in a copy that peft trains in full: codes are never trained."""
+    """Replaces compressed layers by plain ones in a copy that peft trains in full, because codes are not trained."""
     known = set(instance.modules_to_save)
     result = wrapped(*args, **kwargs)
     for name in set(instance.modules_to_save) - known:
@@ -121,6 +121,6 @@ def _copy_to_train(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
 
 
 def register() -> None:
-    """Adds compressed layers to what peft can adapt."""
+    """Adds compressed layers to the layers that peft can adapt."""
     wrapt.wrap_function_wrapper(LoraModel, "_create_new_module", _create)
     wrapt.wrap_function_wrapper(ModulesToSaveWrapper, "update", _copy_to_train)

@@ -1,13 +1,13 @@
-"""`LosslessCheckpointConfig`: what a compressed checkpoint says of itself, in config.json under "quantization_config".
+"""`LosslessCheckpointConfig`: the entry "quantization_config" in config.json of a compressed checkpoint.
 
-It is another class than `LosslessCompressionConfig`, with which it shares nothing but the method's name: transformers
-refuses to load a checkpoint whose stored class is another one than the class of the argument, and that is what stops a
-model from being compressed twice.
+It is a separate class from `LosslessCompressionConfig`, with which it shares only the method's name: transformers
+refuses to load a checkpoint whose stored class differs from the class of the argument, and this stops a model from
+being compressed twice.
 
-Beside it stands a demand in config.json, for those who load without this package. Transformers ignores a quantisation
-that it does not know with a line in its log, and where `ignore_mismatched_sizes=True` even the guards do not stop it
-from filling layers with random weights. But it refuses a fusion of modules that it does not know, whatever else is
-asked, before it builds a model, and it names the fusion: so the demand is the name of one.
+Config.json also holds a demand, for users who load without this package. Transformers ignores an unknown quantisation
+method with a line in its log, and with `ignore_mismatched_sizes=True` even the guards do not stop it from filling
+layers with random weights. But it always refuses an unknown fusion of modules, before it builds a model, and names it
+in the error: so the demand is written as the name of a fusion.
 """
 
 from typing import Any
@@ -21,25 +21,25 @@ from hf_lossless.errors import CheckpointError
 from hf_lossless.storage.plan import FORMAT_VERSION, QUANT_METHOD, QUANT_METHODS, CompressionPlan, json_bytes
 
 DEMAND = "hf_lossless (pip install hf-lossless, and import hf_lossless before from_pretrained)"
-"""What a transformers without this package says that it does not know."""
+"""The name of the unknown fusion in the error of a transformers without this package."""
 
 _REMEDY = "Take config.json again from where the checkpoint came from."
 
 
 class LosslessCheckpointConfig(QuantizationConfigMixin):
-    """What a compressed checkpoint says of itself, in config.json.
+    """Describes a compressed checkpoint, in config.json.
 
     Args:
-        format_version: Layout on disk.
-        plan: The plan, as JSON values or read.
+        format_version: Version of the layout on disk.
+        plan: The plan, as JSON values or as a `CompressionPlan`.
         quant_method: "hf_lossless"; "lossless" in older checkpoints.
-        certificate: What held-out rows said of the model, as JSON values or read; None: nobody asked.
+        certificate: The certificate from held-out rows, as JSON values or as a `Certificate`; None: none was requested.
 
-    How the model is computed is not part of it: transformers passes on loading arguments for its own classes only.
-    Set the environment variable HF_LOSSLESS_RUNTIME, or call `hf_lossless.optimize` on the loaded model.
+    The run time is not part of it, because transformers passes loading arguments on for its own classes only. Set the
+    environment variable HF_LOSSLESS_RUNTIME, or call `hf_lossless.optimize` on the loaded model.
 
     Raises:
-        CheckpointError: The format is newer than this release, or not one at all; the certificate is malformed.
+        CheckpointError: The format version is newer than this release or invalid, or the certificate is malformed.
         PlanError: The plan is malformed.
     """
 
@@ -65,26 +65,26 @@ class LosslessCheckpointConfig(QuantizationConfigMixin):
 
     @classmethod
     def of(cls, plan: CompressionPlan, certificate: Certificate | None = None) -> "LosslessCheckpointConfig":
-        """What a checkpoint with this plan and certificate, written by this release, says."""
+        """Makes the entry of a checkpoint that this release writes, with this plan and certificate."""
         return cls(FORMAT_VERSION, plan, certificate=certificate)
 
     @property
     def size_bytes(self) -> int:
-        """Bytes of the whole checkpoint: all tensors, and this entry as config.json holds it."""
+        """Computes the bytes of the whole checkpoint: all tensors, and this entry as config.json holds it."""
         return self.plan.tensor_bytes + json_bytes(self.to_dict())
 
     @classmethod
     def from_dict(
         cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any
     ) -> "LosslessCheckpointConfig | tuple[LosslessCheckpointConfig, dict[str, Any]]":
-        """Reads the entry of config.json; the version is judged first, for a newer format may have other entries."""
+        """Reads the entry of config.json; the version is checked first, because newer formats may have other fields."""
         version = config_dict.get("format_version")
         newer = isinstance(version, int) and version > FORMAT_VERSION
         config = cls(version) if newer else cls(**_known(config_dict))
         return (config, kwargs) if return_unused_kwargs else config
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON values, as they stand in config.json."""
+        """Returns the JSON values of the entry in config.json."""
         return {
             "quant_method": self.quant_method,
             "format_version": self.format_version,
@@ -103,12 +103,12 @@ def _known(config_dict: dict[str, Any]) -> dict[str, Any]:
 
 
 def demand(config: PreTrainedConfig) -> None:
-    """Makes a transformers that does not know this package refuse to load a model with this config."""
+    """Adds the demand to a config: transformers without this package then refuses to load the model."""
     config.fusion_config = {**(getattr(config, "fusion_config", None) or {}), DEMAND: True}
 
 
 def meet_demand(config: PreTrainedConfig) -> None:
-    """Takes the demand out of a config; fusions that a user asked for stay."""
+    """Removes the demand from a config; fusions that a user requested stay."""
     fusions = {name: value for name, value in (getattr(config, "fusion_config", None) or {}).items() if name != DEMAND}
     if fusions:
         config.fusion_config = fusions

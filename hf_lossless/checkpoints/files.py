@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all."""
+"""Reads JSON files, and writes files and folders completely or not at all."""
 
 import json
 import os
@@ -13,10 +13,10 @@ from hf_lossless.errors import CheckpointError
 
 
 def read_json(path: Path, remedy: str, malformed_remedy: str) -> Any:
-    """The values in a JSON file.
+    """Reads the values of a JSON file.
 
     Raises:
-        CheckpointError: It cannot be read, or is not JSON; the message ends with the one remedy or the other.
+        CheckpointError: It cannot be read (the message ends with `remedy`), or is not JSON (with `malformed_remedy`).
     """
     try:
         return json.loads(path.read_text(encoding="utf-8"))
@@ -27,10 +27,10 @@ def read_json(path: Path, remedy: str, malformed_remedy: str) -> Any:
 
 
 def write_file(path: Path, text: str) -> None:
-    """Writes a file whole or not at all; one that is there is replaced at once.
+    """Writes a file completely or not at all; an existing file is replaced atomically.
 
     Raises:
-        CheckpointError: There is no folder to write it to, or it may not be written.
+        CheckpointError: The parent folder does not exist, or the file may not be written.
     """
     try:
         handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
@@ -40,25 +40,25 @@ def write_file(path: Path, text: str) -> None:
             os.chmod(temporary, 0o644)
             os.replace(temporary, path)
         finally:
-            Path(temporary).unlink(missing_ok=True)  # it is still there only where something went wrong
+            Path(temporary).unlink(missing_ok=True)  # it still exists only after an error
     except OSError as error:
         raise CheckpointError(f"{path} cannot be written: {error.strerror}. Name another file.") from error
 
 
 @contextmanager
 def new_folder(target: str | os.PathLike[str]) -> Iterator[Path]:
-    """A temporary folder beside `target` that takes its name when the block ends well, and is removed when not.
+    """Yields a temporary folder beside `target` that is renamed to it on success, and removed on an error.
 
     Raises:
-        CheckpointError: `target` is there and is not an empty folder.
+        CheckpointError: `target` exists and is not an empty folder.
     """
-    target = Path(os.path.realpath(target))  # "." has no name to make a temporary one of; a link stays a link
+    target = Path(os.path.realpath(target))  # "." has no name for a temporary folder; a link stays a link
     refuse_occupied(target)
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     try:
         yield temporary
-        refuse_occupied(target)  # it may have come meanwhile
+        refuse_occupied(target)  # it may have been created meanwhile
         temporary.chmod(0o755)
         os.replace(temporary, target)
     finally:
@@ -66,7 +66,7 @@ def new_folder(target: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 def refuse_occupied(target: str | os.PathLike[str]) -> None:
-    """Raises CheckpointError where `target` is a file or a folder with something in it, or cannot be written."""
+    """Raises CheckpointError where `target` is a file or a folder that is not empty, or cannot be written."""
     target = Path(target)
     if target.exists() and not (target.is_dir() and not any(target.iterdir())):
         raise CheckpointError(f"the output folder {target} exists and is not empty. Remove it, or name another one.")

@@ -1,9 +1,9 @@
-"""Guards, and the check that a checkpoint's files hold the tensors that a compressed model needs.
+"""Guards against loading without this package, and the check that files hold the tensors of a compressed model.
 
-The tensors of a compressed checkpoint are in safetensors files, its plan is in config.json. Beside the tensors of
-a compressed layer lies an empty tensor under the weight's old name, the guard: a transformers that does not know this
-package ignores the plan with no more than a line in its log, builds the original model and would fill it with random
-weights; the guard's shape [0] makes it stop.
+The tensors of a compressed checkpoint are in safetensors files, its plan is in config.json. Each compressed layer also
+has an empty tensor under the weight's original name, the guard: transformers without this package would ignore the plan
+with no more than a line in its log, build the original model and fill it with random weights; the guard's shape [0]
+makes it stop.
 """
 
 import os
@@ -23,12 +23,12 @@ _REMEDY = "Take the folder again from where it came from."
 
 
 def state_dict_with_guards(model: nn.Module) -> dict[str, Tensor]:
-    """The model's tensors, and a guard for every compressed layer, also for those that are offloaded now."""
+    """Returns the model's tensors and a guard for every compressed layer, including offloaded ones."""
     return {**model.state_dict(), **{name: torch.empty(1)[:0] for name in guard_names(model)}}
 
 
 def guard_names(model: nn.Module) -> set[str]:
-    """Names of the empty tensors: those that the weights of the compressed layers had."""
+    """Returns the names of the guards: the original names of the compressed layers' weights."""
     return {f"{name}.weight" for name in compressed_layers(model)}
 
 
@@ -46,21 +46,21 @@ def check_files(
     """Compares the headers of safetensors files with the tensors that a compressed model needs.
 
     Args:
-        files: The checkpoint's files, all its shards.
+        files: The checkpoint's files, with all shards.
         model: The model with its compressed modules in place, on meta or real.
-        rename: From a tensor's name on disk to its name in the model.
-        complete: Whether the files must hold this very model, no tensor less and none more. False for a model that
-            shares only a part with the one that was saved (another head): then only compressed layers are compared.
-        as_saved: Whether the files are known to be those that were saved, by their bytes. A tensor outside of
-            compressed layers that is missing or of another shape is then one of a model that differs (a pooler that the
-            saved one had not, a head for other labels), which is for transformers to refuse or to accept.
-        resized: Layers that are not compressed in this model, for they have another shape here.
-        ties: From a tensor's name to that of the tensor it is the same as; the files hold one of them.
-        unsaved: Names of tensors that the model computes anew and does not save.
+        rename: Maps a tensor's name on disk to its name in the model.
+        complete: Whether the files must hold exactly this model's tensors. False for a model that shares only a part
+            with the saved one (another head): then only compressed layers are compared.
+        as_saved: Whether the files are known, by their bytes, to be those that were saved. A tensor outside of
+            compressed layers that is missing or of another shape then belongs to a model that differs (a pooler that
+            the saved one did not have, a head for other labels), and transformers decides whether to accept it.
+        resized: Layers that are not compressed in this model, because their shape differs from the saved one.
+        ties: Maps the name of each tied tensor to that of the tensor it shares; the files hold one of them.
+        unsaved: Names of tensors that the model recomputes and does not save.
 
     Raises:
-        CheckpointError: A file is truncated or no safetensors file, or a tensor is missing, one too many, or of the
-            wrong dtype or shape.
+        CheckpointError: A file is truncated or no safetensors file, or a tensor is missing, unexpected, or of the wrong
+            dtype or shape.
     """
     guards = guard_names(model)
     tensors = {name: tensor for name, tensor in model.state_dict().items() if name not in guards}
@@ -86,7 +86,7 @@ def check_files(
                 raise CheckpointError(
                     f"{where} has shape {list(shape)}, the plan needs {list(wanted_shape)}. {_REMEDY}"
                 )
-            # A model may be loaded in another floating dtype; codes and scales may not.
+            # A model may be loaded in another floating dtype; codes and scales keep theirs.
             if dtype != wanted_dtype and (name in packed or not {dtype, wanted_dtype} <= {"F16", "BF16", "F32", "F64"}):
                 raise CheckpointError(f"{where} is of type {dtype}, the plan needs {wanted_dtype}. {_REMEDY}")
     ties = ties or {}
@@ -103,13 +103,13 @@ def check_files(
 
 
 def _packed_names(model: nn.Module) -> set[str]:
-    """Names of the tensors that are of one dtype whatever the model is loaded in: codes, scales and zeros."""
+    """Returns the names of the tensors whose dtype does not depend on the model's: codes, scales and zeros."""
     kinds = (PackedModule, CodedModule, QuantisedInput)
     packed = ((name, module) for name, module in model.named_modules() if isinstance(module, kinds))
     return {f"{name}.{part}" for name, module in packed for part, _ in module.named_buffers()}
 
 
 def _is_inside(tensor_name: str, modules: Collection[str]) -> bool:
-    """Whether a tensor lies in one of these modules, at any depth."""
+    """Returns whether a tensor lies in one of these modules, at any depth."""
     parts = tensor_name.split(".")
     return any(".".join(parts[:depth]) in modules for depth in range(1, len(parts)))

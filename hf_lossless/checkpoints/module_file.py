@@ -1,8 +1,8 @@
-"""A compressed module that is no model of transformers, in one safetensors file: `save_module` and `load_module`.
+"""Saves compressed modules that are no models of transformers in one safetensors file: `save_module`, `load_module`.
 
-The file holds every tensor once, with buffers that a state dict leaves out (`persistent=False`), for on meta they could
-not be computed anew. Its metadata holds the plan, the dtypes that compressed layers compute in, and which names stand
-for the same tensor (a tied weight that was kept).
+The file holds every tensor once, including buffers that a state dict omits (`persistent=False`), because they could not
+be recomputed on meta. Its metadata holds the plan, the dtypes that compressed layers compute in, and which names share
+a tensor (a tied weight that was kept).
 """
 
 import json
@@ -26,12 +26,12 @@ _REMEDY = "Take the file again from where it came from."
 
 
 def save_module(path: str | os.PathLike[str], model: nn.Module, plan: Any) -> None:
-    """Saves a compressed module, with all that `load_module` needs.
+    """Saves a compressed module, with everything that `load_module` needs.
 
     Args:
-        path: The file to write, as a rule named *.safetensors.
-        model: What `compress` was given.
-        plan: What `compress` gave back, or its plan.
+        path: The file to write, usually named *.safetensors.
+        model: The model that `compress` compressed.
+        plan: The result of `compress`, or its plan.
 
     Raises:
         CheckpointError: The model is not compressed as the plan says, has state that is no tensor, or the file cannot
@@ -72,17 +72,18 @@ def save_module(path: str | os.PathLike[str], model: nn.Module, plan: Any) -> No
 
 
 def load_module(path: str | os.PathLike[str], model: nn.Module) -> nn.Module:
-    """Loads what `save_module` saved into a model of the same class, in place.
+    """Loads a file of `save_module` into a model of the same class, in place.
 
     Args:
         path: The file.
-        model: Built as the original was, with any weights; on meta (`with torch.device("meta")`) it takes no memory.
+        model: A model built as the original was, with any weights; on meta (`with torch.device("meta")`) it takes no
+            memory.
 
     Returns:
         The model, in evaluation mode, on the CPU.
 
     Raises:
-        CheckpointError: The file is no such file, or does not hold the tensors of this model.
+        CheckpointError: The file was not written by `save_module`, or does not hold the tensors of this model.
         PlanError: The plan does not fit the model.
     """
     about, tensors = _read(path)
@@ -106,19 +107,19 @@ def load_module(path: str | os.PathLike[str], model: nn.Module) -> nn.Module:
         raise CheckpointError(f"{os.fspath(path)} does not fit this {type(model).__name__}: {error}") from error
     for name in wanted - persistent:
         _set(model, name, every[name])
-    for name, other in about["same_as"].items():  # one parameter again, where there are two of one memory now
+    for name, other in about["same_as"].items():  # makes two parameters of the same memory one again
         _set(model, name, _get(model, other))
     _refuse_what_is_left_on_meta(model)
     return model.eval()
 
 
 def _all_tensors(model: nn.Module) -> Iterator[tuple[str, Any]]:
-    """Everything in the state dict, and the buffers that are left out of it."""
+    """Yields everything in the state dict, and the buffers that it omits."""
     state = model.state_dict(keep_vars=True)
     yield from state.items()
     inside = compressed_layers(model)
     for name, buffer in model.named_buffers(remove_duplicate=False):
-        # What a coded layer decodes is made of its bytes.
+        # Decoded tensors of a coded layer are recomputed from its bytes.
         if name not in state and not any(name.startswith(f"{layer}.") for layer in inside):
             yield name, buffer
 
@@ -138,7 +139,7 @@ def _set(model: nn.Module, name: str, tensor: Any) -> None:
 
 
 def _refuse_what_is_left_on_meta(model: nn.Module) -> None:
-    """Raises where a module holds a tensor as a plain attribute that was made on meta: no file has it."""
+    """Raises CheckpointError where a module has a tensor on meta as a plain attribute, which no file holds."""
     for name, module in model.named_modules():
         for attribute, value in vars(module).items():
             if isinstance(value, Tensor) and value.is_meta:

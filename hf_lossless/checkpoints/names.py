@@ -1,4 +1,4 @@
-"""Fits a saved plan to a transformers model: names of layers and of tensors on disk, ties, dtypes, and bytes."""
+"""Maps a saved plan to a transformers model: names of layers and of tensors on disk, ties, dtypes and bytes."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -23,13 +23,13 @@ from hf_lossless.storage.plan import CompressionPlan, LayerPlan, activations_of
 
 
 def plans_for(model: PreTrainedModel, layer_plans: dict[str, LayerPlan]) -> dict[str, LayerPlan]:
-    """A saved plan under this model's names, which lack or have the base model's prefix where the saved ones do not.
+    """Maps a saved plan to this model's names, which may differ by the base model's prefix.
 
-    A head that the plan names and this model does not have (AutoModel of a classifier's checkpoint), or a pooler, is
-    passed over, but not where the model is of the very class that was saved.
+    A head or a pooler that the plan names and this model does not have (AutoModel of a classifier's checkpoint) is
+    skipped, unless the model is of the saved class.
 
     Raises:
-        PlanError: A layer of a model of the saved class is not there, or none of another class.
+        PlanError: The model is of the saved class and lacks a layer, or none of the layers is in the model.
     """
     names = {name for name, _ in model.named_modules()}
     prefix = f"{model.base_model_prefix}."
@@ -56,10 +56,10 @@ def plans_for(model: PreTrainedModel, layer_plans: dict[str, LayerPlan]) -> dict
 def resized_layers(
     model: PreTrainedModel, layer_plans: Mapping[str, LayerPlan], saved: Mapping[str, tuple[int, ...]]
 ) -> set[str]:
-    """Finds the layers that a model has in another shape than they were saved in: a head for other labels.
+    """Finds the layers whose shape in a model differs from the saved one, as in a head for other labels.
 
     Args:
-        model: On meta, its layers not yet replaced.
+        model: The model on meta, with its original layers.
         layer_plans: The plan under this model's names.
         saved: Shapes of the saved tensors, by their names on disk.
     """
@@ -73,7 +73,7 @@ def resized_layers(
         own_shape = tuple(layer.matrix.shape)
         bias = getattr(layer.module, "bias", None)
         if bias is not None and any(saved.get(f"{form}.bias") == bias.shape for form in forms):
-            fits = True  # as many outputs: if its plan does not fit all the same, that is for `apply_plan` to say
+            fits = True  # the number of outputs is the same: if its plan does not fit anyway, `apply_plan` raises
         elif (stated := layer_plan.coded or layer_plan.low_rank) is not None and stated.shape == own_shape:
             fits = True
         elif layer_plan.coded is not None:
@@ -97,26 +97,26 @@ def resized_layers(
 def plan_of(
     model: PreTrainedModel, saved: CompressionPlan, layers: dict[str, LayerPlan], *, complete: bool
 ) -> CompressionPlan:
-    """A saved plan as it stands in a loaded model: under the model's names, with its bytes.
+    """Makes the plan of a loaded model from the saved one: under the model's names, with its bytes.
 
-    A model that took only a part of what was saved (AutoModel of a classifier's checkpoint) can so be saved in turn.
-    Its `original_bytes` are those of that part, in the dtype it was loaded in.
+    A model that loaded only a part of what was saved (AutoModel of a classifier's checkpoint) can thus be saved in
+    turn. Its `original_bytes` are those of that part, in the dtype it was loaded in.
 
     Args:
         model: The model.
-        saved: The plan as it was saved.
-        layers: The layers that the model took, under its own names.
-        complete: Whether it took all.
+        saved: The saved plan.
+        layers: The layers that the model loaded, under its own names.
+        complete: Whether it loaded all layers.
     """
     plan = _with_layers(model, saved, layers)
     return plan if complete else _with_own_original_bytes(model, plan)
 
 
 def plan_of_part(part: PreTrainedModel, name: str, whole: CompressionPlan) -> CompressionPlan:
-    """The share that a part of a compressed model has in its plan.
+    """Makes the plan of a part of a compressed model from the whole model's plan.
 
     Args:
-        part: The part, itself a model.
+        part: The part, itself a model of transformers.
         name: Its name in the whole.
         whole: The whole model's plan.
     """
@@ -136,7 +136,7 @@ def _with_layers(model: PreTrainedModel, plan: CompressionPlan, layers: dict[str
 
 
 def _with_own_original_bytes(model: PreTrainedModel, plan: CompressionPlan) -> CompressionPlan:
-    """The plan with the bytes that this model, a part of the original, had in the dtypes it computes in."""
+    """Sets `original_bytes` to those of this model, a part of the original, in the dtypes it computes in."""
     original_bytes = plan.tensor_bytes
     for name, layer_plan in plan.layers.items():
         module = model.get_submodule(name)
@@ -146,11 +146,11 @@ def _with_own_original_bytes(model: PreTrainedModel, plan: CompressionPlan) -> C
 
 
 def refuse_other_layers(model: PreTrainedModel, plan: CompressionPlan) -> None:
-    """Ends with an error where a model is no longer what its plan says, so that it could be saved but not loaded.
+    """Raises an error where a model differs from its plan, so that it could be saved but not loaded.
 
     Raises:
-        CheckpointError: A layer of the plan was replaced (by an adapter, a merge, a resize), one is compressed that the
-            plan does not name, or one computes with the weight of a layer that is not in this model.
+        CheckpointError: A layer of the plan was replaced (by an adapter, a merge, a resize), a compressed layer is not
+            in the plan, or a layer computes with the weight of a layer outside of this model.
     """
     remedy = "Put the model back as it was (an adapter: unload() it) and save it then; an adapter is saved by itself."
     compressed = compressed_layers(model)
@@ -180,7 +180,7 @@ def refuse_other_layers(model: PreTrainedModel, plan: CompressionPlan) -> None:
 
 
 def with_present_bytes(model: PreTrainedModel, plan: CompressionPlan) -> CompressionPlan:
-    """Counts the bytes of a plan's tensors as they are now; a cast changes what is in floating point."""
+    """Updates the bytes of a plan's tensors to their present dtypes; a cast changes those in floating point."""
     layers = {}
     for name, layer_plan in plan.layers.items():
         module = model.get_submodule(name)
@@ -191,34 +191,36 @@ def with_present_bytes(model: PreTrainedModel, plan: CompressionPlan) -> Compres
 
 
 def is_saved_class(model: PreTrainedModel) -> bool:
-    """Whether a model is of the class that was saved, and so must find everything that was saved."""
+    """Returns whether a model is of the class that was saved, so that every saved layer must be found in it."""
     return type(model).__name__ in (model.config.architectures or ())
 
 
 def forget_compressed_ties(model: PreTrainedModel) -> None:
-    """Takes what is compressed out of the model's lists of tied weights.
+    """Removes compressed layers from the model's lists of tied weights.
 
-    Transformers ties by parameter name, and a compressed module has no parameter of that name; the sharing is done by
-    `storage.modules.tied` now. The class attribute is shadowed on the instance, so that a later `tie_weights()` keeps
-    to it.
+    Transformers ties by parameter name, and a compressed module has no parameter of that name; `storage.modules.tied`
+    shares the weight instead. The class attribute is shadowed on the instance, so that a later `tie_weights()` uses the
+    shortened list.
     """
     tied = (name for name, module in model.named_modules() if isinstance(module, Tied))
-    gone = {f"{name}.weight" for name in (*compressed_layers(model), *tied)}
+    compressed = {f"{name}.weight" for name in (*compressed_layers(model), *tied)}
     for prefix, submodel in model.named_modules():
         if not isinstance(submodel, PreTrainedModel):
             continue
         dotted = f"{prefix}." if prefix else ""
         ties = submodel.all_tied_weights_keys
-        kept = {target: source for target, source in ties.items() if not {dotted + target, dotted + source} & gone}
+        kept = {
+            target: source for target, source in ties.items() if not {dotted + target, dotted + source} & compressed
+        }
         if kept != ties:
             submodel._tied_weights_keys = dict(kept)
             submodel.all_tied_weights_keys = kept
 
 
 def compute_in_float32(model: PreTrainedModel) -> None:
-    """Where transformers loads a weight in float32 whatever dtype is asked (T5's `wo` in float16), so does its layer.
+    """Sets layers to compute in float32 where transformers always loads their weights so (T5's `wo` in float16).
 
-    On meta the weight still has the dtype that was asked.
+    On meta the weight still has the requested dtype.
     """
     asked = model.config.dtype
     assert isinstance(asked, torch.dtype)
@@ -232,7 +234,7 @@ def compute_in_float32(model: PreTrainedModel) -> None:
 
 
 def restore_scales(model: PreTrainedModel) -> None:
-    """The scales of such layers were loaded in float32 as well; they go back to the dtype they are stored in."""
+    """Casts the scales of layers that were loaded in float32 back to the dtype they are stored in."""
     for module in model.modules():
         if isinstance(module, PackedModule):
             scale_dtype = getattr(torch, module.grid.scale_dtype)
@@ -241,7 +243,7 @@ def restore_scales(model: PreTrainedModel) -> None:
 
 
 def name_in_model(model: PreTrainedModel) -> Callable[[str], str]:
-    """From names on disk, which for some architectures are those of older releases, to module names."""
+    """Makes the map from names on disk, which for some architectures are those of older releases, to module names."""
     mapping = get_model_conversion_mapping(model)
     renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
     converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
@@ -255,7 +257,7 @@ def name_in_model(model: PreTrainedModel) -> Callable[[str], str]:
 
 
 def decode_layers(model: PreTrainedModel) -> None:
-    """Decodes the entropy-coded layers that have been loaded, each in a thread of its own, up to torch's number.
+    """Decodes the loaded entropy-coded layers, in as many threads as torch uses.
 
     Without numba there is one thread: numpy holds Python's lock between its calls, which are short here.
 

@@ -1,6 +1,6 @@
-"""The plug-in: what `from_pretrained` and `save_pretrained` call.
+"""The plug-in that `from_pretrained` and `save_pretrained` call.
 
-A first load calibrates and compresses after the weights are there; a reload puts empty compressed modules in place
+A first load calibrates and compresses after the weights are loaded; a reload puts empty compressed modules in place
 while the model is still on meta, so that the saved tensors load into them and a full-precision model never exists.
 """
 
@@ -47,14 +47,14 @@ if TYPE_CHECKING:
 
 
 class LosslessHfQuantizer(HfQuantizer):
-    """Compresses a model that is being loaded, or loads one that is compressed.
+    """Compresses a model while it is loaded, or loads a compressed one.
 
     Attributes:
-        result: After a first load, what `compress` gave; None after a reload.
+        result: After a first load, the result of `compress`; None after a reload.
     """
 
     quantization_config: Any  # a LosslessCompressionConfig before compression, a LosslessCheckpointConfig afterwards
-    requires_calibration = False  # True would refuse every model that is not compressed yet
+    requires_calibration = False  # True would refuse every model that is not yet compressed
 
     def __init__(self, quantization_config: Any, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
@@ -63,7 +63,7 @@ class LosslessHfQuantizer(HfQuantizer):
         self._layers: dict[str, LayerPlan] = {}
         self._complete = True
         if not self.pre_quantized:
-            from hf_lossless.config import LosslessCompressionConfig  # it loads all that compressing needs
+            from hf_lossless.config import LosslessCompressionConfig  # it imports everything that compressing needs
 
             if not isinstance(quantization_config, LosslessCompressionConfig):
                 raise ConfigurationError(
@@ -72,7 +72,7 @@ class LosslessHfQuantizer(HfQuantizer):
                 )
 
     def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
-        """Refuses disk offload: a layer whose weight is on disk can be neither calibrated nor unpacked."""
+        """Refuses disk offload, because a layer whose weight is on disk can be neither calibrated nor unpacked."""
         if isinstance(device_map, dict) and "disk" in device_map.values():
             raise ConfigurationError(
                 f"device_map sends {[name for name, place in device_map.items() if place == 'disk']} to disk. "
@@ -86,7 +86,7 @@ class LosslessHfQuantizer(HfQuantizer):
             )
 
     def update_attn_implementation(self, config: PreTrainedConfig) -> PreTrainedConfig:
-        """Meets the demand for this package, before transformers reads of it; nothing about attention."""
+        """Removes the demand for this package before transformers reads it; attention is not changed."""
         meet_demand(config)
         return config
 
@@ -98,7 +98,8 @@ class LosslessHfQuantizer(HfQuantizer):
             return model
         plan = self.quantization_config.plan
         files = checkpoint_files or []
-        # Files with the plan's bytes are those that were saved: where a model differs from them, it is another model.
+        # Files with as many bytes as the plan says are those that were saved; where a model differs, it is another
+        # model.
         as_saved = bool(files) and sum(tensor_sizes(files).values()) == plan.tensor_bytes
         self._layers = plans_for(model, plan.layers)
         saved_shapes = {name: shape for file in files if as_saved for name, _, shape in headers(file)}
@@ -108,7 +109,7 @@ class LosslessHfQuantizer(HfQuantizer):
         apply_plan(model, self._layers)
         forget_compressed_ties(model)
         compute_in_float32(model)
-        # Transformers knows a guard by the name it had when saved, which may have a prefix that this model has not.
+        # Transformers knows a guard by its saved name, which may have a prefix that this model lacks.
         saved_guards = {f"{name}.weight" for name, layer_plan in plan.layers.items() if layer_plan.kind != "kept"}
         guards = {f"^{re.escape(name)}$" for name in guard_names(model) | saved_guards}
         model._keys_to_ignore_on_load_unexpected = set(model._keys_to_ignore_on_load_unexpected or ()) | guards
@@ -133,14 +134,14 @@ class LosslessHfQuantizer(HfQuantizer):
             restore_scales(model)
             decode_layers(model)
             saved = self.quantization_config.certificate
-            # A certificate speaks of the model that was saved, and not of a part of it (AutoModel of a classifier's).
+            # A certificate holds for the model that was saved, not for a part of it (AutoModel of a classifier's).
             certificate = saved if self._complete else None
             plan = plan_of(model, self.quantization_config.plan, self._layers, complete=self._complete)
             self.attach(model, plan, certificate)
             if compressed_layers(model):
                 optimize(model, runtime_of_load(None if saved is None else saved.provenance.runtime))
             for module in _coded_modules(model):
-                module.forget_bytes()  # saving makes them again
+                module.forget_bytes()  # saving encodes them again
             return model
         _refuse_meta(model)
         from hf_lossless.certified_search import compress_pretrained
@@ -151,21 +152,21 @@ class LosslessHfQuantizer(HfQuantizer):
 
     @classmethod
     def attach_result(cls, result: "CompressionResult") -> None:
-        """Attaches quantizers to the model that `compress` was given, or to the models of transformers inside it."""
+        """Attaches quantizers to the model that `compress` compressed, or to the models of transformers inside it."""
         _own_configs(result.model)
         if not isinstance(result.model, PreTrainedModel):
             cls._attach_to_parts(result.model, result.plan)
             return
         quantizer = cls(LosslessCheckpointConfig.of(result.plan, result.certificate), pre_quantized=True)
         quantizer.attach(result.model, result.plan, result.certificate)
-        # As after a first load: it was not loaded compressed, and its result is known.
+        # As after a first load, the model was not loaded compressed, and its result is known.
         quantizer.result, quantizer.pre_quantized = result, False
 
     def attach(self, model: PreTrainedModel, plan: CompressionPlan, certificate: Certificate | None) -> None:
-        """Makes a compressed model one that `save_pretrained` knows, and so each of its parts that is a model itself.
+        """Attaches a quantizer to a compressed model and to its parts that are models, so that each can be saved.
 
-        A part has a quantizer of its own, with its share in the plan and without a certificate, which speaks of the
-        whole. Often both share one config; what that says of the compression is what was saved last.
+        A part has a quantizer of its own, with its share of the plan and without a certificate, which holds for the
+        whole model only. Both often share one config; it describes what was saved last.
         """
         forget_compressed_ties(model)
         self._attach_to_parts(model, plan)
@@ -187,31 +188,32 @@ class LosslessHfQuantizer(HfQuantizer):
         attributes.hf_quantizer = self
         attributes.is_quantized = True
         attributes.quantization_method = QUANT_METHOD
-        # Saved under the model's own names. The older names that some architectures keep on disk may join weights that
-        # are modules here (Nomic BERT's q, k and v), and codes of different widths cannot be joined.
+        # Tensors are saved under the model's own names. The older names that some architectures keep on disk may join
+        # weights that are separate modules here (Nomic BERT's q, k and v), and codes of different widths cannot be
+        # joined.
         attributes._weight_conversions = []
 
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, Tensor], dict[str, str]]:
-        """What `save_pretrained` writes: the model's tensors and the guards; the plan counts their bytes.
+        """Returns the tensors that `save_pretrained` writes: the model's, and the guards; updates the plan's bytes.
 
         Raises:
-            CheckpointError: The model is no longer what its plan says.
+            CheckpointError: The model differs from its plan.
         """
-        if getattr(model, "_hf_peft_config_loaded", False):  # then only the adapter is saved
+        if getattr(model, "_hf_peft_config_loaded", False):  # only the adapter is saved
             return dict(model.state_dict()), {}
         plan = self.quantization_config.plan
         refuse_other_layers(model, plan)
-        forgotten = [module for module in _coded_modules(model) if not len(module.coded)]
-        for module in forgotten:
+        freed = [module for module in _coded_modules(model) if not len(module.coded)]
+        for module in freed:
             module.recode()
         self._describe(model, with_present_bytes(model, plan), self.quantization_config.certificate)
         tensors = state_dict_with_guards(model)
-        for module in forgotten:
+        for module in freed:
             module.forget_bytes()
         return tensors, {}
 
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | str | None = None) -> PreTrainedModel:
-        """Makes every layer plain again, with the compressed values; `model.dequantize()` then forgets the plan."""
+        """Replaces every compressed layer by a plain one; `model.dequantize()` then removes the plan."""
         for part in model.modules():
             if part is not model and isinstance(part, PreTrainedModel) and hasattr(part, "hf_quantizer"):
                 self.remove_quantization_config(part)
@@ -226,34 +228,34 @@ class LosslessHfQuantizer(HfQuantizer):
         return dense
 
     def remove_quantization_config(self, model: PreTrainedModel) -> None:
-        """Takes the plan out of a model that is plain again; its weights go back under transformers' own names."""
+        """Removes the plan from a model that is dense again; its weights are saved under transformers' own names."""
         super().remove_quantization_config(model)  # type: ignore[no-untyped-call]
         if hasattr(model, "_weight_conversions"):
             del model._weight_conversions
 
     def is_serializable(self) -> bool:
-        """Yes: codes, scales, zeros and factors are plain tensors."""
+        """Returns True: codes, scales, zeros and factors are plain tensors."""
         return True
 
     @property
     def is_trainable(self) -> bool:
-        """Yes: gradients flow through the unpacked weights to what is left in floating point, and to adapters."""
+        """Returns True: gradients flow through unpacked weights to floating-point parameters and to adapters."""
         return True
 
     @property
     def is_qat_trainable(self) -> bool:
-        """Yes, or else transformers' Trainer would refuse the model even for `evaluate()`. Codes are never trained."""
+        """Returns True, because transformers' Trainer would else refuse even `evaluate()`. Codes are never trained."""
         return True
 
 
 def _own_configs(model: nn.Module) -> None:
-    """Gives a model copies of its configs: others built from the same ones are not to take over its plan."""
+    """Copies the configs of a model, so that other models built from them do not get its plan."""
     copied: dict[int, Any] = {}
     for module in model.modules():
         config = getattr(module, "config", None)
         if isinstance(config, PreTrainedConfig):
             if id(config) not in copied:
-                copy.deepcopy(config, copied)  # and notes the copies of the configs inside it
+                copy.deepcopy(config, copied)  # also records the copies of the configs inside it
             module.config = copied[id(config)]
 
 
@@ -262,15 +264,15 @@ def _coded_modules(model: PreTrainedModel) -> list[CodedModule]:
 
 
 def _bytes_on_disk(model: PreTrainedModel, files: Sequence[str]) -> int | None:
-    """Bytes of a model's tensors in the checkpoint's own dtype, which may not be the one it is loaded in.
+    """Computes the bytes of a model's tensors in the checkpoint's dtype, which may differ from the loaded one.
 
-    None where the checkpoint is not in safetensors files, or does not hold all of the model (a new head).
+    Returns None where the checkpoint is not in safetensors files, or does not hold all of the model (a new head).
     """
     if not files or not all(file.endswith(".safetensors") for file in files):
         return None
     expected = model.state_dict()
     rename = name_in_model(model)
-    # Several tensors on disk may be parts of one in the model (Mixtral's experts), so names can come twice.
+    # Several tensors on disk may be parts of one in the model (Mixtral's experts), so names can repeat.
     stored = [(rename(name), size) for name, size in tensor_sizes(files).items()]
     found = {name for name, _ in stored}
     ties = model.all_tied_weights_keys
@@ -280,7 +282,7 @@ def _bytes_on_disk(model: PreTrainedModel, files: Sequence[str]) -> int | None:
 
 
 def _refuse_unloaded(model: PreTrainedModel) -> None:
-    """A tensor that no file held is there, with garbage in it: transformers only warns."""
+    """Raises CheckpointError for tensors that no file held, which are uninitialised: transformers only warns."""
     for name, module in compressed_layers(model).items():
         for part, tensor in module.weight_tensors.items():
             if not getattr(tensor, "_is_hf_initialized", False):

@@ -1,6 +1,6 @@
-"""compression.json: what a compression knew and config.json does not keep, for pictures and reports.
+"""compression.json: details of a compression that config.json does not keep, for pictures and reports.
 
-It lies beside config.json in a saved folder. Nothing that loads a model reads it, so it counts in no size.
+It is saved beside config.json. Loading does not read it, so it counts in no size.
 """
 
 import math
@@ -27,36 +27,36 @@ if TYPE_CHECKING:
 FILE_NAME = "compression.json"
 
 MAX_POINTS = 200
-"""Of the frontier; a picture shows no more."""
+"""The largest number of frontier points in a record; a picture shows no more."""
 
 _Bytes = Annotated[int, Field(ge=0)]
 _Number = Annotated[float, Field(allow_inf_nan=False)]
 
 Point = tuple[_Bytes, _Number]
-"""Bytes of all tensors, and the change of the mean loss that is predicted for them."""
+"""Bytes of all tensors, and the predicted change of the mean loss."""
 
 
 class CompressionRecord(Record):
-    """How a compressed model came about.
+    """Describes how a model was compressed.
 
     Attributes:
-        format_version: Of this record.
-        theory: What predicted the loss changes.
+        format_version: Version of this record.
+        theory: The theory that predicted the loss changes.
         original_bytes: Bytes of all the original's tensors.
         size_bytes: Bytes of the whole checkpoint: its tensors, and its entry in config.json.
-        chosen: The plan that was chosen, a point of the frontier.
-        measured_loss_change: The finished model's, on the calibration rows; None: it was not finite.
+        chosen: The chosen plan, a point of the frontier.
+        measured_loss_change: Measured loss change of the finished model on the calibration rows; None: not finite.
         measured_loss_change_error: Its standard error; None where there was one batch.
         frontier: The plans that no other plan beats, by ascending bytes; thinned, with both ends and the chosen one.
-        frontier_plans: How many there were.
-        resolution_bytes: To how many bytes the search rounded costs; 0: the frontier is exact.
-        bound: What no way to store the weights could beat, by ascending bytes; None where it was not computed.
-        checks: Everything that was measured beside its prediction.
+        frontier_plans: Number of plans before thinning.
+        resolution_bytes: Bytes to which the search rounded costs; 0: the frontier is exact.
+        bound: Lower bound for all ways to store the weights, by ascending bytes; None where it was not computed.
+        checks: All predictions that were compared with measurements.
         layer_order: The layers' names in the model's own order, which config.json does not keep.
-        calibration_rows: Rows that were calibrated on.
-        calibration_loss: The original's mean loss on them.
+        calibration_rows: Number of calibration rows.
+        calibration_loss: The original's mean loss on the calibration rows.
         not_smaller: Why no smaller plan is certified; None without a certificate.
-        versions: Of the libraries, by name.
+        versions: Versions of the libraries, by name.
     """
 
     format_version: Literal[1] = 1
@@ -86,20 +86,20 @@ class CompressionRecord(Record):
 
     @property
     def ratio(self) -> float:
-        """Bytes of the original model's tensors over `size_bytes`."""
+        """Computes the bytes of the original model's tensors over `size_bytes`."""
         return self.original_bytes / self.size_bytes
 
     @property
     def negligible(self) -> float:
-        """A change of the loss that does not matter: a thousandth of it, as for the planner; above 0."""
+        """Computes a negligible loss change: a thousandth of the loss, as for the planner; above 0."""
         return max(NEGLIGIBLE_SHARE * abs(self.calibration_loss), 1e-9)
 
 
 def record_of(result: "CompressionResult") -> CompressionRecord:
-    """What is worth keeping of a compression.
+    """Makes the record of a compression.
 
     Args:
-        result: Of `compress`, or of a first load: `model.hf_quantizer.result`.
+        result: The result of `compress`, or of a first load: `model.hf_quantizer.result`.
 
     Example:
         >>> import torch
@@ -132,7 +132,7 @@ def record_of(result: "CompressionResult") -> CompressionRecord:
 
 
 def write_record(folder: str | PathLike[str], record: CompressionRecord) -> None:
-    """Writes a record into a saved folder, whole or not at all; one that is there is replaced."""
+    """Writes a record into a saved folder, completely or not at all; an existing one is replaced."""
     write_file(Path(folder) / FILE_NAME, record.model_dump_json() + "\n")
 
 
@@ -144,7 +144,8 @@ def read_record_of(folder: str | PathLike[str], plan: CompressionPlan) -> Compre
         plan: The plan in its config.json.
 
     Raises:
-        CheckpointError: The record is malformed or cannot be read, or is of another plan than the one in config.json.
+        CheckpointError: The record is malformed or cannot be read, or belongs to another plan than the one in
+            config.json.
     """
     path = Path(folder) / FILE_NAME
     if not path.exists():
@@ -152,7 +153,7 @@ def read_record_of(folder: str | PathLike[str], plan: CompressionPlan) -> Compre
     remedy = f"Delete {path}, which only reports need, or take it again from where it came from."
     record = read_record(CompressionRecord, read_json(path, remedy, remedy), str(path), CheckpointError, remedy)
     ours, theirs = (record.theory, record.chosen[1]), (plan.theory, plan.predicted_loss_change)
-    # A sum of the same numbers in another order may differ in its last digits.
+    # The sum of the same numbers in another order may differ in its last digits.
     if ours[0] != theirs[0] or not math.isclose(ours[1], theirs[1], rel_tol=1e-6, abs_tol=1e-12):
         raise CheckpointError(
             f"{path} is of another plan ({ours[0]}, predicted change {ours[1]:.4g}) than the one in config.json "
@@ -162,11 +163,11 @@ def read_record_of(folder: str | PathLike[str], plan: CompressionPlan) -> Compre
 
 
 def plan_in_order(plan: CompressionPlan, record: CompressionRecord | None) -> CompressionPlan:
-    """A saved plan with its layers in the model's own order, for config.json has them by name, 10 before 2.
+    """Puts a saved plan's layers into the model's own order; config.json sorts them by name, 10 before 2.
 
     Args:
-        plan: Of a saved folder.
-        record: Of the same folder; None: layers come by name, with numbers in the order of counting.
+        plan: The plan of a saved folder.
+        record: The record of the same folder; None: layers are sorted by name, with numbers in numeric order.
 
     Example:
         >>> from hf_lossless.storage.plan import LayerPlan
@@ -185,7 +186,7 @@ def _by_number(name: str) -> list[tuple[int, str]]:
 
 
 def _thinned(frontier: "Frontier", other_bytes: int, chosen: Point) -> tuple[Point, ...]:
-    """The best plan within each of many budgets, evenly spaced by ratio, and the chosen plan."""
+    """Selects the best plan within each of many budgets, evenly spaced by ratio, and the chosen plan."""
     tensor_bytes = frontier.cost_bytes + other_bytes
     kept: set[int] = set(range(len(frontier)))
     if len(frontier) > MAX_POINTS:

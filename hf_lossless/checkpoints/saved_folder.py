@@ -1,7 +1,7 @@
-"""`SavedFolder`: all that a saved folder says of itself, read once and checked against its files' headers.
+"""`SavedFolder`: config.json and file headers of a saved folder, read once and checked against each other.
 
-What inspects, reports, exports, pushes or describes a folder asks here, so that all of them accept and refuse the same
-folders, and speak of the same files.
+Inspection, reports, exports, uploads and model cards all use it, so that they accept and refuse the same folders, and
+read the same files.
 """
 
 import functools
@@ -47,8 +47,8 @@ class SavedFolder:
 
     Attributes:
         path: The folder.
-        config: All that config.json says.
-        entry: What it says under "quantization_config".
+        config: All values of config.json.
+        entry: Its entry "quantization_config".
         weight_files: The safetensors files that from_pretrained reads.
         tensor_bytes: Bytes of each tensor in them, by its name on disk.
     """
@@ -61,11 +61,11 @@ class SavedFolder:
 
     @classmethod
     def read(cls, path: str | os.PathLike[str]) -> "SavedFolder":
-        """Reads config.json, and the headers of the files that it speaks of.
+        """Reads config.json, and the headers of the weight files.
 
         Raises:
             CheckpointError: There is no config.json, it is not JSON, or the model in it is not compressed by this
-                package; or a file is missing, truncated, or the files hold other bytes than the plan says.
+                package; or a file is missing or truncated, or the files hold other bytes than the plan says.
             PlanError: The plan is malformed.
         """
         config = read_json(Path(path) / "config.json", "Give a folder written by hf_lossless.", _REMEDY)
@@ -83,26 +83,26 @@ class SavedFolder:
 
     @functools.cached_property
     def record(self) -> CompressionRecord | None:
-        """How the checkpoint came about, of compression.json; None where the folder has none.
+        """Reads the record of the compression, compression.json; None where the folder has none.
 
         Raises:
-            CheckpointError: It is malformed or cannot be read, or is of another plan than the one in config.json.
+            CheckpointError: It is malformed or cannot be read, or belongs to another plan than the one in config.json.
         """
         return read_record_of(self.path, self.entry.plan)
 
     @property
     def plan(self) -> CompressionPlan:
-        """The plan with its layers in the model's own order, as far as that is known."""
+        """Returns the plan, with its layers in the model's own order as far as that is known."""
         return plan_in_order(self.entry.plan, self.record)
 
     @property
     def architecture(self) -> str:
-        """The class that was saved."""
+        """Returns the name of the class that was saved."""
         return str(next(iter(self.config.get("architectures") or ()), "PreTrainedModel"))
 
 
 def tensor_sizes(files: Iterable[str | os.PathLike[str]]) -> dict[str, int]:
-    """Bytes of each tensor in safetensors files, in its own dtype, by its name on disk; only headers are read.
+    """Computes the bytes of each tensor in safetensors files, by its name on disk, from the headers.
 
     Raises:
         CheckpointError: A file is truncated or no safetensors file, or holds a dtype that torch does not have.
@@ -119,7 +119,7 @@ def tensor_sizes(files: Iterable[str | os.PathLike[str]]) -> dict[str, int]:
 
 
 def refuse_other_bytes(plan: CompressionPlan, files: Iterable[str | os.PathLike[str]]) -> None:
-    """Raises CheckpointError where a plan's sizes are not those of the files that it came with."""
+    """Raises CheckpointError where a plan's bytes differ from those of its files."""
     _refuse_other_bytes(plan, sum(tensor_sizes(files).values()))
 
 
@@ -131,7 +131,7 @@ def _refuse_other_bytes(plan: CompressionPlan, found: int) -> None:
 
 
 def weight_files(folder: str | os.PathLike[str]) -> list[Path]:
-    """The safetensors files that from_pretrained reads: one, or the shards that an index names.
+    """Lists the safetensors files that from_pretrained reads: one, or the shards that an index names.
 
     Raises:
         CheckpointError: There are none, one that the index names is missing, or the index cannot be read.
@@ -152,7 +152,7 @@ def weight_files(folder: str | os.PathLike[str]) -> list[Path]:
 
 
 def headers(file: str | os.PathLike[str]) -> Iterator[tuple[str, str, tuple[int, ...]]]:
-    """Name, type and shape of each tensor of a file, from its header."""
+    """Yields name, dtype and shape of each tensor of a file, from its header."""
     try:
         with safe_open(os.fspath(file), framework="pt") as tensors:
             for name in tensors.keys():  # not a mapping

@@ -1,8 +1,8 @@
-"""Other formats that a compressed checkpoint can be written in, without this package: `FORMATS`.
+"""Formats that a compressed checkpoint can be exported to, for use without this package: `FORMATS`.
 
-Stock transformers loads all but "onnx", which is a graph and no set of tensors: it has a folder of its own.
+Stock transformers loads all but "onnx", which is a graph instead of a set of tensors and has a folder of its own.
 
-This file loads none of them, so that a command line can name them at no cost.
+This file imports none of them, so that a command line can list them quickly.
 """
 
 from collections.abc import Callable
@@ -19,11 +19,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Format:
-    """A format.
+    """An export format that stock transformers loads, or "onnx".
 
     Attributes:
-        module: Its file in this folder.
-        package: What is needed to load it, beside transformers; None: nothing.
+        module: Its module in this folder.
+        package: The package that loading requires beside transformers; None: no other.
     """
 
     module: str
@@ -31,13 +31,13 @@ class Format:
 
     @property
     def store(self) -> "Callable[[PreTrainedModel, str, LayerPlan], Stored]":
-        """Stores a layer as the format holds it, or raises NotConvertible."""
+        """Returns the function that stores a layer in the format, or raises NotConvertible."""
         found: Callable[[PreTrainedModel, str, LayerPlan], Stored] = self._module.store
         return found
 
     @property
     def quantization_config(self) -> "Callable[[PreTrainedModel, dict[str, Stored]], dict[str, Any] | None]":
-        """Makes what config.json says of the format; None: nothing needs to be said."""
+        """Returns the function that makes the format's entry in config.json, or None where none is needed."""
         found: Callable[[PreTrainedModel, dict[str, Stored]], dict[str, Any] | None] = self._module.quantization_config
         return found
 

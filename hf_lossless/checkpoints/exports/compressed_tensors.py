@@ -4,9 +4,9 @@
     weight_scale     [out, groups]                        in the model's dtype
     weight_shape     int64 [2]                            out, in
 
-Linear layers only: transformers cannot make an embedding of this format, passes convolutions over, and fills its Conv1D
-with random weights. Groups must divide a row. In transformers a model of this format is small on disk alone: its first
-forward pass unpacks all of it.
+It holds linear layers only: transformers cannot make an embedding of this format, skips convolutions, and fills its
+Conv1D with random weights. Groups must divide a row. In transformers a model of this format is small on disk only: its
+first forward pass unpacks all weights.
 """
 
 from collections import defaultdict
@@ -31,10 +31,10 @@ _OTHER_KINDS = {"embedding": "it is an embedding", "conv2d": "it is a convolutio
 
 
 def store(model: PreTrainedModel, name: str, layer_plan: LayerPlan) -> Stored:
-    """A linear layer's codes and scales.
+    """Stores a linear layer's codes and scales.
 
     Raises:
-        NotConvertible: It is no linear layer, or its grid is none of the format's.
+        NotConvertible: It is no linear layer, or the format has no such grid.
     """
     module = compressed_module(model, name)
     if module.kind != "linear":
@@ -56,7 +56,7 @@ def store(model: PreTrainedModel, name: str, layer_plan: LayerPlan) -> Stored:
 
 
 def quantization_config(model: PreTrainedModel, stored: dict[str, Stored]) -> dict[str, Any]:
-    """The entry of config.json: a group of settings for each width and group size, with the names of its layers."""
+    """Makes the entry of config.json: a group of settings for each width and group size, with its layers' names."""
     names = defaultdict(list)
     for name, layer in stored.items():
         names[layer.bits, layer.group_size].append(name)
@@ -80,7 +80,7 @@ def quantization_config(model: PreTrainedModel, stored: dict[str, Stored]) -> di
 
 
 def pack_words(codes: Tensor, bits: int) -> Tensor:
-    """Codes of 2, 4 or 8 bits in words of 32, row by row: the first in the lowest bits, the last padded with zeros.
+    """Packs codes of 2, 4 or 8 bits in 32-bit words, row by row: the first in the lowest bits, zeros as padding.
 
     Args:
         codes: uint8 [out, in], each below 2^bits.

@@ -1,4 +1,4 @@
-"""What formats can carry of a compressed layer, and what those of whole numbers share.
+"""Converts compressed layers to the whole numbers and scales that the export formats share.
 
 Other formats know one grid: `W[o, i] = s[o, g] * q[o, i]`, with whole numbers q of B bits, from -2^(B-1) up, and s and
 the product in the model's own dtype. Ours of b bits, symmetric, without zero points, fits into B = 2, 4 or 8 bits:
@@ -6,16 +6,16 @@ the product in the model's own dtype. Ours of b bits, symmetric, without zero po
     1 bit      W = scale * (code - 1/2)         q = 2 code - 1,  s = scale / 2,  B = 2
     b bits     W = scale * (code - 2^(b-1))     q = code - 2^(b-1),  s = scale,  B = the next of 2, 4, 8
 
-Both take the sign of s as it comes. Wider than need be is exact and costs bytes. Widths of 3, 5, 6 and 7 bits the gemma
-format does not have, and releases of compressed-tensors lay them out in different ways.
+The sign of s may be negative in both. A wider B than necessary is exact and costs bytes. The gemma format lacks widths
+of 3, 5, 6 and 7 bits, and releases of compressed-tensors lay them out in different ways.
 
-In float32 the product is ours, bit for bit, and in float16 where the scales are float16. Else s is rounded to the
-dtype, whose unit roundoff is u (2^-8 for bfloat16, 2^-11 for float16), and so is either product: a weight moves by at
-most
+In float32 the product equals ours bit for bit, and in float16 where the scales are float16. Otherwise s is rounded to
+the dtype, whose unit roundoff is u (2^-8 for bfloat16, 2^-11 for float16), and so are both products: a weight changes
+by at most
 
     (1 + u)^2 / (1 - u) - 1  ~  3 u        of its size.
 
-Beyond that (scales below the dtype's normal numbers) a layer is not carried. This is measured for each layer, by
+Beyond that (scales below the dtype's normal numbers) a layer is not convertible. This is measured for each layer, by
 computing what the loader will compute.
 """
 
@@ -37,18 +37,18 @@ _CONTAINERS = {1: 2, 2: 2, 3: 4, 4: 4, 5: 8, 6: 8, 7: 8, 8: 8}
 
 
 class NotConvertible(Exception):
-    """A format has no place for a layer; the message is the reason, as the predicate of "because"."""
+    """A format cannot hold a layer; the message is the reason, as the predicate of "because"."""
 
 
 @dataclass(frozen=True)
 class Stored:
-    """A layer as a format holds it.
+    """The tensors of a layer in an export format.
 
     Attributes:
-        tensors: By their names inside the layer; its bias is not among them.
-        bits: Width of a whole number; None: in floating point.
+        tensors: Tensors by their names inside the layer, without its bias.
+        bits: Width of a whole number; None: floating point.
         group_size: Inputs of one output that share a scale; None: all of them, or no scales.
-        rounded: Whether the weights moved, within the bound of the module's docstring.
+        rounded: Whether the weights changed, within the bound of the module's docstring.
     """
 
     tensors: dict[str, Tensor]
@@ -59,14 +59,14 @@ class Stored:
 
 @dataclass(frozen=True)
 class WholeNumbers:
-    """A layer as `s q`, ready to be laid out.
+    """A layer's weight as whole numbers and scales, `s q`.
 
     Attributes:
         codes: q + 2^(bits-1), uint8 [out, in].
         scales: s [out, groups], in the model's dtype.
         bits: 2, 4 or 8.
         group_size: Inputs that share a scale; None: all of an output.
-        rounded: Whether `s q` is not bit for bit the layer's matrix.
+        rounded: Whether `s q` differs from the layer's matrix.
     """
 
     codes: Tensor
@@ -77,7 +77,7 @@ class WholeNumbers:
 
 
 def compressed_module(model: PreTrainedModel, name: str) -> CompressedModule:
-    """A layer of a loaded model; raises NotConvertible where its input is quantised, for which no format has a place."""
+    """Returns a layer of a loaded model; raises NotConvertible where its input is quantised, which no format holds."""
     module = model.get_submodule(name)
     assert isinstance(module, CompressedModule)
     if module.activation is not None:
@@ -86,22 +86,23 @@ def compressed_module(model: PreTrainedModel, name: str) -> CompressedModule:
 
 
 def model_dtype(model: PreTrainedModel) -> torch.dtype:
-    """The dtype that a loaded model was asked to have; single weights may have another one."""
+    """Returns the dtype that a model was loaded in; single weights may have another one."""
     dtype = model.config.dtype
     assert isinstance(dtype, torch.dtype)
     return dtype
 
 
 def whole_numbers(module: CompressedModule, layer_plan: LayerPlan, dtype: torch.dtype) -> WholeNumbers:
-    """A layer as whole numbers times scales.
+    """Converts a layer's weight to whole numbers times scales.
 
     Args:
         module: The loaded layer.
         layer_plan: Its plan.
-        dtype: That of the model.
+        dtype: Dtype of the model.
 
     Raises:
-        NotConvertible: It is no symmetric grid, or other modules use its weight, or the dtype has no room for its scales.
+        NotConvertible: Its grid is not symmetric, other modules use its weight, or the dtype cannot represent its
+            scales.
     """
     if layer_plan.tied:
         raise NotConvertible(f"it shares its weight with {', '.join(layer_plan.tied)}")
@@ -129,7 +130,7 @@ def whole_numbers(module: CompressedModule, layer_plan: LayerPlan, dtype: torch.
 
 
 def largest_move(dtype: torch.dtype) -> float:
-    """By how much of its size a weight may move where scales are rounded to a dtype: (1 + u)^2 / (1 - u) - 1.
+    """Computes the largest relative change of a weight when scales are rounded to a dtype: (1 + u)^2 / (1 - u) - 1.
 
     Example:
         >>> round(largest_move(torch.bfloat16), 4)
@@ -140,7 +141,7 @@ def largest_move(dtype: torch.dtype) -> float:
 
 
 def _moved(theirs: Tensor, ours: Tensor) -> bool:
-    """Whether two matrices differ; raises NotConvertible where they differ by more than rounding explains."""
+    """Returns whether two matrices differ; raises NotConvertible where they differ by more than rounding explains."""
     if torch.equal(theirs, ours):
         return False
     moves = (theirs.double() - ours.double()).abs()
@@ -150,7 +151,7 @@ def _moved(theirs: Tensor, ours: Tensor) -> bool:
 
 
 def pack_bytes(codes: Tensor, bits: int) -> Tensor:
-    """Codes of 2, 4 or 8 bits in bytes, row by row: the first in the lowest bits of a byte, the last padded with zeros.
+    """Packs codes of 2, 4 or 8 bits in bytes, row by row: the first in the lowest bits of a byte, zeros as padding.
 
     Args:
         codes: uint8 [out, in], each below 2^bits.
@@ -171,11 +172,11 @@ def pack_bytes(codes: Tensor, bits: int) -> Tensor:
 
 
 def name_pattern(names: list[str], base_model_prefix: str) -> str:
-    r"""A regular expression for exactly these modules, in a model with a head and in one without alike.
+    r"""Makes a regular expression for exactly these modules, in a model with a head and in one without alike.
 
     Args:
         names: Module names.
-        base_model_prefix: What a model with a head puts before the names of its base model's modules.
+        base_model_prefix: Prefix of the base model's module names in a model with a head.
 
     Example:
         >>> name_pattern(["bert.pooler.dense", "classifier"], "bert")

@@ -1,8 +1,8 @@
-"""A compressed checkpoint, written anew in a format that stock transformers loads.
+"""Exports a compressed checkpoint to a format that stock transformers loads.
 
-Each layer goes into the format as its file says, or is kept in floating point where that is allowed; all else is saved
-as it is. What was written is then loaded back as anybody would, before the folder takes its name: transformers does not
-complain of tensors that it finds no module for, and fills the module with random weights.
+Each layer is stored in the format, or kept in floating point where that is allowed; everything else is saved unchanged.
+The result is then loaded back with stock transformers, before the folder is renamed: transformers ignores tensors that
+it finds no module for, and fills the module with random weights.
 """
 
 import json
@@ -40,20 +40,20 @@ _SUBFOLDER = "additional_chat_templates"
 
 @dataclass(frozen=True)
 class ExportResult:
-    """What became of a checkpoint.
+    """Result of an export.
 
     Attributes:
         format: Name of the format.
-        size_bytes: All tensors, and the entry "quantization_config" of config.json; or an ONNX file.
-        compressed_bytes: The same of the checkpoint it was made from.
+        size_bytes: Bytes of all tensors and of the entry "quantization_config" of config.json; or of an ONNX file.
+        compressed_bytes: Bytes of the compressed checkpoint, counted in the same way.
         converted: Names of the layers that are stored in the format.
-        dense: Why the other compressed layers are in floating point now, by their names.
-        dtype: That of the model.
+        dense: Reasons why the other compressed layers are in floating point now, by their names.
+        dtype: Dtype of the model.
         rounded: Names of the layers whose scales had to be rounded to it (the bound is in `exports.convert`).
-        float_inputs: Names of the layers whose inputs are quantised in the checkpoint, and are not any more.
-        certified: Whether the checkpoint has a certificate, which the export has not.
-        runtime: What an ONNX graph is for; None for other formats.
-        difference: Of its outputs from the model's on random inputs, in parts of their size.
+        float_inputs: Names of the layers whose inputs are quantised in the checkpoint, but not in the export.
+        certified: Whether the checkpoint has a certificate; the export has none.
+        runtime: The run time that an ONNX graph is made for; None for other formats.
+        difference: Relative difference between the ONNX graph's outputs and the model's, on random inputs.
     """
 
     format: str
@@ -79,25 +79,25 @@ def export(
 ) -> ExportResult:
     """Writes a compressed checkpoint in another format, which needs no hf_lossless.
 
-    The files of a tokenizer or a processor come along; model card and certificate do not, for they speak of the
-    checkpoint as it was measured.
+    The files of a tokenizer or a processor are copied; model card and certificate are not, because they describe the
+    checkpoint that was measured.
 
     Args:
         folder: A folder with a compressed checkpoint.
-        out: The folder to write; must not exist, or be empty. It is written whole or not at all.
+        out: The folder to write; must not exist, or be empty. It is written completely or not at all.
         format: "dense", "compressed-tensors", "gemma" or "onnx".
-        allow_dense: Keep in floating point what the format cannot hold: weights, and the inputs of layers where they
-            are quantised. The format "onnx" carries all.
-        runtime: What a graph of the format "onnx" is for: "fast" (the default), "small" or "standard".
+        allow_dense: Keep in floating point what the format cannot hold: weights, and quantised inputs of layers. The
+            format "onnx" holds everything.
+        runtime: The run time of a graph of the format "onnx": "fast" (the default), "small" or "standard".
 
     Returns:
-        Sizes, and what became of each compressed layer.
+        Sizes, and how each compressed layer is stored.
 
     Raises:
         CheckpointError: `folder` holds no compressed checkpoint, or `out` cannot be written or lies inside it.
-        ConfigurationError: The format is unknown, needs a package that is not there, cannot hold some layers (they are
-            listed), or stock transformers does not load what it makes of this architecture; or the runtime is unknown,
-            or given for another format than "onnx".
+        ConfigurationError: The format is unknown, needs a package that is not installed, cannot hold some layers (they
+            are listed), or stock transformers does not load it for this architecture; or the runtime is unknown, or
+            given for another format than "onnx".
 
     Example:
         >>> export("no-such-folder", "out", "dense")
@@ -179,7 +179,7 @@ def _export_graph(saved: SavedFolder, out: Path, runtime: str) -> ExportResult:
 
 
 def by_reason(refused: Mapping[str, str]) -> dict[str, list[str]]:
-    """Names of layers by the reason why a format does not carry them."""
+    """Groups the names of layers by the reason why a format cannot hold them."""
     names = defaultdict(list)
     for name, why in refused.items():
         names[why].append(name)
@@ -198,7 +198,7 @@ def _refusal(format: str, refused: Mapping[str, str], total: int, pointless: boo
 
 
 def _refuse_inside(folder: Path, out: Path) -> None:
-    """A folder inside the checkpoint would be carried over into itself, and pass for a part of it."""
+    """Raises CheckpointError for an output inside the checkpoint, which would be copied into itself."""
     if Path(os.path.realpath(out)).is_relative_to(os.path.realpath(folder)):
         raise CheckpointError(
             f"the output folder {out} is the checkpoint {folder} or lies inside it. Name another one."
@@ -222,18 +222,18 @@ def _load(saved: SavedFolder) -> PreTrainedModel:
 def _tensors(
     model: PreTrainedModel, modules: Mapping[str, CompressedModule], stored: Mapping[str, Stored]
 ) -> dict[str, Tensor]:
-    """All tensors to save: those of compressed layers replaced, but for their biases."""
-    gone = {f"{name}.{part}" for name, module in modules.items() for part in (*module.weight_tensors, "weight")}
-    kept = {name: tensor for name, tensor in model.state_dict().items() if name not in gone}
+    """Collects all tensors to save: compressed layers in their new form, biases and all others unchanged."""
+    weight_names = {f"{name}.{part}" for name, module in modules.items() for part in (*module.weight_tensors, "weight")}
+    kept = {name: tensor for name, tensor in model.state_dict().items() if name not in weight_names}
     replaced = {f"{name}.{part}": tensor for name, layer in stored.items() for part, tensor in layer.tensors.items()}
     return {**kept, **replaced}
 
 
 def _save(model: PreTrainedModel, tensors: dict[str, Tensor], settings: dict[str, Any] | None, folder: Path) -> None:
-    """Saves tensors as this model's, without the plug-in: it is an original model to transformers from now on."""
+    """Saves tensors as an original model of transformers, without the plug-in."""
     del model.hf_quantizer, model.config.quantization_config, model._weight_conversions
     meet_demand(model.config)
-    # Only plain weights go back under the names, and into the shapes, that an architecture has on disk.
+    # Only plain weights are saved under the names, and in the shapes, that an architecture has on disk.
     model.save_pretrained(folder, state_dict=dict(tensors), save_original_format=settings is None)
     if settings is not None:
         path = folder / "config.json"
@@ -242,7 +242,7 @@ def _save(model: PreTrainedModel, tensors: dict[str, Tensor], settings: dict[str
 
 
 def _carry_over(folder: Path, out: Path) -> None:
-    """Copies the files of a tokenizer or processor: all but those of the model, and what tells of its compression."""
+    """Copies the files of a tokenizer or processor: all but the model's, and those that describe its compression."""
     for path in folder.iterdir():
         if path.is_file() and not any(path.match(pattern) for pattern in _LEFT_BEHIND):
             shutil.copy(path, out)
@@ -253,19 +253,21 @@ def _carry_over(folder: Path, out: Path) -> None:
 def _refuse_unreadable(
     folder: Path, model_class: type[PreTrainedModel], tensors: Mapping[str, Tensor], format: str
 ) -> None:
-    """Raises ConfigurationError where stock transformers does not load the very tensors that were saved."""
+    """Raises ConfigurationError where stock transformers does not load exactly the tensors that were saved."""
     about = f"stock transformers {transformers.__version__} cannot load a {model_class.__name__} in the format {format}"
     try:
         loading: Any = model_class.from_pretrained(folder, output_loading_info=True)
-    except Exception as error:  # of whatever kind: it is raised in the depths of an architecture or of a format
+    except Exception as error:  # of any kind, because architectures and formats raise their own
         raise ConfigurationError(f"{about}: {type(error).__name__}: {reason(error)}. Take another format.") from error
     again, found = loading
     loaded = again.state_dict()
-    astray = sorted(name for name, tensor in tensors.items() if not _same(loaded.get(name), tensor))
-    astray += [str(name) for names in found.values() for name in names]
-    if astray:
-        more = f" and {len(astray) - 1} more" if len(astray) > 1 else ""
-        raise ConfigurationError(f"{about}: the tensor {astray[0]!r}{more} is not what was saved. Take another format.")
+    changed = sorted(name for name, tensor in tensors.items() if not _same(loaded.get(name), tensor))
+    changed += [str(name) for names in found.values() for name in names]
+    if changed:
+        more = f" and {len(changed) - 1} more" if len(changed) > 1 else ""
+        raise ConfigurationError(
+            f"{about}: the tensor {changed[0]!r}{more} is not what was saved. Take another format."
+        )
 
 
 def _same(loaded: Tensor | None, saved: Tensor) -> bool:

@@ -1,4 +1,4 @@
-"""The format "gemma", transformers' own for whole numbers: linear layers and embeddings, which stay packed at run time.
+"""The format "gemma", transformers' own for whole numbers: linear layers and embeddings that stay packed at run time.
 
     linear       weight                 uint8 [out, ceil(in * bits / 8)], or int8 [out, in] at 8 bits
                  weight_scale           float32 [out, 1]
@@ -6,8 +6,8 @@
     embedding    embedding_quantized    as weight
                  embedding_scale        as weight_scale
 
-One scale for each output (compress with `--group-size 0`). It was made for the checkpoints of Gemma, needs no other
-package, and may change with transformers; a model loaded from it cannot be saved again.
+Each output has one scale (compress with `--group-size 0`). The format was made for the checkpoints of Gemma, needs no
+other package, and may change with transformers; a model loaded from it cannot be saved again.
 """
 
 from typing import Any
@@ -32,10 +32,10 @@ _OTHER_KINDS = {"conv2d": "it is a convolution", "conv1d": "it is a Conv1D"}
 
 
 def store(model: PreTrainedModel, name: str, layer_plan: LayerPlan) -> Stored:
-    """A layer's codes and scales.
+    """Stores a layer's codes and scales.
 
     Raises:
-        NotConvertible: It is a convolution or a Conv1D, or its grid is none of the format's.
+        NotConvertible: It is a convolution or a Conv1D, or the format has no such grid.
     """
     module = compressed_module(model, name)
     if module.kind in _OTHER_KINDS:
@@ -55,7 +55,7 @@ def store(model: PreTrainedModel, name: str, layer_plan: LayerPlan) -> Stored:
 
 
 def quantization_config(model: PreTrainedModel, stored: dict[str, Stored]) -> dict[str, Any]:
-    """The entry of config.json: which modules have which width, and that all others are left alone."""
+    """Makes the entry of config.json: the width of each stored module, and a pattern that excludes all others."""
     widths = sorted({layer.bits for layer in stored.values() if layer.bits is not None})
     names = {bits: [name for name, layer in stored.items() if layer.bits == bits] for bits in widths}
     return {
@@ -69,5 +69,5 @@ def quantization_config(model: PreTrainedModel, stored: dict[str, Stored]) -> di
 
 
 def pack_numbers(codes: Tensor, bits: int) -> Tensor:
-    """Codes q + 2^(bits-1), uint8 [out, in], in bytes; q itself, int8, at 8 bits."""
+    """Packs codes q + 2^(bits-1), uint8 [out, in], in bytes; at 8 bits, returns q itself as int8."""
     return (codes.to(torch.int16) - 128).to(torch.int8) if bits == 8 else pack_bytes(codes, bits)

@@ -1,6 +1,6 @@
 """The entropy coder: one stream whose symbols are decoded in parallel lanes.
 
-    lanes    uint16            L
+    lanes     uint16           L
     symbols   uint32           number of symbols in the lanes; the others follow in the tail
     states    uint32 [lanes]   initial states of the lanes
     words     uint16           the words that the lanes read, see `kernels`

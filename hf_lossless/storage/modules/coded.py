@@ -109,10 +109,10 @@ class CodedModule(CompressedModule):
         self.far_positions = torch.from_numpy(matrix.far_positions).to(device)
         self.far_codes = torch.from_numpy(matrix.far_codes).to(device, torch.float32)
         if len(self.far_codes):
-            self._list_fars(self.far_positions, self.far_codes)
+            self._list_far_codes(self.far_positions, self.far_codes)
         self.renew()
 
-    def _list_fars(self, positions: Tensor, codes: Tensor) -> None:
+    def _list_far_codes(self, positions: Tensor, codes: Tensor) -> None:
         """Sorts the codes beyond a byte into lists, one for each row that has any."""
         vocabulary, dim = self.matrix_shape
         found, list_of, counts = torch.unique_consecutive(positions // dim, return_inverse=True, return_counts=True)
@@ -215,10 +215,10 @@ class CodedModule(CompressedModule):
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         """Saves the coded bytes; where they were freed, they are encoded again for this call."""
-        forgotten = not len(self.coded)
+        freed = not len(self.coded)
         self.recode()
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        if forgotten:
+        if freed:
             self.forget_bytes()
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:

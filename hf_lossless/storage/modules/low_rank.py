@@ -5,7 +5,7 @@ A low-rank layer consists of two layers without bias, each in floating point or 
     right    R   the original's kind with r outputs (for an embedding: a linear layer)
     left     L   a layer of r inputs (for a convolution: a 1x1 convolution; for an embedding: an embedding of width r)
     base     a packed layer of the original's own shape, only where a grid is stored as well
-    bias     as it came, where there was one
+    bias     of the original, where it had one
 
     y = left(right(x)) + base(x) + bias          rows at i = left(i) @ R + base(i)
 

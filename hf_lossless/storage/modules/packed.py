@@ -3,7 +3,7 @@
     codes    uint8   [rows, packed bytes]   rows = vocabulary for an embedding, 1 for all else (see `packing`)
     scales   float16 or float32 [out, groups]
     zeros    like scales; only for an asymmetric grid
-    bias     as it came, where there was one
+    bias     of the original, where it had one
 
 A module unpacks its weight at each call and does not keep it, so that memory stays small; an embedding unpacks only the
 rows it looks up.

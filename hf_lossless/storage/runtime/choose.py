@@ -93,7 +93,7 @@ WAYS: dict[Runtime, tuple[dict[LayerKind, Way[CodedModule]], dict[LayerKind, Way
 
 
 def make_form(runtime: Runtime, kind: LayerKind, layer: CompressedModule) -> Form | None:
-    """The form of a layer.
+    """Makes the run-time form of a layer.
 
     Args:
         runtime: What is asked for.

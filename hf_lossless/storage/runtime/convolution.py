@@ -41,7 +41,7 @@ class DenseConv2d(Form):
         self.kernel, self.window = kernel, window
 
     def product(self, input: Tensor) -> Tensor:
-        """The convolution, without bias."""
+        """Computes the convolution, without bias."""
         window = self.window
         return F.conv2d(input, self.kernel, None, window.stride, window.padding, window.dilation, window.groups)
 
@@ -71,7 +71,7 @@ class Int8Conv2d(Form):
         )
 
     def product(self, input: Tensor) -> Tensor:
-        """The convolution, without bias; images with a number that is not finite go the way of floating point."""
+        """Computes the convolution, without bias; in floating point for images with a number that is not finite."""
         largest = input.abs().amax((-3, -2, -1), keepdim=True) if input.numel() else input.new_ones(1)
         if input.dim() == 3 or not input.numel() or not math.isfinite(largest.sum().item()):
             window, kernel = self.window, self.codes_of_kernel.float() * self.row_steps[:, None, None, None]
@@ -89,7 +89,7 @@ class Int8Conv2d(Form):
         return output.mul_(largest)
 
     def output_shape(self, shape: torch.Size) -> list[int]:
-        """[images, out, height, width]."""
+        """Computes the output's shape, [images, out, height, width]."""
         kernel = self.codes_of_kernel.shape[2:]
         strides, paddings, dilations, _ = self.arguments
         sides = [

@@ -17,7 +17,7 @@ class DenseLinear(Form):
         self.weight = weight
 
     def product(self, input: Tensor) -> Tensor:
-        """W x."""
+        """Computes W x."""
         return F.linear(input, self.weight)
 
     @property

@@ -39,7 +39,7 @@ class Form(ABC):
 
     @abstractmethod
     def product(self, input: Tensor) -> Tensor:
-        """W x, float32, without bias.
+        """Computes W x, float32, without bias.
 
         Args:
             input: x, float32 on the CPU, of any strides, empty too; numbers that are not finite come out as such.
@@ -51,15 +51,15 @@ class Form(ABC):
         """Bytes in memory."""
 
     def codes(self) -> Tensor | None:
-        """The layer's codes, int8 [out, in], where the form holds them; else None."""
+        """Returns the layer's codes, int8 [out, in], where the form holds them; else None."""
         return None
 
     def output_shape(self, shape: torch.Size) -> list[int]:
-        """Shape of the product of an input."""
+        """Computes the shape of the product of an input."""
         return [*shape[:-1], self.out_features]
 
     def takes(self, input: Tensor) -> bool:
-        """Whether an input can go this way."""
+        """Returns whether the form can compute with an input."""
         return (
             input.dtype is torch.float32
             and input.device.type == "cpu"
@@ -74,7 +74,7 @@ class Form(ABC):
 
 
 def form_numbered(number: int) -> Form:
-    """The form of that number, as long as its layer lives."""
+    """Finds the form of that number, as long as its layer lives."""
     form = _FORMS.get(number)
     assert form is not None, "a compiled graph outlived the model that it was made of"
     return form
@@ -82,7 +82,7 @@ def form_numbered(number: int) -> Form:
 
 @torch.library.custom_op("hf_lossless::product", mutates_args=())
 def compiled_product(input: Tensor, number: int) -> Tensor:
-    """What a compiled or exported graph calls: the product of a form, by its number.
+    """Computes the product of a form, by its number, for compiled and exported graphs.
 
     A graph that was exported can run in this process only, for it does not hold the weights.
     """

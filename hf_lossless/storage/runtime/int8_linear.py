@@ -36,12 +36,12 @@ _engine_lock = threading.Lock()
 
 
 def int8_available() -> bool:
-    """Whether this build of torch, on this processor, has the kernels."""
+    """Returns whether this build of torch has the kernels for this processor."""
     return _ENGINE in torch.backends.quantized.supported_engines
 
 
 def pack_rows(codes: Tensor, row_steps: Tensor) -> Any:
-    """The weight `row_steps codes` as FBGEMM has it: one byte a weight, and the codes can be had back."""
+    """Packs the weight `row_steps codes` for FBGEMM, in one byte a weight, from which the codes can be unpacked."""
     steps = row_steps.double().clamp_min(1e-30)  # steps of zero are refused
     with _engine_lock, warnings.catch_warnings():
         warnings.filterwarnings("ignore", category=UserWarning)  # that quantised tensors are not to be developed on
@@ -57,7 +57,7 @@ def pack_rows(codes: Tensor, row_steps: Tensor) -> Any:
 
 
 def unpack_rows(packed: Any) -> Tensor:
-    """The codes that `pack_rows` was given."""
+    """Unpacks the codes that `pack_rows` packed."""
     weight, _ = torch.ops.quantized.linear_unpack(packed)
     codes: Tensor = weight.int_repr()
     return codes
@@ -107,7 +107,7 @@ class Int8Linear(Form):
 
     @classmethod
     def of_codes(cls, codes: Tensor, levels: Tensor, row_steps: Tensor, column_steps: Tensor) -> "Int8Linear":
-        """Of a coded layer.
+        """Makes the form of a coded layer from its own codes.
 
         Args:
             codes: int8 [out, in], zero where a code is beyond a byte.
@@ -125,7 +125,7 @@ class Int8Linear(Form):
 
     @classmethod
     def of_weight(cls, weight: Tensor) -> "Int8Linear":
-        """Of any weight, float32 [out, in], to 13 bits of each row's largest."""
+        """Rounds any weight, float32 [out, in], to 13 bits of each row's largest value."""
         steps = weight.abs().amax(1).div_(LARGEST_SAFE - 1).clamp_min_(_TINY)
         scaled = weight / steps[:, None]
         first = scaled.round()
@@ -134,7 +134,7 @@ class Int8Linear(Form):
         return cls(codes, torch.cat([steps, steps / _SECOND]), two_rows=True)
 
     def product(self, input: Tensor) -> Tensor:
-        """W x; an input that holds a number which is not finite goes the way of floating point, as a whole."""
+        """Computes W x; an input with a number that is not finite is computed in floating point, as a whole."""
         if not input.numel():
             return input.new_zeros(*input.shape[:-1], self.out_features)
         if input.dim() == 1:  # the kernels want rows
@@ -164,7 +164,7 @@ class Int8Linear(Form):
         return weight
 
     def codes(self) -> Tensor | None:
-        """The codes that were packed; two rows of them are not the layer's own."""
+        """Returns the packed codes, or None where there are two rows of them, which are not the layer's own."""
         if self.two_rows:
             return None
         codes = unpack_rows(self.packed)

@@ -55,7 +55,7 @@ optimize. Load a compressed checkpoint, or compress this model first.
 
 
 def runtime_of(model: nn.Module) -> Runtime | None:
-    """The run time that a model's compressed layers were given; None where there is none."""
+    """Returns the run time that a model's compressed layers were given; None where there is none."""
     return next((module.runtime for module in model.modules() if isinstance(module, CompressedModule)), None)
 
 

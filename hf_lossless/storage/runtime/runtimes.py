@@ -26,7 +26,7 @@ for a list of its own classes only, and drops ours. `hf_lossless.optimize` chang
 
 
 def checked_runtime(name: object, where: str = "runtime") -> Runtime:
-    """The name, where it is one.
+    """Returns the name of a run time, once it is checked.
 
     Args:
         name: What was given.
@@ -42,7 +42,7 @@ def checked_runtime(name: object, where: str = "runtime") -> Runtime:
 
 
 def runtime_of_load(certified: str | None, environment: Mapping[str, str] = os.environ) -> Runtime:
-    """The run time of a model that is being loaded.
+    """Chooses the run time of a model that is being loaded.
 
     Args:
         certified: The one that its certificate was measured with; None: it has no certificate.

@@ -74,7 +74,7 @@ def test_layers_that_a_format_cannot_carry_are_listed(small: Path, tmp_path: Pat
         export(small, tmp_path / "out", "gemma")
     message = str(refused.value)
     assert message.startswith("the format gemma cannot hold 17 of 17 compressed layers:\n")
-    assert message.endswith("\nTake another format.")  # none is left for it to carry
+    assert message.endswith("\nTake another format.")  # no layer is left that it can hold
     for name in SavedFolder.read(small).entry.plan.layers:
         assert name in message
     assert "\n  groups of 8 inputs have a scale each, and not all inputs together: bert.embeddings.word_emb" in message
@@ -199,7 +199,8 @@ def test_the_command(small: Path, tmp_path: Path, run: Run):
     header = 8 + int.from_bytes((out / "model.safetensors").read_bytes()[:8], "little")
     before = SavedFolder.read(small).entry.size_bytes
     assert said == (
-        f"{out}: {size - header:,} bytes, format dense; {small}: {before:,} bytes\n17 of 17 compressed layers converted\n"
+        f"{out}: {size - header:,} bytes, format dense; {small}: {before:,} bytes\n"
+        "17 of 17 compressed layers converted\n"
     )
     status, said, complaint = run("export", small, "--format", "gemma", "--out", tmp_path / "gemma")
     assert status == 1 and not said

@@ -43,7 +43,7 @@ def largest_difference(path: Path, cases: Sequence[tuple[Mapping[str, Tensor], M
 
 
 def session(path: Path) -> Any:
-    """The file in onnxruntime, on one thread of the CPU; inputs take 8 bits only where the file asks for it."""
+    """Opens the file in onnxruntime, on one thread of the CPU; inputs take 8 bits only where the file asks for it."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()

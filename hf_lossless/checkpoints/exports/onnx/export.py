@@ -55,7 +55,7 @@ class Written:
 
 
 def checked_runtime(name: str) -> Runtime:
-    """The name, where there is such a run time.
+    """Returns the name of a run time, once it is checked.
 
     Raises:
         ConfigurationError: There is none.

@@ -31,7 +31,7 @@ class FoldedMatrix(nn.Module):
         self.register_buffer("column_steps", levels.column_steps)
 
     def forward(self, rows: Tensor | None = None) -> Tensor:
-        """W, float32 [out, in]; or some rows of it, [..., in]."""
+        """Unpacks W, float32 [out, in]; or some rows of it, [..., in]."""
         values: Tensor = self.codes(rows)
         if self.groups > 1:
             # Group by group: scales spread over the weights would be folded into the file by torch's own exporter.

@@ -96,7 +96,7 @@ class Int8Linear(nn.Module):
             self.rest = FoldedMatrix(Levels(halves.rest.T.contiguous(), levels.scales, len(halves.places)))
 
     def whole_numbers(self) -> Tensor:
-        """Z', int8 [in, out]."""
+        """Unpacks or rounds Z', int8 [in, out]."""
         if self.exact:
             parts: list[Tensor] = [part() for part in self.parts]
             columns = parts[0] if len(parts) == 1 else torch.cat(parts).index_select(0, self.order)

@@ -69,7 +69,7 @@ class Split:
 
 
 def levels_of(module: Leaf) -> Levels:
-    """Codes and steps of a loaded layer."""
+    """Reads codes and steps of a loaded layer."""
     if isinstance(module, CodedModule):
         row_steps, column_steps = module.steps()
         codes = module.levels(torch.float32).to(torch.int32)
@@ -103,7 +103,7 @@ def width_of(codes: Tensor) -> int:
 
 
 def leaves(model: torch.nn.Module) -> dict[str, Leaf]:
-    """The modules of a model that hold codes, parts of factorised layers included."""
+    """Finds the modules of a model that hold codes, parts of factorised layers included."""
     return {
         name: module
         for name, module in model.named_modules()

@@ -44,7 +44,7 @@ class Lookup(nn.Module):
             self.table = FoldedMatrix(levels)
 
     def forward(self, indices: Tensor) -> Tensor:
-        """Rows of the matrix, float32 [..., in]."""
+        """Looks up rows of the matrix, float32 [..., in]."""
         rows: Tensor = self.table(indices)
         if not self.has_rest:
             return rows

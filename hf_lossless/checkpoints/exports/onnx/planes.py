@@ -17,7 +17,7 @@ from hf_lossless.checkpoints.exports.onnx.operators import bits_of
 
 
 def planes_of(bits: int) -> tuple[int, ...]:
-    """Widths of the planes of a code, the lowest bits first.
+    """Computes the widths of the planes of a code, the lowest bits first.
 
     Example:
         >>> planes_of(7)
@@ -57,7 +57,7 @@ class Planes(nn.Module):
             used += width
 
     def forward(self, rows: Tensor | None = None) -> Tensor:
-        """The codes, float32 [rows, columns]; or those of some rows, [..., columns]."""
+        """Unpacks the codes, float32 [rows, columns]; or those of some rows, [..., columns]."""
         if self.bits > 8:
             whole = self.get_buffer("whole")
             return (whole if rows is None else nn.functional.embedding(rows, whole)).float()

@@ -48,7 +48,7 @@ class Signature:
     image: tuple[int, int, int] = (3, _SIZE, _SIZE)
 
     def example(self, rows: int, length: int, seed: int) -> dict[str, Tensor]:
-        """Inputs at random; of a text the second row, where there is one, is shorter by a third.
+        """Draws random inputs; of a text the second row, where there is one, is shorter by a third.
 
         Args:
             rows: Of the batch.
@@ -70,7 +70,7 @@ class Signature:
 
 
 def signature_of(model: PreTrainedModel, folder: Path) -> Signature:
-    """The signature of a model.
+    """Finds the inputs and outputs of a model's graph.
 
     Args:
         model: The model.

@@ -51,7 +51,7 @@ class StandardMatrix(nn.Module):
         return matrix.T.contiguous() if self.transposed else matrix
 
     def forward(self) -> Tensor:
-        """The matrix, float32."""
+        """Computes the matrix from its codes, float32."""
         along_inputs = 0 if self.transposed else 1
         axis = along_inputs if self.block_size else 1 - along_inputs
         values = dequantize(self.get_buffer(self.codes_name), self.scales, axis, self.block_size)
@@ -70,7 +70,7 @@ class StandardWeight(nn.Module):
         self.register_buffer("column_steps", levels.column_steps)
 
     def forward(self) -> Tensor:
-        """W, float32 [out, in]."""
+        """Computes W, float32 [out, in]."""
         values: Tensor = self.matrix()
         return values if self.column_steps is None else values * self.column_steps
 
