@@ -24,6 +24,7 @@ SLOW_FILES: dict[str, tuple[str, ...]] = {
     "checkpoints/test_new_process.py": (),
     "checkpoints/test_other_heads.py": ("test_another_head",),
     "checkpoints/test_quantised_activations.py": ("test_reload_is_the_same_model[bert]", "test_dead_layers"),
+    "checkpoints/test_without_the_package.py": ("test_demand",),
     "checkpoints/test_saving.py": ("test_layer_that", "test_models_of_the_same_config_keep_apart"),
     "cli/test_demo.py": (),
     "cli/test_main.py": ("test_text_from_compress_to_inspect", "test_neighbourhood_says_what_is_wrong", "test_bits"),
@@ -42,6 +43,8 @@ SLOW_FILES: dict[str, tuple[str, ...]] = {
     "storage/entropy/test_coder.py": ("test_the_bytes_are_pinned", "test_what_cannot_be_a_stream", "test_any_number"),
     "storage/modules/test_low_rank_modules.py": ("test_equals_the_dense_layer", "test_shapes_of_the_factors"),
     "storage/modules/test_read_only.py": ("test_another_weight_is_refused",),
+    "storage/runtime/test_int8_linear.py": ("test_every_token",),
+    "storage/runtime/test_torch_compile.py": ("test_every_run_time",),
     "test_certified_search.py": ("test_too_few_rows_certify_nothing", "test_rows_that_cannot_certify"),
     "test_compression.py": (
         *("test_ratio", "test_loss_budget", "test_result_fields", "test_the_plan_is_the_best_of_all_that_fit"),
