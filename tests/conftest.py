@@ -14,6 +14,7 @@ import datasets
 import pytest
 import torch
 from compressed_folder import certificate, save_compressed
+from fast_lane import is_fast
 from huggingface_hub import constants
 from loopback_hub import TOKEN, LoopbackHub
 from tiny_checkpoints import image_rows, save_image_model, save_text_model, text_rows
@@ -21,6 +22,12 @@ from tiny_checkpoints import image_rows, save_image_model, save_text_model, text
 from hf_lossless.cli import main as cli
 
 torch.set_num_threads(1)  # tiny models spend more on waking threads than on arithmetic
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if is_fast(item.nodeid):
+            item.add_marker(pytest.mark.fast)
 
 
 def pytest_unconfigure() -> None:

@@ -1,4 +1,4 @@
-"""Saved folders in a new process: hf_lossless loads what was saved, and transformers alone refuses it."""
+"""Saved folders in a new process: hf_lossless loads what was saved, and transformers alone refuses it by name."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,6 +13,7 @@ from tiny_exports import all_kinds, all_widths, save_compressed
 from tiny_models import TINY_MODELS, TinyModel
 
 from hf_lossless import LosslessCompressionConfig
+from hf_lossless.checkpoints.entry import DEMAND
 
 BERT, GPT2, RESNET = (TINY_MODELS[name] for name in ("bert", "gpt2", "resnet"))
 
@@ -81,16 +82,25 @@ def test_a_new_process_has_the_same_models(saved: dict[str, Saved], tmp_path: Pa
 
 REFUSE = """
 import sys, transformers
-for name, folder in zip(sys.argv[1::2], sys.argv[2::2]):
+for name, folder, settings in (line.split("\\t") for line in open(sys.argv[1]).read().splitlines()):
     try:
-        getattr(transformers, name).from_pretrained(folder)
-    except RuntimeError as error:
+        getattr(transformers, name).from_pretrained(folder, **({"ignore_mismatched_sizes": True} if settings else {}))
+    except ValueError as error:
         print("refused:", error)
+    else:
+        print("loaded:", name, folder, settings)
 assert "hf_lossless" not in sys.modules
 """
 
 
-def test_transformers_alone_refuses_the_folders(saved: dict[str, Saved]):
-    done = run_python(REFUSE, *(part for one in saved.values() for part in (type(one.model).__name__, one.folder)))
+def test_transformers_alone_refuses_the_folders_by_name(saved: dict[str, Saved], tmp_path: Path):
+    """Whatever else is asked: with `ignore_mismatched_sizes` it would fill in random weights."""
+    classes = [(type(one.model).__name__, one.folder) for one in saved.values()]
+    classes += [(name, saved["every-kind"].folder) for name in ("AutoModel", "BertForTokenClassification")]
+    jobs = [f"{name}\t{folder}\t{settings}" for name, folder in classes for settings in ("", "ignoring sizes")]
+    (tmp_path / "jobs").write_text("\n".join(jobs))
+    done = run_python(REFUSE, tmp_path / "jobs")
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("refused: You set `ignore_mismatched_sizes` to `False`") == len(saved)
+    said = done.stdout.splitlines()
+    assert len(said) == len(jobs)
+    assert all(line.startswith("refused: ") and DEMAND in line for line in said), said

@@ -49,7 +49,20 @@ def packed(layer: Layer) -> CompressedModule:
     return module
 
 
-@pytest.fixture(params=["bert", "vit", "resnet", "gpt2"])
+NAMES = ["bert", "vit", "resnet", "gpt2"]
+
+
+def pairwise(*runtimes: str) -> pytest.MarkDecorator:
+    """Every model in every run time, in one of the two kinds of storage: a graph takes half a second and more."""
+    cases = [
+        (name, (coded, packed)[(index + place) % 2], runtime)
+        for index, name in enumerate(NAMES)
+        for place, runtime in enumerate(runtimes)
+    ]
+    return pytest.mark.parametrize(("name", "model", "runtime"), cases, indirect=["name", "model"])
+
+
+@pytest.fixture(params=NAMES)
 def name(request) -> str:
     return request.param
 
@@ -71,7 +84,7 @@ def logits(model: nn.Module, inputs: dict) -> torch.Tensor:
         return model(**inputs).logits
 
 
-@pytest.mark.parametrize("runtime", ["auto", "fast", "exact"])
+@pairwise("auto", "fast", "exact")
 def test_one_graph(model: nn.Module, name: str, runtime: str):
     inputs = TINY_MODELS[name].inputs()
     optimize(model, runtime)
@@ -81,7 +94,7 @@ def test_one_graph(model: nn.Module, name: str, runtime: str):
     torch.testing.assert_close(logits(compiled, inputs), expected, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("runtime", ["auto", "exact"])
+@pairwise("auto", "exact")
 def test_exports(model: nn.Module, name: str, runtime: str):
     inputs = TINY_MODELS[name].inputs()
     optimize(model, runtime)
