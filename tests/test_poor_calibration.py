@@ -1,16 +1,20 @@
 """Calibration data that say little: compress() works all the same, or ends with an error that says what is wrong."""
 
+import copy
 import logging
 import math
+import re
 
 import pytest
 import torch
+import transformers as hf
 from tiny_models import TINY_MODELS
 from torch import Tensor, nn
 
 from hf_lossless import LosslessCompressionConfig, compress
 from hf_lossless.compression import CompressionResult
-from hf_lossless.data.batches import batch_loss
+from hf_lossless.config import THEORIES
+from hf_lossless.data.batches import LossFunction, batch_loss
 from hf_lossless.errors import LosslessError, UnreachableTargetError
 from hf_lossless.storage.layers import find_layers
 from hf_lossless.storage.modules.base import CompressedModule
@@ -193,3 +197,167 @@ def test_a_ratio_that_cannot_be_had_when_much_is_never_reached():
     with pytest.raises(UnreachableTargetError, match="ratio=3 cannot be reached"):
         compress(model, batches_of(8, 8), config_of(ratio=3))
     assert [type(layer.module) for layer in find_layers(model)] == [nn.Linear] * 5
+
+
+class Times(nn.Module):
+    """Multiplication by a number."""
+
+    def __init__(self, factor: float) -> None:
+        super().__init__()
+        self.factor = factor
+
+    def forward(self, values: Tensor) -> Tensor:
+        return values * self.factor
+
+
+def faint(before: float = 1.0, between: float = 1.0, after: float = 1.0) -> nn.Sequential:
+    """A network whose signals are multiplied by these numbers on their way."""
+    torch.manual_seed(0)
+    return nn.Sequential(
+        *(Times(before), nn.Linear(FEATURES, 48, bias=False), Times(between), nn.ReLU()),
+        *(nn.Linear(48, 40), nn.ReLU(), Times(after), nn.Linear(40, CLASSES)),
+    ).eval()
+
+
+EVERY_WAY = {
+    **{theory: {"theory": theory} for theory in THEORIES},
+    **{f"{theory}-ranks": {"theory": theory, "ranks": "auto"} for theory in THEORIES},
+    "entropy": {"storage": "entropy"},
+    "both-ranks": {"storage": ("fixed", "entropy"), "ranks": "auto"},
+    "inputs": {"activation_bits": (8, None)},
+}
+
+
+@pytest.mark.parametrize("power", [-110, 100], ids="2^{}".format)
+@pytest.mark.parametrize("way", EVERY_WAY)
+def test_the_size_of_signals_makes_no_difference(way, power):
+    """Inputs multiplied by a power of two, and what comes of them divided by it: the same model, to the last bit."""
+    states = []
+    for factor in (1.0, 2.0**power):
+        model = faint(factor, 1 / factor)
+        result = compressed(model, batches_of(12, 12, 12, 12), config_of(**EVERY_WAY[way]))
+        states.append((model.state_dict(), result.plan.predicted_loss_change))
+    (plain, predicted), (state, prediction) = states
+    if way != "inputs":  # whose ranges are as large as the inputs
+        assert state.keys() == plain.keys() and all(torch.equal(value, plain[name]) for name, value in state.items())
+    assert prediction == pytest.approx(predicted, rel=1e-3)
+
+
+def scaled_by(factor: float) -> LossFunction:
+    return lambda model, batch: batch_loss(model, batch) * factor
+
+
+@pytest.mark.parametrize("power", [-100, -60, 60], ids="2^{}".format)
+@pytest.mark.parametrize("ranks", [None, "auto"])
+def test_the_unit_of_the_loss_makes_no_difference(ranks, power):
+    states = []
+    for factor in (1.0, 2.0**power):
+        model = faint()
+        compressed(model, batches_of(12, 12, 12, 12), config_of(ranks), loss=scaled_by(factor))
+        states.append(model.state_dict())
+    assert all(torch.equal(value, states[0][name]) for name, value in states[1].items())
+
+
+def mixed(inputs: Tensor, dim: int, exponents: Tensor) -> Tensor:
+    return inputs * 10.0 ** exponents.view(-1, 1) if dim == 0 else inputs * 10.0**exponents
+
+
+CHANNELS, ROWS = (torch.arange(FEATURES) * 7) % 61 - 30.0, (torch.arange(12) * 11) % 51 - 40.0
+SIGNALS = {
+    "inputs-vanish": (faint(1e-44), batches_of(12, 12), 1.0),
+    "gradients-vanish": (faint(), batches_of(12, 12), 1e-40),
+    "gradients-nearly-vanish": (faint(), batches_of(12, 12), 1e-20),
+    "both-vanish": (faint(1e-20), batches_of(12, 12), 1e-20),
+    "on-the-way": (faint(1.0, 1e-30, 1e-30), batches_of(12, 12), 1.0),
+    "one-layer": (faint(1.0, 1e-30, 1e30), batches_of(12, 12), 1.0),
+    "last-layer": (faint(1.0, 1.0, 1e-38), batches_of(12, 12), 1.0),
+    "huge-inputs": (faint(1e30, 1e-30), batches_of(12, 12), 1.0),
+    "huge-loss": (faint(), batches_of(12, 12), 1e30),
+    "huge-loss-of-tiny-inputs": (faint(1e-20), batches_of(12, 12), 1e20),
+    "channels": (faint(), [(mixed(x, 1, CHANNELS), y) for x, y in batches_of(12, 12)], 1.0),
+    "rows": (faint(), [(mixed(x, 0, ROWS), y) for x, y in batches_of(12, 12)], 1.0),
+    "batches": (
+        faint(),
+        [(x * size, y) for size, (x, y) in zip((1e-30, 1, 1e-10), batches_of(9, 9, 9), strict=True)],
+        1,
+    ),
+}
+
+
+IN_FLOAT32 = [(way, torch.float32) for way in EVERY_WAY]
+IN_HALF = [(way, dtype) for way in ("both-ranks", "lod-ranks", "hawq") for dtype in (torch.bfloat16, torch.float16)]
+
+
+@pytest.mark.parametrize(("way", "dtype"), [*IN_FLOAT32, *IN_HALF], ids=str)
+@pytest.mark.parametrize("signals", SIGNALS)
+def test_a_plan_or_an_error_by_name(signals, way, dtype):
+    model, batches, factor = SIGNALS[signals]
+    model = copy.deepcopy(model).to(dtype)
+    state = copy.deepcopy(model.state_dict())
+    try:
+        result = compress(
+            model,
+            [(inputs.to(dtype), targets) for inputs, targets in batches],
+            config_of(**EVERY_WAY[way]),
+            loss=batch_loss if factor == 1 else scaled_by(factor),
+        )
+    except LosslessError:
+        assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+    else:
+        assert math.isfinite(result.measured_loss_change) and math.isfinite(result.plan.predicted_loss_change)
+        assert all(torch.isfinite(value).all() for value in model.state_dict().values())
+        assert result.ratio >= 2.5
+
+
+@pytest.mark.parametrize("storage", ["fixed", "entropy"])
+@pytest.mark.parametrize("gap", [30, 46, 60, 100])
+def test_rows_known_by_heart(gap, storage):
+    """Scores so far apart that the gradients, which are not zero, have squares that float32 does not hold."""
+    model = TINY_MODELS["bert"].build()
+    with torch.no_grad():
+        model.classifier.weight.mul_(0.01)
+        model.classifier.bias.copy_(torch.tensor([gap, 0.0, 0.0]))
+    batch = TINY_MODELS["bert"].batch(rows=12)
+    batch["labels"] = torch.zeros_like(batch["labels"])
+    config = LosslessCompressionConfig(ratio=2, storage=storage)
+    if gap == 100:  # below the least number of float32
+        with pytest.raises(UnreachableTargetError, match="the gradient of the loss is zero, or underflows to zero"):
+            compress(model, [batch], config)
+    else:
+        assert compress(model, [batch], config).ratio >= 2
+
+
+@pytest.mark.parametrize("seed", [0, 2, 6])
+def test_signals_that_fade_from_layer_to_layer(seed, caplog):
+    """A MobileNet as transformers makes it: activations of 1e-27, which no batch norm has learnt to bring back."""
+    torch.manual_seed(seed)
+    config = hf.MobileNetV2Config(depth_multiplier=0.1, image_size=32, num_labels=3)
+    model = hf.MobileNetV2ForImageClassification(config).eval()
+    batches = [{"pixel_values": random(4, 3, 32, 32, seed=i), "labels": torch.tensor([0, 1, 2, 0])} for i in range(2)]
+    with caplog.at_level(logging.WARNING, "hf_lossless"):
+        result = compress(model, batches, LosslessCompressionConfig(ratio=3, ranks="auto"))
+    assert result.ratio >= 3 and math.isfinite(result.measured_loss_change)
+    assert result.plan.predicted_loss_change > 0 and "kept as they are" not in caplog.text
+
+
+def test_a_gradient_that_underflows_is_named(caplog):
+    """In float16 the first layer's inputs and gradients are there, and their products are not."""
+    batches = [(inputs * 1e-4, targets) for inputs, targets in batches_of(16, 16)]
+    in_half = [(inputs.half(), targets) for inputs, targets in batches]
+
+    def loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+        return batch_loss(model, batch) * 1e-2
+
+    budget = config_of(ratio=None, loss_budget=1.0)
+    with caplog.at_level(logging.WARNING, "hf_lossless"):
+        result = compress(network().half(), in_half, budget, loss=loss)
+    assert [name for name, layer in result.plan.layers.items() if layer.kind == "kept"] == ["0"]
+    message = r"the gradient of the loss underflows there \(float16 .*\): 0\. Load the model in a wider dtype, or check"
+    assert re.search(message, caplog.text) and "no calibration row reaches" not in caplog.text
+    with pytest.raises(
+        UnreachableTargetError,
+        match=r"is zero, or underflows to zero, for '0' and 0 other layer\(s\), which are kept for it",
+    ):
+        compress(network().half(), in_half, config_of(ratio=6), loss=loss)
+    wider = compress(network(), batches, budget, loss=loss)
+    assert all(layer.kind != "kept" for layer in wider.plan.layers.values())

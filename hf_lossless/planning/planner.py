@@ -15,7 +15,7 @@ does not trigger a new plan.
 import logging
 import math
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -259,20 +259,34 @@ class Planner:
         try:
             return choose_plan(frontier, plan_at, target, self.choices.bits), frontier
         except UnreachableTargetError as error:
-            reasons = []
-            kept = [*self.problem.unreached, *self.problem.underflown]
-            if kept:
-                reasons.append(
-                    "On the calibration rows the gradient of the loss is zero, or underflows to zero, for "
-                    f"{kept[0]!r} and {len(kept) - 1} other layer(s), which are kept for it: calibrate on other rows, "
-                    "or load the model in a wider dtype, for small gradients vanish, in float16 those below 6e-8."
-                )
-            left_out = left_out_text(self.problem.model, find_layers(self.problem.model))
-            if left_out is not None:
-                reasons.append(f"{left_out}.")
+            reasons = list(self._why_larger())
             if not reasons:
                 raise
             raise UnreachableTargetError(" ".join([str(error), *reasons])) from error
+
+    def _why_larger(self) -> Iterator[str]:
+        """Says which layers no plan can make smaller, and why; nothing where there are none."""
+        kept = [*self.problem.unreached, *self.problem.underflown]
+        if kept:
+            yield (
+                f"On the calibration rows the gradient of the loss is zero, or underflows to zero, for {_named(kept)}, "
+                "which are kept for it: calibrate on other rows, or load the model in a wider dtype, for small "
+                "gradients vanish, in float16 those below 6e-8."
+            )
+        refused = [
+            name
+            for name, group in self.predictions.items()
+            if name not in kept
+            and all(
+                candidate.kind == "kept" or not prediction.usable
+                for candidate, prediction in zip(self.problem.candidates[name], group, strict=True)
+            )
+        ]
+        if refused:
+            yield f"The theory refuses all but to keep {_named(refused)}: try theory='curvature' or theory='llc'."
+        left_out = left_out_text(self.problem.model, find_layers(self.problem.model))
+        if left_out is not None:
+            yield f"{left_out}."
 
     def _as_stated(self, planned: Planned, measured: LossChange) -> bool:
         """Tells whether the loss rises by no more than the prediction states."""
@@ -301,6 +315,10 @@ class Planner:
         paid = [layer for layer in self.problem.layers if spent[layer.name] > 0]
         worst = sorted(paid, key=lambda layer: spent[layer.name], reverse=True)[:REMEASURED_LAYERS]
         return {layer.name: self._measured(planned, [layer]) for layer in worst}
+
+
+def _named(layers: list[str]) -> str:
+    return f"{layers[0]!r} and {len(layers) - 1} other layer(s)"
 
 
 def _corrected(options: Options, plan: CompressionPlan, measured: LossChange, alone: dict[str, LossChange]) -> Options:

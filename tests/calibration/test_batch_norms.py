@@ -284,7 +284,7 @@ def resnet() -> tuple[nn.Module, list]:
     return model.eval(), [tiny.batch(6, seed=seed) for seed in range(3)]
 
 
-CONFIG = {"bits": (2, 8), "group_size": 16, "ratio": 6}
+CONFIG = {"bits": (2, 8), "group_size": 32, "ratio": 7}
 
 
 def divergence(model: nn.Module, original: nn.Module, batches: list) -> float:
