@@ -111,7 +111,7 @@ wrapt.register_post_import_hook(_register, "transformers.modeling_utils")
 
 
 def _register_adapters(_: Any) -> None:
-    import_module("hf_lossless.checkpoints.adapters").register()
+    import_module("hf_lossless.checkpoints.adapters")
 
 
 wrapt.register_post_import_hook(_register_adapters, "peft.tuners.lora")

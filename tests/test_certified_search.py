@@ -232,8 +232,8 @@ def test_an_original_with_losses_that_are_not_finite(tmp_path: Path) -> None:
 def test_a_plan_with_losses_that_are_not_finite(text_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It has no chance, and the others are none the worse for it."""
 
-    def breaking(twin: Any, problem: Any, planned: Any) -> LossChange:
-        change = realise(twin, problem, planned)
+    def breaking(twin: Any, problem: Any, planned: Any, runtime: Any) -> LossChange:
+        change = realise(twin, problem, planned, runtime)
         if planned.plan.original_bytes / planned.plan.tensor_bytes > 2:
             twin.classifier.bias.data[0] = torch.nan
         return change

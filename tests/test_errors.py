@@ -796,7 +796,7 @@ def test_a_model_without_the_head_of_a_task(text_folder: Path, text_file: Path, 
 
 def test_a_quantised_folder(compressed_folder: Path, text_file: Path, tmp_path: Path, command: Any) -> None:
     said = command("compress", compressed_folder, "--data", text_file, "--out", tmp_path / "small", "--ratio", 2)
-    assert re.search(r"is quantised already \(lossless\)\. Compress the original checkpoint instead", said)
+    assert re.search(r"is quantised already \(hf_lossless\)\. Compress the original checkpoint instead", said)
     assert not list(tmp_path.iterdir())
 
 

@@ -24,7 +24,7 @@ LARGEST = 9216
 COMMANDS = typer.main.get_command(cli.app).commands
 RUN = {
     *("setup: demo", "setup: tests"),  # by .ci/run
-    *("quickstart", "report", "module", "cli", "export", "entropy"),  # here
+    *("quickstart", "optimize", "report", "module", "cli", "export", "entropy"),  # here
     "push",  # in reports/hub/test_push.py, where there is a Hub
 }
 
@@ -106,18 +106,29 @@ def figures(row: dict[str, Any], ratio: str, flips: str) -> list[str]:
 
 
 def test_what_it_costs_is_what_was_recorded() -> None:
-    core = recorded("core.json")["minilm-sst2"]
+    core, runtime = recorded("core.json")["minilm-sst2"], recorded("runtime.json")
     seconds = {name: one["seconds"] for name, one in core["reload"].items()}
-    memory = {name: one["peak_memory_growth_with_a_forward_pass_bytes"] / 1e6 for name, one in core["reload"].items()}
     times = [one["ratio"] for one in core["forward_milliseconds"].values()]
-    load = recorded("information_limit.json")["models"]["minilm-sst2"]["loading"]["last_over_first"]["load"]
-    load_fixed, run = f"{seconds['compressed'] / seconds['original']:.1f}", f"{min(times):.1f} to {max(times):.1f}"
-    _, fixed, _, entropy, *_ = table("held-out rows")
-    assert fixed[6:] == [load_fixed, run] and entropy[6:] == [f"{load:.1f}", ""]
+    load_fixed, run_fixed = (
+        f"{seconds['compressed'] / seconds['original']:.1f}",
+        f"{min(times):.1f} to {max(times):.1f}",
+    )
+    rows = {}
+    for row in table("held-out rows"):
+        model = row[0].split(",")[0] or model
+        rows[model, row[1]] = row[6:]
+    assert rows["minilm-sst2", "fixed widths"] == [load_fixed, run_fixed]
     text = " ".join(TOP.split())
-    assert f"{load_fixed} times as long to load and {run} times as long to run with fixed widths" in text
-    assert f"{load:.1f} times as long to load entropy-coded" in text
-    assert f"{memory['compressed']:.0f} MB for {memory['original']:.0f}" in text
+    assert f"it loads {load_fixed} times and runs {run_fixed} times as long" in text
+    for model in ("minilm-sst2", "vit-fashion-mnist", "resnet-fashion-mnist"):
+        original, auto = (runtime[model]["memory"][name] for name in ("original", "coded, auto"))
+        ratios = [of_shape["coded, auto"]["ratio"] for of_shape in runtime[model]["time"].values()]
+        run = f"{min(ratios):.2f} to {max(ratios):.2f}"
+        assert rows[model, "entropy-coded"] == [f"{auto['load_s'] / original['load_s']:.1f}", run]
+        if model == "minilm-sst2":
+            assert f"loads in {auto['load_s']} s for {original['load_s']} s and then takes {run} of" in text
+            assert f"({auto['run_mb']:.0f} MB for {original['run_mb']:.0f})" in text
+            assert f"KL of {runtime[model]['divergence']['coded, auto']['kl']:.1e} more" in text
 
 
 def test_quick_start(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -132,6 +143,8 @@ def test_quick_start(workplace: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert again.state_dict().keys() == tensors.keys()
     assert all(torch.equal(tensor, tensors[name]) for name, tensor in again.state_dict().items())
     assert capsys.readouterr().out.startswith("Not certified: ")  # of so few rows
+    [code] = blocks("optimize")
+    exec(code, names)
     [code] = blocks("report")
     exec(code, names)
     assert Path("report.html").read_text(encoding="utf-8").count("<img ") == 3

@@ -124,3 +124,6 @@ def register() -> None:
     """Adds compressed layers to the layers that peft can adapt."""
     wrapt.wrap_function_wrapper(LoraModel, "_create_new_module", _create)
     wrapt.wrap_function_wrapper(ModulesToSaveWrapper, "update", _copy_to_train)
+
+
+register()

@@ -65,7 +65,7 @@ def criterion(model: nn.Module, batches: list, layers: list[Layer], calibration:
 
 @pytest.mark.parametrize(
     ("sizes", "gain", "depth", "expected"),
-    [((400, 100), 0.3, 1, 0.3), ((6, 9), 1.0, 2, 1.0), ((6, 9, 7), 4.0, 2, 3.0), ((3, 40), 30.0, 2, 3.0)],
+    [((400, 100), 1.0, 2, 0.3), ((400, 100), 4.0, 2, 1.0), ((6, 9, 7), 1.0, 2, 3.0), ((3, 40), 30.0, 2, 3.0)],
     ids=str,
 )
 def test_the_least_criterion(sizes, gain, depth, expected):
@@ -106,7 +106,7 @@ def test_the_default_with_one_batch_only():
 
 
 def test_the_default_where_the_odd_batches_have_no_classes():
-    model, batches = network(gain=4.0), batches_of(6, 9, 7)
+    model, batches = network(gain=1.0), batches_of(6, 9, 7)
     layers, calibration = calibrated(model, batches)
     assert chosen_scale(model, batches, layers, calibration) == 3.0
     batches[1] = batches[1][0], torch.zeros(9, CLASSES)

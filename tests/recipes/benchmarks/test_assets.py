@@ -10,7 +10,7 @@ import pytest
 
 BENCHMARKS = Path(benchmark_assets.__file__).parent
 NAMES = sorted(path.stem for path in BENCHMARKS.glob("*.py") if '__name__ == "__main__"' in path.read_text())
-NEED_NONE = {"decoding", "imports"}
+NEED_NONE = {"decoding", "imports", "runtime"}
 
 
 def folder_of(*options: str) -> Path:
