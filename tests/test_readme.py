@@ -113,7 +113,7 @@ def test_what_it_costs_is_what_was_recorded() -> None:
         f"{seconds['compressed'] / seconds['original']:.1f}",
         f"{min(times):.1f} to {max(times):.1f}",
     )
-    rows = {}
+    rows, model = {}, ""
     for row in table("held-out rows"):
         model = row[0].split(",")[0] or model
         rows[model, row[1]] = row[6:]

@@ -273,12 +273,12 @@ def test_activation_bits(plan_with: Callable[..., CompressionPlan]) -> None:
 
 def test_storage(output_of: OutputOf, text_folder: Path, text_file: Path, tmp_path: Path) -> None:
     out = tmp_path / "small"
-    options = ("--storage", "fixed,entropy", "--ratio", 4)
+    options = ("--storage", "entropy", "--ratio", 4)
     said = output_of("compress", text_folder, "--data", text_file, "--out", out, *options)
     assert f"{SavedFolder.read(out).entry.size_bytes:,} bytes" in said
     layers = json.loads(output_of("inspect", out, "--json"))["layers"]
     coded = {name: layer for name, layer in layers.items() if layer["kind"] == "coded"}
-    assert coded and all(layer["group_size"] is None and 0 < layer["bits"] < 16 for layer in coded.values())
+    assert coded and all(layer["group_size"] is None and 0 < layer["bits"] < 64 for layer in coded.values())
     tensors = load_file(out / "model.safetensors")
     assert all(tensors[f"{name}.coded"].nbytes == layer["cost_bytes"] for name, layer in coded.items())
     shown = output_of("inspect", out)
