@@ -28,7 +28,8 @@ class Kind:
         module: Makes the empty module of a layer with this plan, on the layer's device; None: the layer is not
             replaced.
         values: Class of its values (see `storage.values`); None: there are none.
-        extra: The extra of this package that loading requires; None: it requires no extra.
+        extra: The extra of this package that makes loading it several times faster; None: there is none. Nothing beside
+            the package is needed.
         checksum: Whether its bytes hold a checksum.
         width: Returns a layer's bits as the text of a table cell.
     """
@@ -102,7 +103,7 @@ KINDS: dict[LayerPlanKind, Kind] = {
         "#CC79A7",
         _coded,
         EncodedMatrix,
-        "entropy",
+        "fast",
         True,
         lambda plan: f"{plan.bits:.2f} coded",
     ),
@@ -124,6 +125,6 @@ def stored_as(plan: LayerPlan) -> str:
 
 
 def extras_of(plan: CompressionPlan) -> list[str]:
-    """Returns the names of this package's extras that loading a checkpoint with this plan requires."""
+    """Returns the names of this package's extras that make loading a checkpoint with this plan faster."""
     extras = {KINDS[layer.kind].extra for layer in plan.layers.values()}
     return sorted(extra for extra in extras if extra is not None)
