@@ -22,7 +22,7 @@ KINDS = {  # model, layers to adapt, how they are compressed
     "conv1d": ("gpt2", ["c_attn", "c_fc"], EVERY_LAYER),
     "conv2d": ("resnet", ["convolution"], EVERY_LAYER),
     "embedding": ("bert", ["word_embeddings"], EVERY_LAYER),
-    "coded": ("bert", ["query", "word_embeddings"], {"storage": "entropy", "ratio": 4}),
+    "coded": ("bert", ["query", "word_embeddings"], {"storage": "entropy", "bits": (4,), "loss_budget": 1e9}),
     "ranks": ("bert", ["query", "word_embeddings"], {"bits": (4,), "ranks": "auto", "ratio": 5}),
     "tied": ("bert-mlm", ["decoder", "word_embeddings"], EVERY_LAYER),
 }

@@ -19,7 +19,7 @@ SETTINGS = {
     "3bit": {"bits": (3,), "loss_budget": 1e9},
     "kept head": {"bits": (3,), "loss_budget": 1e9, "keep_head": True},
     "ranks": {"bits": (3,), "ranks": "auto", "ratio": 3},
-    "coded": {"storage": "entropy", "ratio": 4},
+    "coded": {"storage": "entropy", "bits": (4,), "loss_budget": 1e9},
 }
 OTHER_LABELS = {"num_labels": LABELS + 2, "ignore_mismatched_sizes": True}
 

@@ -20,7 +20,7 @@ def layer(request: pytest.FixtureRequest) -> CompressedModule:
     settings = {
         "grid": {"bits": (3,), "loss_budget": 1e9},
         "ranks": {"bits": (3,), "ranks": "auto", "ratio": 4},
-        "coded": {"storage": "entropy", "ratio": 4},
+        "coded": {"storage": "entropy", "bits": (4,), "loss_budget": 1e9},
         "conv1d": {"bits": (3,), "loss_budget": 1e9},
     }[request.param]
     tiny = TINY_MODELS["gpt2" if request.param == "conv1d" else "bert"]
