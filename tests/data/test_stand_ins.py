@@ -20,7 +20,9 @@ LABELS = {
 @pytest.mark.parametrize("name", ["bert", "vit"])
 def test_refused(name: str, labels: dict):
     tiny = TINY_MODELS[name]
-    config = type(tiny.config).from_dict({**tiny.config.to_dict(), "id2label": None, "label2id": None, **labels})
+    config = type(tiny.config).from_dict(
+        {**tiny.config.to_dict(), "id2label": None, "label2id": None, "problem_type": None, **labels}
+    )
     model = tiny.model_class(config).eval()
     with pytest.raises(DataError, match=r'has no gradient\. Add "labels" to every batch'):
         with_own_targets(model, [tiny.inputs()])
