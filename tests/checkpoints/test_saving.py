@@ -52,9 +52,11 @@ def test_loaded_then_compressed_in_place_then_saved(tmp_path: Path):
 
 
 def test_models_of_the_same_config_keep_apart(tmp_path: Path):
-    tiny, model = compressed("bert")
-    assert model.config is model.bert.config and model.config is not tiny.config
+    tiny = TINY_MODELS["bert"]
     twin = tiny.build()
+    model = tiny.model_class(twin.config).eval()
+    compress(model, [tiny.batch()], LosslessCompressionConfig(**EVERY_LAYER))
+    assert model.config is model.bert.config and model.config is not twin.config
     twin.save_pretrained(tmp_path)
     assert not hasattr(twin.config, "quantization_config")
     assert torch.equal(logits(tiny.auto_class.from_pretrained(tmp_path), tiny.inputs()), logits(twin, tiny.inputs()))

@@ -1,5 +1,6 @@
 """Models of a few thousand random weights, one for each architecture, with a batch of data for each."""
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -25,7 +26,7 @@ class TinyModel:
     def build(self, seed: int = 0) -> hf.PreTrainedModel:
         """The model in evaluation mode, with activations and scores of order one, that differ from row to row."""
         torch.manual_seed(seed)
-        model = self.model_class(self.config).eval()
+        model = self.model_class(copy.deepcopy(self.config)).eval()  # models write what they learn into theirs
         for module in model.modules():  # as transformers makes them, signals fade on the way, some to 1e-27
             if isinstance(module, nn.Linear | nn.Conv2d | hf.pytorch_utils.Conv1D):
                 is_transposed = isinstance(module, hf.pytorch_utils.Conv1D)
